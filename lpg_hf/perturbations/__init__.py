@@ -1,0 +1,122 @@
+"""The methods, and the one table that knows them by name."""
+
+import ast
+from collections.abc import Sequence
+
+from .base import LogitPerturbation
+from .class_relative_dampening import ClassRelativeDampening
+from .clipping import LogitClipping
+from .logit_adjustment import LogitAdjustment
+from .lpg import LPG
+
+
+METHODS: dict[str, type[LogitPerturbation]] = {
+    method.name: method for method in (LPG, ClassRelativeDampening, LogitAdjustment, LogitClipping)
+}
+
+# Above this ratio of the largest to the smallest class, `auto` adjusts the logits.
+AUTO_MIN_IMBALANCE = 2.0
+
+__all__ = [
+    "LPG",
+    "METHODS",
+    "ClassRelativeDampening",
+    "LogitAdjustment",
+    "LogitClipping",
+    "LogitPerturbation",
+    "build_chain",
+    "parse_perturbation",
+]
+
+
+def build_chain(
+    perturbations: str | LogitPerturbation | Sequence[str | LogitPerturbation],
+    class_counts: Sequence[int] | None = None,
+) -> list[LogitPerturbation]:
+    """
+    Turns names, strings and objects into the list of methods of a chain.
+
+    Args:
+        perturbations (`str`, [`LogitPerturbation`] or a sequence of them):
+            Objects; strings as their `repr` writes them (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"`, which stands for the
+            default preset and may be part of a longer chain; `"none"` for an empty chain.
+        class_counts (`Sequence[int]`, *optional*): Training samples of each class, which `auto` looks at.
+
+    Returns:
+        `list[LogitPerturbation]`: The chain.
+
+    Raises:
+        ValueError: If a string names no method or cannot be read.
+        TypeError: If an entry is neither a string nor a method.
+
+    Example:
+
+    ```python
+    >>> build_chain(["logit_adjustment(tau=0.5)", "logit_clipping"])
+    [logit_adjustment(tau=0.5), logit_clipping()]
+    >>> build_chain("auto", class_counts=[900, 100])
+    [logit_adjustment(min_imbalance=2.0), class_relative_dampening()]
+
+    ```
+    """
+    if isinstance(perturbations, str | LogitPerturbation):
+        perturbations = [perturbations]
+    if list(perturbations) == ["none"]:
+        return []
+    chain = []
+    for entry in perturbations:
+        if isinstance(entry, LogitPerturbation):
+            chain.append(entry)
+        elif entry == "auto":
+            chain.extend(_auto_chain(class_counts))
+        elif isinstance(entry, str):
+            chain.append(parse_perturbation(entry))
+        else:
+            raise TypeError(
+                f"`perturbations` takes methods (such as `LPG()`) and strings (such as 'lpg'); found {entry!r}."
+            )
+    return chain
+
+
+def parse_perturbation(text: str) -> LogitPerturbation:
+    """
+    Reads one method from its `repr`, for instance `"lpg(strategy='frequency', epsilon=0.3)"`, or its bare name.
+
+    Only literals are read as arguments; nothing is evaluated.
+
+    Raises:
+        ValueError: If the text names no method, or its arguments cannot be read or are not the method's.
+    """
+    try:
+        expression = ast.parse(text.strip(), mode="eval").body
+        call = expression if isinstance(expression, ast.Call) else ast.Call(func=expression, args=[], keywords=[])
+        name = call.func.id
+        args = [ast.literal_eval(argument) for argument in call.args]
+        kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"Cannot read the perturbation {text!r}: write a name, or a call with literal arguments such as "
+            "\"lpg(strategy='frequency', epsilon=0.3)\"."
+        ) from error
+    if name not in METHODS:
+        raise ValueError(
+            f"Unknown perturbation {name!r}: the known ones are auto, none, {', '.join(sorted(METHODS))}."
+        )
+    try:
+        return METHODS[name](*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"Cannot build the perturbation {text!r}: {error}.") from error
+
+
+def _auto_chain(class_counts: Sequence[int] | None) -> list[LogitPerturbation]:
+    """
+    The default preset (ours): logit adjustment where classes are imbalanced, then class-relative dampening.
+
+    While the counts are unknown the adjustment stays in the chain and looks at the running prior itself.
+    """
+    adjustment = LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE)
+    if class_counts is not None:
+        present = [count for count in class_counts if count > 0]
+        if present and max(present) <= AUTO_MIN_IMBALANCE * min(present):
+            return [ClassRelativeDampening()]
+    return [adjustment, ClassRelativeDampening()]

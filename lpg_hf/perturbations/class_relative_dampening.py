@@ -1,0 +1,76 @@
+"""Class-relative dampening: fit less what the model believes far less than it believes the class as a whole."""
+
+from torch import Tensor
+
+from ..functional import relative_dampening_delta, relative_dampening_weight
+from ..statistics import ClassStatistics
+from .base import LogitPerturbation, check
+
+
+class ClassRelativeDampening(LogitPerturbation):
+    r"""
+    Dampens the samples that the model believes far less than it believes their class, once that class is learned.
+
+    It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient, a
+    class that is not learned yet or that the model never contradicts is left alone. See
+    [`~functional.relative_dampening_weight`] for the formula.
+
+    Source: ours.
+
+    Args:
+        power (`float`, *optional*, defaults to 2.0): Strength, at least 0; 0 switches the method off.
+        learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`):
+            Running mean probability of a class at which its gate starts to open, and at which it is open.
+        contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`):
+            Share of a class that the model confidently contradicts: where the second gate starts to open, and is open.
+
+    Raises:
+        ValueError: If `power` is negative or an interval is not increasing within [0, 1].
+
+    Example:
+
+    ```python
+    >>> ClassRelativeDampening(power=1.0)
+    class_relative_dampening(power=1.0)
+
+    ```
+    """
+
+    name = "class_relative_dampening"
+    rescales = True
+
+    def __init__(
+        self,
+        power: float = 2.0,
+        learned: tuple[float, float] = (0.1, 0.5),
+        contradicted: tuple[float, float] = (0.02, 0.08),
+    ):
+        super().__init__()
+        check(power >= 0, "power", power, "at least 0")
+        for argument, interval in (("learned", learned), ("contradicted", contradicted)):
+            check(
+                len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+                argument,
+                interval,
+                "two increasing numbers in [0, 1]",
+            )
+        self.power = power
+        self.learned = tuple(learned)
+        self.contradicted = tuple(contradicted)
+
+    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        return relative_dampening_delta(gradient, logits, labels, **self._arguments(statistics))
+
+    def weight(self, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        """Weight of each sample, `[N]`: the nearer to 0, the less the model believes its label."""
+        return relative_dampening_weight(logits, labels, **self._arguments(statistics))
+
+    def _arguments(self, statistics: ClassStatistics) -> dict:
+        return {
+            "own_probability": statistics.own_probability,
+            "relative_confidence": statistics.relative_confidence,
+            "contradiction": statistics.contradiction,
+            "power": self.power,
+            "learned": self.learned,
+            "contradicted": self.contradicted,
+        }

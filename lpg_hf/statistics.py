@@ -1,0 +1,152 @@
+"""What training has seen of each class so far, kept on the device and reduced over processes once per step."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+# Running means give a step's n samples of a class the weight n / (n + INERTIA).
+MEAN_INERTIA = 20
+CONTRADICTION_INERTIA = 40
+# Samples added to every class while the prior is still being counted, so that a few batches don't look imbalanced.
+PRIOR_PSEUDO_COUNT = 10
+
+
+class ClassStatistics(nn.Module):
+    """
+    Class prior, and running means per class of what the model makes of its training samples.
+
+    A step uses the statistics of the step before: [`~ClassStatistics.update`] only adds the samples of a micro-batch to
+    pending sums, [`~ClassStatistics.fold`] reduces these over processes and moves the running means, once per optimizer
+    step. The result does not depend on how the batch was split into micro-batches and processes.
+
+    Args:
+        num_labels (`int`): Number of classes C.
+        class_counts (`Sequence[int]`, *optional*):
+            Training samples of each class. Without them the samples seen are counted.
+
+    Attributes:
+        class_counts (`torch.Tensor` of shape `[C]`): Samples of each class, in the data set or seen so far.
+        steps (`torch.Tensor`, scalar): Number of folds so far.
+        prior_is_ready (`bool`):
+            Whether a prior that is being counted may be used; while `False`, the prior is uniform.
+
+    Raises:
+        ValueError: If `class_counts` has not `num_labels` entries, a negative one, or no positive one.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> statistics = ClassStatistics(num_labels=2, class_counts=[30, 10])
+    >>> statistics.prior
+    tensor([0.7500, 0.2500])
+    >>> statistics.update(logits=torch.tensor([[2.0, 0.0], [0.0, 2.0]]), labels=torch.tensor([0, 0]))
+    >>> statistics.fold()
+    >>> statistics.accuracy  # a mean of 1/2 with weight 2 / (2 + 20)
+    tensor([0.0455, 0.0000])
+
+    ```
+    """
+
+    class_counts: Tensor
+    steps: Tensor
+    _running: Tensor
+    _pending: Tensor
+
+    def __init__(self, num_labels: int, class_counts: Sequence[int] | None = None):
+        super().__init__()
+        self.counts_are_given = class_counts is not None
+        self.prior_is_ready = True
+        counts = _check_class_counts(class_counts, num_labels) if self.counts_are_given else torch.zeros(num_labels)
+        self.register_buffer("class_counts", counts)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("_running", torch.zeros(4, num_labels))
+        # Zero between optimizer steps, which is when state is saved.
+        self.register_buffer("_pending", torch.zeros(5, num_labels), persistent=False)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.class_counts)
+
+    @property
+    def prior(self) -> Tensor:
+        """Share of each class in the training set, `[C]`; uniform while it is unknown."""
+        if self.counts_are_given:
+            counts = self.class_counts
+        elif self.prior_is_ready:
+            counts = self.class_counts + PRIOR_PSEUDO_COUNT
+        else:
+            counts = torch.ones_like(self.class_counts)
+        return counts / counts.sum()
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Running training accuracy of each class, `[C]`, measured before the step that learns from the sample."""
+        return self._running[0]
+
+    @property
+    def own_probability(self) -> Tensor:
+        """Running mean of `p_{i,c}` over the samples of class c, `[C]`."""
+        return self._running[1]
+
+    @property
+    def relative_confidence(self) -> Tensor:
+        """Running mean of `p_{i,c} / max_j p_ij`, `[C]`."""
+        return self._running[2]
+
+    @property
+    def contradiction(self) -> Tensor:
+        """Running share of samples with `p_{i,c} < max_j p_ij / 5` and `max_j p_ij > 1/2`, `[C]`."""
+        return self._running[3]
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds a micro-batch (logits `[N, C]`, labels `[N]`, -100 ignored) to the pending sums."""
+        labelled = labels >= 0
+        classes = labels.clamp(min=0)
+        log_probabilities = logits.log_softmax(-1)
+        own = log_probabilities.gather(-1, classes[:, None])[:, 0]
+        largest, predicted = log_probabilities.max(-1)
+        relative = (own - largest).exp()
+        contradicted = (relative < 0.2) & (largest.exp() > 0.5)
+        rows = torch.stack(
+            [torch.ones_like(own), (predicted == classes).to(own), own.exp(), relative, contradicted.to(own)]
+        )
+        # `where` and not a product: an ignored sample may have logits that are not finite.
+        rows = torch.where(labelled, rows, 0.0)
+        self._pending.index_add_(1, classes, rows.to(self._pending.dtype))
+
+    @torch.no_grad()
+    def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """
+        Moves the running means by the pending sums and clears these: once per optimizer step.
+
+        Args:
+            reduce (`Callable`, *optional*): Sums a tensor over processes.
+        """
+        pending = self._pending if reduce is None else reduce(self._pending)
+        counts = pending[0]
+        means = pending[1:] / counts.clamp(min=1)
+        distance = means - self._running
+        self._running[:3] += counts / (counts + MEAN_INERTIA) * distance[:3]
+        self._running[3] += counts / (counts + CONTRADICTION_INERTIA) * distance[3]
+        if not self.counts_are_given:
+            self.class_counts += counts
+        self.steps += 1
+        self._pending.zero_()
+
+
+def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
+    counts = torch.as_tensor(class_counts, dtype=torch.float32).clone()
+    if counts.shape != (num_labels,):
+        raise ValueError(
+            f"`class_counts` has shape {list(counts.shape)}, but there are {num_labels} classes: pass one count per class."
+        )
+    if (counts < 0).any() or not (counts > 0).any():
+        raise ValueError(
+            f"`class_counts` must not be negative, and at least one must be positive; found {counts.tolist()}. Count the "
+            "training rows of each class, for instance with `lpg_hf.data.class_counts(dataset)`."
+        )
+    return counts

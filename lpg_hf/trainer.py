@@ -1,0 +1,380 @@
+"""LPGTrainer: where in a training step the perturbations act, what is logged, and what a checkpoint holds."""
+
+import json
+from collections.abc import Mapping, Sequence, Sized
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from .config import LPGConfig
+from .data import LABEL_COLUMNS
+from .data import class_counts as count_classes
+from .functional import logit_gradient
+from .loss import IGNORE_INDEX, LPGLoss, logits_of, replace_gradient
+from .perturbations import LogitPerturbation, build_chain
+
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "lpg_state.safetensors"
+
+# Losses of transformers that are cross-entropy over `config.num_labels` classes when the labels are integers.
+_SINGLE_LABEL_LOSS_TYPES = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ForAudioClassification",
+)
+
+
+class LPGTrainer(Trainer):
+    r"""
+    A [`~transformers.Trainer`] that perturbs the gradient at the logits of a classification model.
+
+    Everything else is the Trainer's: data, optimizer, schedule, evaluation, checkpoints, `accelerate launch`. Without
+    further arguments it uses the preset `auto`, which looks at the class counts of `train_dataset` and needs no tuning.
+    Evaluation and prediction are never perturbed, and the loss that is logged is the unperturbed one.
+
+    A model counts as a classifier if it has one integer label per sample, logits `[N, C]` with C > 1, and a loss that is
+    the cross-entropy of its logits; this is looked at once, on the first training batch. For any other model `auto`
+    warns and trains exactly as `Trainer`, while perturbations that were asked for raise an error.
+
+    Args:
+        model, args and all others: As for [`~transformers.Trainer`]. `args` may be an [`LPGConfig`].
+        perturbations (`str`, [`LogitPerturbation`] or a sequence of them, *optional*):
+            The chain of methods, as objects or strings. Left out, it is what the config says (`auto` for plain
+            [`~transformers.TrainingArguments`]); `[]` trains exactly as `Trainer`.
+        class_counts (`Sequence[int]`, *optional*):
+            Training samples of each class. Left out, they are read from the label column of `train_dataset`, or counted
+            during the first epoch where there is none to read.
+
+    Attributes:
+        lpg_loss ([`LPGLoss`] or `None`):
+            The perturbed loss with its class statistics. `None` before training where only the first batch can tell
+            the number of classes.
+
+    Raises:
+        ValueError: For unknown perturbations or arguments out of range; when training starts, for an empty training set,
+            labels out of range, and for perturbations asked for on a model that is no classifier.
+
+    Example:
+
+    ```python
+    >>> trainer = LPGTrainer(model=model, args=TrainingArguments("out"), train_dataset=dataset)  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args,
+        perturbations: str | LogitPerturbation | Sequence[str | LogitPerturbation] | None = None,
+        class_counts: Sequence[int] | None = None,
+        **trainer_kwargs,
+    ):
+        self._perturbations = perturbations
+        self._class_counts = class_counts
+        build_chain(self._chain(args))
+        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        if isinstance(self.compute_loss_func, LPGLoss):
+            raise ValueError(
+                "`compute_loss_func` is an LPGLoss: give its methods to `LPGTrainer(perturbations=...)`, or keep it and "
+                "use the plain Trainer."
+            )
+        self._prepare_perturbations()
+
+    # Setup
+
+    def _chain(self, args: TrainingArguments | None) -> str | LogitPerturbation | Sequence[str | LogitPerturbation]:
+        if self._perturbations is not None:
+            return self._perturbations
+        return args.chain() if isinstance(args, LPGConfig) else ["auto"]
+
+    def _asks_for_perturbations(self) -> bool:
+        """Whether somebody named the methods, as opposed to getting the default."""
+        return self._chain(self.args) not in ("auto", ["auto"])
+
+    def _prepare_perturbations(self) -> None:
+        """Reads settings anew: `hyperparameter_search` changes arguments and model between two trainings."""
+        self._has_perturbations = len(build_chain(self._chain(self.args))) > 0
+        self._is_classifier = None
+        self._checkpoint = None
+        self.lpg_loss = None
+        self.loss_is_scaled_for_ga = type(self).loss_is_scaled_for_ga
+        num_labels = self._declared_num_labels()
+        if num_labels is not None:
+            self._build_loss(num_labels)
+
+    def _declared_num_labels(self) -> int | None:
+        """The number of classes, where the model's own loss relies on its config for it; else the first batch tells."""
+        model = self.accelerator.unwrap_model(self.model)
+        if getattr(model, "loss_type", None) not in _SINGLE_LABEL_LOSS_TYPES:
+            return None
+        is_single_label = model.config.problem_type in (None, "single_label_classification")
+        return model.config.num_labels if is_single_label and model.config.num_labels > 1 else None
+
+    def _build_loss(self, num_labels: int) -> None:
+        base_loss = None
+        if self.label_smoother is not None:
+            base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=self.label_smoother.epsilon)
+        counts = self._class_counts if self._class_counts is not None else self._read_class_counts(num_labels)
+        self.lpg_loss = LPGLoss(num_labels, self._chain(self.args), counts, base_loss)
+        self.lpg_loss.fold_every_call = False
+
+    def _read_class_counts(self, num_labels: int) -> list[int] | None:
+        """Counts of a map-style data set with a column of integer labels; `None` for any other."""
+        if not isinstance(self.train_dataset, Dataset) or len(self.train_dataset) == 0:
+            return None
+        columns = [name for name in LABEL_COLUMNS if name in self.train_dataset.column_names]
+        if not columns:
+            return None
+        feature = self.train_dataset.features[columns[0]]
+        if not isinstance(feature, ClassLabel) and "int" not in feature.dtype:
+            return None
+        return count_classes(self.train_dataset, num_labels, columns[0])
+
+    # Training
+
+    def _inner_training_loop(self, *args, **kwargs):
+        if self._has_perturbations and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
+            raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
+        self._prepare_perturbations()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        num_items = super()._get_num_items_in_batch(batch_samples, device)
+        # The Trainer counts for models that take the count; the weights of our samples need it for all of them.
+        if num_items is None and torch.is_grad_enabled() and batch_samples and "labels" in batch_samples[0]:
+            num_items = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples).to(device)
+            if self.args.average_tokens_across_devices:
+                num_items = self.accelerator.reduce(num_items, "sum")
+        return num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if self.lpg_loss is not None:
+            # A prior that is being counted is biased by the order of the data until all of it has been seen.
+            self.lpg_loss.statistics.prior_is_ready = self.state.epoch is not None and self.state.epoch >= 1
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._is_classifier and self.accelerator.sync_gradients and len(self.lpg_loss.perturbations) > 0:
+            self.lpg_loss.statistics.fold(partial(self.accelerator.reduce, reduction="sum"))
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Mapping | tuple]:
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if torch.is_grad_enabled() and self._replaces_loss():
+            if self._is_classifier is None:
+                self._is_classifier = self._examine(loss, outputs, labels, num_items_in_batch)
+            if self._is_classifier:
+                loss = self._perturbed_loss(loss, outputs, labels, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _replaces_loss(self) -> bool:
+        """`perturbations=[]` is the Trainer's own loss, except where that is not the mean over the accumulated batch."""
+        if self._has_perturbations:
+            return True
+        return self.args.gradient_accumulation_steps > 1 and self.compute_loss_func is None
+
+    def _perturbed_loss(
+        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        logits = self._logits(outputs)
+        num_items, num_copies = num_items_in_batch, 1
+        if self.args.n_gpu > 1:
+            # DataParallel: the Trainer's count is one value per replica, while our loss sees the whole micro-batch.
+            num_items = (labels != IGNORE_INDEX).sum() * self.current_gradient_accumulation_steps
+        elif num_items is not None and self.args.average_tokens_across_devices:
+            # The count is that of all processes, over which the gradients will be averaged.
+            num_copies = self.accelerator.num_processes // self.get_tp_size()
+
+        if self.compute_loss_func is None:
+            return self.lpg_loss(logits, labels, num_items) * num_copies
+
+        if num_items is None:
+            num_items = (labels != IGNORE_INDEX).sum()
+        weight = num_copies / num_items
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient to "
+                "perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
+            )
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / weight
+        labels = labels.reshape(-1).long()
+        perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
+        return loss + replace_gradient(torch.zeros_like(loss), logits, (perturbed - gradient) * weight)
+
+    # The classifier rule
+
+    def _examine(
+        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> bool:
+        """Decides on the first training batch whether the model is a classifier, in the same way on every process."""
+        obstacle = self._find_obstacle(loss, outputs, labels, num_items_in_batch)
+        votes = self.accelerator.gather(torch.tensor([obstacle is not None], device=self.args.device))
+        if votes.any():
+            self._refuse(obstacle or "another process saw a model that is no classifier")
+            return False
+
+        num_labels = self._logits(outputs).shape[-1]
+        if self.lpg_loss is None or self.lpg_loss.num_labels != num_labels:
+            self._build_loss(num_labels)
+        if self._checkpoint is not None:
+            self._load_lpg_state(Path(self._checkpoint))
+        self._warn_of_missing_classes()
+        # Our loss is divided by the labelled samples of the whole accumulated batch.
+        self.loss_is_scaled_for_ga = True
+        return True
+
+    def _find_obstacle(
+        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> str | None:
+        """What makes the model no classifier, in words; `None` for a classifier."""
+        problem_type = getattr(self.accelerator.unwrap_model(self.model).config, "problem_type", None)
+        if problem_type not in (None, "single_label_classification"):
+            return f"its `config.problem_type` is {problem_type!r}"
+        if labels is None:
+            return "its batches have no `labels`"
+        if labels.is_floating_point() or labels.ndim > 2 or labels.numel() != len(labels):
+            return f"its labels have dtype {labels.dtype} and shape {list(labels.shape)}, not one integer per sample"
+        logits = self._logits(outputs)
+        if logits is None:
+            return "its outputs have no `logits`"
+        if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
+            return f"its logits have shape {list(logits.shape)}, not [N, C] with C > 1"
+        if self.compute_loss_func is None and self.label_smoother is None:
+            return self._find_other_loss(loss, logits, labels.reshape(-1).long(), num_items_in_batch)
+        return None
+
+    def _find_other_loss(
+        self, loss: Tensor, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> str | None:
+        """Compares the model's own loss, and its gradient where it can be had, with cross-entropy."""
+        labelled = (labels != IGNORE_INDEX).sum()
+        if labelled == 0:
+            return None
+        z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(z, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        weights = [1 / labelled]
+        if num_items_in_batch is not None:
+            copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            weights += [copies / labelled, copies / num_items_in_batch]
+        tolerance = max(torch.finfo(logits.dtype).eps, torch.finfo(loss.dtype).eps) ** 0.5
+        is_close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
+        matching = [weight for weight in weights if is_close(loss.detach().to(total), total * weight)]
+        if not matching:
+            return (
+                f"its own loss on the first batch is {loss.item():.6g} where cross-entropy is {total / labelled:.6g}"
+            )
+        # Equal losses do not mean equal gradients: with logits of zero, class weights leave the mean as it is.
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            expected = logit_gradient(z, labels)
+            if not any(is_close(gradient.to(expected) / weight, expected) for weight in matching):
+                return "the gradient of its own loss on the first batch is not that of cross-entropy"
+        return None
+
+    def _refuse(self, found: str) -> None:
+        if not self._has_perturbations:
+            return
+        name = type(self.accelerator.unwrap_model(self.model)).__name__
+        message = (
+            f"{name} is not a single-label classifier trained with cross-entropy: {found}. If it should be perturbed all "
+            "the same, give its loss as `compute_loss_func`; to train it as `Trainer` does, pass `perturbations=[]`."
+        )
+        if self._asks_for_perturbations():
+            raise ValueError(f"{message} Asked for: {self._chain(self.args)!r}.")
+        logger.warning(f"{message} Until then it trains exactly as with `Trainer`.")
+
+    def _warn_of_missing_classes(self) -> None:
+        statistics = self.lpg_loss.statistics
+        if not self._has_perturbations or not statistics.counts_are_given:
+            return
+        counts = statistics.class_counts.tolist()
+        missing = [label for label, count in enumerate(counts) if count == 0]
+        if missing:
+            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            logger.warning(
+                f"{len(missing)} of the model's {len(counts)} classes have no training rows ({shown}); "
+                f"{'only one class is left, so there is nothing to tell apart' if len(counts) - len(missing) == 1 else 'they will not be learned'}."
+            )
+
+    def _logits(self, outputs: Mapping | tuple) -> Tensor | None:
+        if isinstance(outputs, Mapping):
+            return outputs.get("logits")
+        # Where the Trainer took the labels out, the model's tuple does not begin with a loss.
+        labels_were_passed = self.compute_loss_func is None and self.label_smoother is None
+        return outputs[1] if labels_were_passed else logits_of(outputs)
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._is_classifier and self._has_perturbations and ("loss" in logs or "train_loss" in logs):
+            telemetry = self.lpg_loss.telemetry(lambda tensor: self.accelerator.gather(tensor[None]))
+            if "loss" in logs:
+                logs |= telemetry
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._is_classifier and self._has_perturbations and self.args.should_save:
+            state = {name: tensor.contiguous() for name, tensor in self.lpg_loss.state_dict().items()}
+            save_file(
+                state, Path(output_dir) / STATE_FILE, metadata={"perturbations": json.dumps(self._chain_reprs())}
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Loaded with the first batch, which decides whether there is anything to load.
+        self._checkpoint = checkpoint
+
+    def _load_lpg_state(self, checkpoint: Path) -> None:
+        if not self._has_perturbations:
+            return
+        path = checkpoint / STATE_FILE
+        if not path.is_file():
+            logger.warning(
+                f"{checkpoint} has no {STATE_FILE}, so it was not written by LPGTrainer with perturbations: the class "
+                "statistics start anew."
+            )
+            return
+        with safe_open(path, framework="pt") as file:
+            saved_chain = json.loads(file.metadata()["perturbations"])
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        if saved_chain != self._chain_reprs():
+            raise ValueError(
+                f"{path} was written with perturbations {saved_chain}, but this run has {self._chain_reprs()}. Resume "
+                "with the same `perturbations`, or start a new run from the checkpoint's model."
+            )
+        num_labels = len(state["statistics.class_counts"])
+        if num_labels != self.lpg_loss.num_labels:
+            raise ValueError(
+                f"{path} was written for {num_labels} classes, but this model has {self.lpg_loss.num_labels}. Resume with "
+                "the model of that run."
+            )
+        # The state may be float64 where the logits were.
+        self.lpg_loss.to(device=self.args.device, dtype=state["statistics.class_counts"].dtype).load_state_dict(state)
+
+    def _chain_reprs(self) -> list[str]:
+        return [repr(method) for method in self.lpg_loss.perturbations]

@@ -1,0 +1,589 @@
+import random
+import re
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from lpg_hf.data import _instance_flip_rates, add_label_noise, class_counts, find_label_column, make_long_tailed
+
+
+few_examples = settings(max_examples=25, deadline=None)
+seeds = st.integers(min_value=0, max_value=2**32 - 1)
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def dataset_of(labels, column="label", feature=None):
+    features = Features({column: feature or Value("int64"), "row": Value("int64")})
+    return Dataset.from_dict({column: labels, "row": list(range(len(labels)))}, features=features)
+
+
+def image_dataset(size=24, num_classes=3):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, size=(size, 9, 7, 3), dtype=np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=[f"class_{c}" for c in range(num_classes)])})
+    return Dataset.from_dict(
+        {
+            "image": [PILImage.fromarray(array) for array in pixels],
+            "label": [row % num_classes for row in range(size)],
+        },
+        features=features,
+    )
+
+
+def never_called(batch):
+    raise AssertionError("the user's transform was run")
+
+
+def numpy_random_state():
+    return np.random.get_state()[1].tolist(), np.random.get_state()[2]
+
+
+# Label columns
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (["label_ids", "label", "labels"], "labels"),
+        (["label_ids", "label"], "label"),
+        (["text", "label_ids"], "label_ids"),
+    ],
+)
+def test_find_label_column_prefers_in_order(columns, expected):
+    assert find_label_column(Dataset.from_dict({name: [0, 1] for name in columns})) == expected
+
+
+def test_find_label_column_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"no label column.*\['text', 'target'\].*rename_column"):
+        find_label_column(Dataset.from_dict({"text": ["a"], "target": [0]}))
+
+
+@pytest.mark.parametrize("function", [find_label_column, class_counts])
+def test_dataset_dict_is_refused_with_a_cure(function):
+    splits = DatasetDict({"train": dataset_of([0, 1])})
+    with pytest.raises(TypeError, match=r"is a DatasetDict.*dataset\['train'\]"):
+        function(splits)
+
+
+def all_functions():
+    return [
+        pytest.param(class_counts, id="class_counts"),
+        pytest.param(lambda dataset, **kwargs: add_label_noise(dataset, 0.5, **kwargs), id="add_label_noise"),
+        pytest.param(lambda dataset, **kwargs: make_long_tailed(dataset, 2, **kwargs), id="make_long_tailed"),
+    ]
+
+
+@pytest.mark.parametrize("function", all_functions())
+class TestBadLabels:
+    def test_unknown_label_column(self, function):
+        with pytest.raises(ValueError, match=r"label_column is 'target'.*\['label', 'row'\]"):
+            function(dataset_of([0, 1]), label_column="target")
+
+    def test_empty_dataset(self, function):
+        with pytest.raises(ValueError, match=r"dataset is empty \(0 rows\)"):
+            function(dataset_of([]))
+
+    def test_only_ignored_labels(self, function):
+        with pytest.raises(ValueError, match=r"every label of column 'label' is -100"):
+            function(dataset_of([-100, -100]))
+
+    def test_string_labels(self, function):
+        with pytest.raises(ValueError, match=r"strings such as 'cat'.*class_encode_column\('label'\)"):
+            function(dataset_of(["cat", "dog"], feature=Value("string")))
+
+    def test_float_labels(self, function):
+        with pytest.raises(ValueError, match=r"column 'label' holds values of type double.*cast_column\('label'"):
+            function(dataset_of([0.0, 1.0], feature=Value("float64")))
+
+    def test_missing_labels(self, function):
+        with pytest.raises(ValueError, match=r"column 'label' has 1 missing labels.*-100"):
+            function(dataset_of([0, None, 1]))
+
+    def test_several_labels_per_sample(self, function):
+        with pytest.raises(ValueError, match=r"holds 2 labels in row 1.*\[N\] or \[N, 1\]"):
+            function(dataset_of([[0], [1, 2], [1]], feature=List(Value("int64"))))
+
+    def test_negative_label(self, function):
+        labels = dataset_of([0, 1, -1], feature=ClassLabel(names=["a", "b"]))
+        with pytest.raises(ValueError, match=r"column 'label' holds the label -1 in row 2.*2 classes.*0\.\.1.*-100"):
+            function(labels)
+
+    def test_label_beyond_the_class_names(self, function):
+        table = pa.table({"label": pa.array([0, 5, 1])})
+        labels = Dataset(table).cast_column("label", Value("int64"))
+        labels.info.features["label"] = ClassLabel(names=["a", "b"])
+        with pytest.raises(ValueError, match=r"the label 5 in row 1, but with 2 classes.*num_labels"):
+            function(labels)
+
+
+# Class counts
+
+
+@few_examples
+@given(st.lists(st.integers(0, 6) | st.just(-100), min_size=1).filter(lambda labels: max(labels) >= 0))
+def test_class_counts_equal_a_loop(labels):
+    expected = [0] * 7
+    for label in labels:
+        if label != -100:
+            expected[label] += 1
+    assert class_counts(dataset_of(labels), num_labels=7) == expected
+    assert class_counts(dataset_of(labels)) == expected[: max(labels) + 1]
+
+
+def test_class_counts_takes_the_number_of_names():
+    assert class_counts(dataset_of([0, 0, 1], feature=ClassLabel(names=["a", "b", "c"]))) == [2, 1, 0]
+
+
+def test_class_counts_refuses_labels_beyond_num_labels():
+    with pytest.raises(ValueError, match=r"column 'labels' holds the label 3 in row 2, but with 3 classes"):
+        class_counts(dataset_of([0, 1, 3], column="labels"), num_labels=3)
+
+
+def test_class_counts_sees_what_select_and_shuffle_leave():
+    dataset = dataset_of([0, 1, 2, 2, 2, 1]).shuffle(seed=3)
+    assert class_counts(dataset) == [1, 2, 3]
+    assert class_counts(dataset_of([0, 1, 2, 2]).select([3, 3, 0])) == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "feature", [List(Value("int32")), List(ClassLabel(names=["a", "b", "c"])), List(Value("int64"), length=1)]
+)
+def test_class_counts_accepts_one_label_lists(feature):
+    assert class_counts(dataset_of([[2], [0], [2]], feature=feature)) == [1, 0, 2]
+
+
+def test_class_counts_runs_no_transform_and_opens_no_image(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    dataset = Dataset.from_dict({"image": [str(tmp_path / "broken.png")] * 3, "label": [0, 1, 1]})
+    dataset = dataset.cast_column("image", Image())
+    assert class_counts(dataset) == [1, 2]
+    assert class_counts(dataset.with_transform(never_called)) == [1, 2]
+    assert class_counts(dataset.with_format("torch", columns=["image"])) == [1, 2]
+
+
+# Label noise
+
+
+KINDS = ["symmetric", "pairflip", "asymmetric", "instance"]
+MATRIX = np.array([[0.7, 0.3, 0.0, 0.0], [0.0, 0.5, 0.25, 0.25], [0.1, 0.1, 0.8, 0.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+def noise_of_kind(dataset, kind, rate=0.4, seed=0):
+    if kind == "asymmetric":
+        return add_label_noise(dataset, kind=kind, matrix=MATRIX, seed=seed)
+    features = np.random.default_rng(1).normal(size=(len(dataset), 5)) if kind == "instance" else None
+    return add_label_noise(dataset, rate, kind=kind, seed=seed, features=features)
+
+
+def columns_of(dataset):
+    return np.array(dataset["label"][:]), np.array(dataset["clean_label"][:])
+
+
+@few_examples
+@given(labels=st.lists(st.integers(0, 3) | st.just(-100), min_size=1, max_size=60), seed=seeds)
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_keeps_true_labels_and_is_reproducible(kind, labels, seed):
+    dataset = dataset_of([*labels, 0, 1, 2, 3])
+    state, python_state = numpy_random_state(), random.getstate()
+    noisy = noise_of_kind(dataset, kind, seed=seed)
+    assert (numpy_random_state(), random.getstate()) == (state, python_state)
+
+    assert noisy["clean_label"][:] == dataset["label"][:]
+    assert noisy["row"][:] == dataset["row"][:]
+    assert dataset.column_names == ["label", "row"]
+    label, clean = columns_of(noisy)
+    assert (label[clean == -100] == -100).all()
+    assert ((label >= 0) & (label < 4))[clean != -100].all()
+    assert noise_of_kind(dataset, kind, seed=seed)["label"][:] == noisy["label"][:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_gives_other_noise(kind):
+    dataset = dataset_of([0, 1, 2, 3] * 50)
+    assert noise_of_kind(dataset, kind, seed=0)["label"][:] != noise_of_kind(dataset, kind, seed=1)["label"][:]
+
+
+def test_same_seed_gives_the_same_fingerprint():
+    dataset = dataset_of([0, 1, 2, 3] * 5)
+    assert add_label_noise(dataset, 0.5)._fingerprint == add_label_noise(dataset, 0.5)._fingerprint
+    assert add_label_noise(dataset, 0.5)._fingerprint != add_label_noise(dataset, 0.5, seed=1)._fingerprint
+
+
+@few_examples
+@given(rate=st.floats(0, 0.99), seed=seeds)
+@pytest.mark.parametrize("kind", ["symmetric", "pairflip", "instance"])
+def test_rate_is_met_within_five_standard_errors(kind, rate, seed):
+    size = 2000
+    label, clean = columns_of(noise_of_kind(dataset_of([0, 1, 2, 3] * (size // 4)), kind, rate=rate, seed=seed))
+    # One flip of slack: at tiny rates the number of flips is far from normal.
+    assert abs((label != clean).sum() - size * rate) <= 5 * np.sqrt(size * rate * (1 - rate)) + 1
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "pairflip", "instance"])
+def test_rate_zero_flips_nothing(kind):
+    label, clean = columns_of(noise_of_kind(dataset_of([0, 1, 2, 3] * 50), kind, rate=0.0))
+    assert (label == clean).all()
+
+
+@few_examples
+@given(num_classes=st.integers(2, 7), seed=seeds)
+def test_symmetric_noise_reaches_every_other_class_and_no_label_returns(num_classes, seed):
+    # At a rate just below 1 every label flips, and flipping to the same class would be seen.
+    dataset = dataset_of([0] * 3000 + [num_classes - 1])
+    label, _ = columns_of(add_label_noise(dataset, 1 - 1e-12, seed=seed))
+    targets = label[:3000]
+    expected = 3000 / (num_classes - 1)
+    allowed = 5 * np.sqrt(3000 * (1 / (num_classes - 1)) * (1 - 1 / (num_classes - 1)))
+    assert (targets == 0).sum() == 0
+    for target in range(1, num_classes):
+        assert abs((targets == target).sum() - expected) <= allowed
+
+
+def test_pairflip_goes_to_the_next_class():
+    label, clean = columns_of(add_label_noise(dataset_of([0, 1, 2] * 100), 0.5, kind="pairflip"))
+    pairs = set(zip(clean.tolist(), label.tolist(), strict=True))
+    assert pairs == {(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 0)}
+
+
+def test_asymmetric_noise_follows_the_matrix():
+    size = 4000
+    label, clean = columns_of(noise_of_kind(dataset_of([0, 1, 2, 3] * size), "asymmetric"))
+    for source in range(4):
+        for target in range(4):
+            probability = MATRIX[source, target]
+            found = ((clean == source) & (label == target)).sum()
+            assert abs(found - size * probability) <= 5 * np.sqrt(size * probability * (1 - probability))
+
+
+def test_asymmetric_matrix_may_know_of_unseen_classes():
+    label, _ = columns_of(add_label_noise(dataset_of([0, 1] * 5), kind="asymmetric", matrix=np.eye(3)[[2, 1, 0]]))
+    assert label.tolist() == [2, 1] * 5
+
+
+def test_instance_flip_rates_have_the_mean_asked_for():
+    for rate in (0.0, 0.05, 0.4, 0.97):
+        rates = _instance_flip_rates(20000, rate, np.random.default_rng(0))
+        assert rates.min() >= max(0, 2 * rate - 1) - 1e-9
+        assert rates.max() <= min(1, 2 * rate) + 1e-9
+        assert abs(rates.mean() - rate) < 5 * 0.1 / np.sqrt(20000)
+    assert _instance_flip_rates(20000, 0.5, np.random.default_rng(0)).std() == pytest.approx(0.1, rel=0.05)
+
+
+def test_instance_noise_mislabels_similar_samples_alike():
+    rng = np.random.default_rng(0)
+    clusters = rng.normal(size=(4, 60))
+    cluster = rng.integers(0, 4, size=2000)
+    features = clusters[cluster] + 0.01 * rng.normal(size=(2000, 60))
+    dataset = dataset_of(rng.integers(0, 5, size=2000).tolist())
+    label, clean = columns_of(add_label_noise(dataset, 0.5, kind="instance", features=features))
+    targets_of_class_0 = set()
+    for source in range(5):
+        for index in range(4):
+            targets = label[(clean == source) & (cluster == index) & (label != clean)]
+            assert np.bincount(targets).max() / len(targets) > 0.6  # 0.25 if the features did not matter
+            if source == 0:
+                targets_of_class_0.add(np.bincount(targets).argmax())
+    assert len(targets_of_class_0) > 1
+
+
+def test_instance_noise_does_not_depend_on_the_unit_of_the_features():
+    dataset = dataset_of([0, 1, 2] * 100)
+    features = np.random.default_rng(0).normal(size=(300, 6))
+    noisy = add_label_noise(dataset, 0.5, kind="instance", features=features)
+    scaled = add_label_noise(dataset, 0.5, kind="instance", features=1024 * features)
+    assert scaled["label"][:] == noisy["label"][:]
+
+
+def test_instance_noise_of_identical_samples_is_uniform():
+    dataset = dataset_of([0, 1, 2] * 1000)
+    label, clean = columns_of(add_label_noise(dataset, 0.5, kind="instance", features=np.ones((3000, 2))))
+    flipped = label[(clean == 0) & (label != 0)]
+    assert abs((flipped == 1).sum() - len(flipped) / 2) <= 5 * np.sqrt(len(flipped) / 4)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_instance_noise_looks_at_images(decode):
+    dataset = image_dataset(60).cast_column("image", Image(decode=decode))
+    thumbnails = [np.asarray(image.resize((8, 8))).reshape(-1) for image in image_dataset(60)["image"][:]]
+    expected = add_label_noise(dataset, 0.5, kind="instance", features=thumbnails)
+    found = add_label_noise(dataset.with_transform(never_called), 0.5, kind="instance").with_format(None)
+    assert found["label"][:] == expected["label"][:]
+    assert found["label"][:] != found["clean_label"][:]
+    assert found.features == expected.features
+
+
+@pytest.mark.parametrize("feature", [List(List(Value("float32"))), datasets.Array2D((2, 3), "float32")])
+def test_instance_noise_looks_at_numeric_arrays(feature):
+    arrays = np.random.default_rng(0).normal(size=(90, 2, 3)).astype(np.float32)
+    features = Features({"text": Value("string"), "pixel_values": feature, "label": Value("int64")})
+    columns = {"text": ["a"] * 90, "pixel_values": arrays.tolist(), "label": [0, 1, 2] * 30}
+    dataset = Dataset.from_dict(columns, features=features)
+    expected = add_label_noise(dataset, 0.5, kind="instance", features=arrays.reshape(90, 6))
+    assert add_label_noise(dataset, 0.5, kind="instance")["label"][:] == expected["label"][:]
+
+
+def test_instance_noise_without_features_names_the_cure():
+    text = Dataset.from_dict({"text": ["a", "b"], "labels": [[0], [1]]})
+    with pytest.raises(ValueError, match=r"none of the columns \['text', 'labels'\].*`features=`.*\[n, d\]"):
+        add_label_noise(text, 0.5, kind="instance")
+    ragged = Dataset.from_dict({"input_ids": [[1, 2], [3]], "label": [0, 1]})
+    with pytest.raises(ValueError, match=r"column 'input_ids' holds arrays of different shapes.*`features=`"):
+        add_label_noise(ragged, 0.5, kind="instance")
+
+
+def test_instance_noise_names_the_missing_image():
+    dataset = image_dataset(3)
+    features = dataset.features
+    dataset = Dataset.from_dict({"image": [None, *dataset["image"][1:]], "label": [0, 1, 2]}, features=features)
+    with pytest.raises(ValueError, match=r"column 'image' has none in row 0.*`features=`"):
+        add_label_noise(dataset, 0.5, kind="instance")
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4,), (4, 0)])
+def test_instance_features_of_wrong_shape(shape):
+    with pytest.raises(ValueError, match=rf"features has shape {re.escape(str(shape))}.*\[n, d\] with n = 4"):
+        add_label_noise(dataset_of([0, 1, 0, 1]), 0.5, kind="instance", features=np.ones(shape))
+
+
+def test_instance_features_must_be_finite():
+    with pytest.raises(ValueError, match="features holds NaN or infinite values"):
+        add_label_noise(dataset_of([0, 1]), 0.5, kind="instance", features=[[0.0], [np.nan]])
+    nan_column = Dataset.from_dict({"x": [[0.0, 1.0], [np.nan, 1.0]], "label": [0, 1]})
+    with pytest.raises(ValueError, match="column 'x' holds NaN or infinite values"):
+        add_label_noise(nan_column, 0.5, kind="instance")
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [Value("int32"), Value("uint8"), ClassLabel(names=["a", "b", "c"])],
+)
+def test_noise_keeps_features_and_column_order(feature):
+    dataset = dataset_of([0, 1, 2] * 10, feature=feature)
+    noisy = add_label_noise(dataset, 0.5)
+    assert noisy.column_names == ["label", "row", "clean_label"]
+    assert noisy.features == Features({"label": feature, "row": Value("int64"), "clean_label": feature})
+    assert noisy["label"][:] != noisy["clean_label"][:]
+
+
+@pytest.mark.parametrize("feature", [List(ClassLabel(names=["a", "b", "c"])), List(Value("int32"), length=1)])
+def test_noise_keeps_one_label_lists(feature):
+    dataset = dataset_of([[0], [1], [2]] * 10, feature=feature)
+    noisy = add_label_noise(dataset, 0.5)
+    flat = add_label_noise(dataset_of([0, 1, 2] * 10), 0.5)
+    assert noisy.features["label"] == noisy.features["clean_label"] == feature
+    assert noisy["label"][:] == [[label] for label in flat["label"][:]]
+    assert noisy["clean_label"][:] == dataset["label"][:]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_noise_leaves_the_bytes_of_images_alone(shuffled):
+    dataset = image_dataset()
+    if shuffled:
+        dataset = dataset.shuffle(seed=0).select(range(12))
+    noisy = add_label_noise(dataset, 0.5)
+    undecoded = Image(decode=False)
+    assert noisy.cast_column("image", undecoded)["image"][:] == dataset.cast_column("image", undecoded)["image"][:]
+    assert noisy.features["image"] == Image()
+    assert noisy["clean_label"][:] == dataset["label"][:]
+
+
+def test_noise_opens_no_image(tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"not an image")
+    dataset = Dataset.from_dict({"image": [str(path)] * 8, "label": [0, 1] * 4}).cast_column("image", Image())
+    noisy = add_label_noise(dataset.shuffle(seed=0), 0.5)
+    assert noisy.cast_column("image", Image(decode=False))["image"][:] == [{"bytes": None, "path": str(path)}] * 8
+
+
+def test_noise_follows_shuffle_and_repeated_rows():
+    dataset = dataset_of([0, 1, 2] * 10).shuffle(seed=1).select([5, 5, 5, 5, 5, 5, 5, 5, 0, 1, 2])
+    noisy = add_label_noise(dataset, 0.5, label_column="label")
+    assert noisy["row"][:] == dataset["row"][:]
+    assert noisy["clean_label"][:] == dataset["label"][:]
+    assert len(set(noisy["label"][:8])) > 1  # each copy of a row is noised by itself
+
+
+def test_noise_keeps_the_transform():
+    def transform(batch):
+        return {"shifted": [label + 10 for label in batch["label"]], "clean": batch["clean_label"]}
+
+    dataset = dataset_of([0, 1, 2] * 5)
+    noisy = add_label_noise(dataset.with_transform(transform), 0.5)
+    assert noisy.format["type"] == "custom"
+    assert noisy.format["format_kwargs"]["transform"] is transform
+    plain = add_label_noise(dataset, 0.5)
+    assert noisy[:] == {"shifted": [label + 10 for label in plain["label"][:]], "clean": plain["clean_label"][:]}
+
+
+def test_noise_keeps_the_format():
+    dataset = dataset_of([0, 1, 2] * 5)
+    noisy = add_label_noise(dataset.with_format("numpy"), 0.5)
+    assert {name: type(column) for name, column in noisy[:].items()} == dict.fromkeys(
+        ["label", "row", "clean_label"], np.ndarray
+    )
+    chosen = add_label_noise(dataset.with_format("numpy", columns=["row"], output_all_columns=True), 0.5)
+    assert chosen.format["columns"] == ["row"]
+    assert chosen.format["output_all_columns"] is True
+    assert isinstance(chosen[:]["row"], np.ndarray)
+    assert isinstance(chosen[:]["label"], list)
+
+
+def test_second_noise_is_refused():
+    noisy = add_label_noise(dataset_of([0, 1]), 0.1)
+    with pytest.raises(ValueError, match=r"already has a column 'clean_label'.*rename or remove"):
+        add_label_noise(noisy, 0.1)
+    assert add_label_noise(noisy.remove_columns("clean_label"), 0.1).column_names == ["label", "row", "clean_label"]
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), None])
+@pytest.mark.parametrize("kind", ["symmetric", "pairflip", "instance"])
+def test_rate_out_of_range(kind, rate):
+    with pytest.raises(ValueError, match=rf"rate is {rate}, but must be a number in \[0, 1\)"):
+        add_label_noise(dataset_of([0, 1]), rate, kind=kind)
+
+
+def test_unknown_kind_lists_the_known_ones():
+    with pytest.raises(ValueError, match="kind is 'uniform'.*symmetric, pairflip, asymmetric, instance"):
+        add_label_noise(dataset_of([0, 1]), 0.2, kind="uniform")
+
+
+def test_arguments_that_do_not_belong_together():
+    dataset = dataset_of([0, 1])
+    with pytest.raises(ValueError, match=r"matrix is None.*\[C, C\]"):
+        add_label_noise(dataset, kind="asymmetric")
+    with pytest.raises(ValueError, match="rate is 0.2, but kind='asymmetric'.*Leave `rate` out"):
+        add_label_noise(dataset, 0.2, kind="asymmetric", matrix=np.eye(2))
+    with pytest.raises(ValueError, match="matrix was passed with kind='symmetric'"):
+        add_label_noise(dataset, 0.2, matrix=np.eye(2))
+    with pytest.raises(ValueError, match="features was passed with kind='pairflip'"):
+        add_label_noise(dataset, 0.2, kind="pairflip", features=np.eye(2))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_matrix_must_be_square(shape):
+    with pytest.raises(ValueError, match=rf"matrix has shape {re.escape(str(shape))}, but must be \[C, C\]"):
+        add_label_noise(dataset_of([0, 1]), kind="asymmetric", matrix=np.ones(shape))
+
+
+def test_matrix_must_fit_the_classes():
+    with pytest.raises(ValueError, match=r"matrix has shape \(2, 2\).*column 'label' need \[3, 3\]"):
+        add_label_noise(dataset_of([0, 1, 2]), kind="asymmetric", matrix=np.eye(2))
+    named = dataset_of([0, 1, 1], feature=ClassLabel(names=["a", "b"]))
+    with pytest.raises(ValueError, match=r"matrix has shape \(3, 3\).*need \[2, 2\]"):
+        add_label_noise(named, kind="asymmetric", matrix=np.eye(3))
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.4], [1.5, -0.5], [float("nan"), 1.0]])
+def test_matrix_rows_must_be_probabilities(row):
+    with pytest.raises(ValueError, match=r"matrix has the row 1 = .*sum to 1. Divide each row by its sum"):
+        add_label_noise(dataset_of([0, 1]), kind="asymmetric", matrix=[[1.0, 0.0], row])
+
+
+@pytest.mark.parametrize("function", all_functions()[1:])
+def test_fewer_than_two_classes(function):
+    with pytest.raises(ValueError, match=r"column 'label' has 1 class, but at least 2.*ClassLabel"):
+        function(dataset_of([0, 0]))
+
+
+# Long tails
+
+
+def test_long_tail_is_the_cifar_profile():
+    # The published class sizes of CIFAR-10-LT at ratio 100, a hundred times smaller data giving ratio 100 to 1 row.
+    dataset = dataset_of(np.repeat(np.arange(10), 5000).tolist())
+    assert class_counts(make_long_tailed(dataset, 100)) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+
+@pytest.mark.parametrize(
+    ("available", "ratio", "expected"),
+    [
+        ([40, 40, 40], 4, [40, 20, 10]),
+        ([1000, 1000, 10], 100, [1000, 100, 10]),
+        ([178, 178, 178], 100, [100, 10, 1]),  # 178 : 2 would be 89, 178 : 1 would be 178
+        ([50, 40, 2], 10, [20, 6, 2]),  # the last class limits the first
+        ([50, 2, 40], 4, [4, 2, 1]),  # so does one in the middle
+        ([7, 9, 8], 1, [7, 7, 7]),
+        ([7, 7], 2.5, [5, 2]),
+        ([6, 6], 1000, [6, 1]),
+        ([1, 1, 1], 10, [1, 1, 1]),
+    ],
+)
+def test_long_tail_by_hand(available, ratio, expected):
+    labels = np.repeat(np.arange(len(available)), available)
+    labels = np.random.default_rng(0).permutation(labels).tolist()
+    assert class_counts(make_long_tailed(dataset_of(labels), ratio)) == expected
+
+
+@few_examples
+@given(
+    available=st.lists(st.integers(1, 60), min_size=2, max_size=6),
+    ratio=st.floats(1, 50) | st.integers(1, 50),
+    seed=seeds,
+)
+def test_long_tail_holds_what_it_says(available, ratio, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(available)), available)).tolist()
+    dataset = dataset_of([*labels, -100])
+    tailed = make_long_tailed(dataset, ratio, seed=seed)
+
+    rows = tailed["row"][:]
+    assert rows == sorted(set(rows))
+    assert tailed["label"][:] == [labels[row] for row in rows]
+
+    counts = class_counts(tailed, num_labels=len(available))
+    steps = range(len(available))
+    assert all(1 <= counts[step] <= available[step] for step in steps)
+    assert counts == sorted(counts, reverse=True)
+    # As a loop over whole numbers: the largest class 0 for which no class runs out of rows.
+    exponents = [step / (len(available) - 1) for step in steps]
+    largest = 0
+    while all((largest + 1) / ratio**e <= n + 1e-6 for e, n in zip(exponents, available, strict=True)):
+        largest += 1
+    if largest >= ratio:
+        best = min(abs(head / counts[-1] - ratio) for head in range(1, largest + 1))
+        assert abs(counts[0] / counts[-1] - ratio) == pytest.approx(best, abs=1e-9)
+        assert counts[-1] == int(largest / ratio + 1e-6)
+    else:
+        assert (counts[0], counts[-1]) == (max(largest, 1), 1)
+    for step in steps:
+        assert abs(counts[step] - counts[0] / ratio ** exponents[step]) <= 1 + 1e-6
+
+    assert make_long_tailed(dataset, ratio, seed=seed)["row"][:] == rows
+
+
+def test_long_tail_draws_other_rows_for_another_seed_and_leaves_global_state():
+    dataset = dataset_of([0, 1] * 100)
+    state = numpy_random_state()
+    assert make_long_tailed(dataset, 10, seed=0)["row"][:] != make_long_tailed(dataset, 10, seed=1)["row"][:]
+    assert numpy_random_state() == state
+
+
+def test_long_tail_keeps_images_format_and_features():
+    dataset = image_dataset(30).shuffle(seed=0).with_transform(never_called)
+    tailed = make_long_tailed(dataset, 5)
+    assert tailed.format == dataset.format
+    assert tailed.features == dataset.features
+    assert class_counts(tailed) == [10, 4, 2]
+
+
+@pytest.mark.parametrize("ratio", [0.99, 0, -2, float("nan"), float("inf")])
+def test_imbalance_ratio_out_of_range(ratio):
+    with pytest.raises(ValueError, match=rf"imbalance_ratio is {ratio}, but must be a finite number of at least 1"):
+        make_long_tailed(dataset_of([0, 1]), ratio)
+
+
+def test_long_tail_refuses_an_empty_class():
+    dataset = dataset_of([0, 0, 2], feature=ClassLabel(names=["a", "b", "c"]))
+    with pytest.raises(ValueError, match=r"no row of class 1 in column 'label' \(it has 3 classes\)"):
+        make_long_tailed(dataset, 2)
