@@ -150,8 +150,8 @@ def relative_dampening_weight(
     Weight of each sample under class-relative dampening: `min(1, rho_i / rhobar_c) ^ (power gamma_c)`.
 
     `rho_i = p_{i,c} / max_j p_ij` says how far the model believes the label of sample i, `rhobar_c` how far it
-    believes that class as a whole. `gamma_c` is the product of two gates in [0, 1]: the class has been learned (its mean
-    own probability rises through the interval `learned`) and the model confidently contradicts a share of it
+    believes that class as a whole. `gamma_c` is the product of two gates in [0, 1]: the class has been learned (its
+    mean own probability rises through the interval `learned`) and the model confidently contradicts a share of it
     (`contradiction` rises through `contradicted`). A sample as good as the mean of its class, and every sample of a
     class with a closed gate, has weight 1.
 
@@ -234,9 +234,9 @@ def logit_adjustment_delta(logits: Tensor, labels: Tensor, prior: Tensor, tau: f
     r"""
     Logit adjustment, `softmax(z + tau log pi) - softmax(z)`: the tail pulls harder, the head less.
 
-    Source: Menon et al., Long-tail learning via logit adjustment (ICLR 2021); at `tau = 1` the balanced softmax of Ren et
-    al. (NeurIPS 2020). A class without samples is given the prior of the rarest class that has some (ours: a prior of
-    zero would stop the model from ever learning to leave that class out).
+    Source: Menon et al., Long-tail learning via logit adjustment (ICLR 2021); at `tau = 1` the balanced softmax of
+    Ren et al. (NeurIPS 2020). A class without samples is given the prior of the rarest class that has some (ours: a
+    prior of zero would stop the model from ever learning to leave that class out).
 
     Args:
         logits (`torch.Tensor` of shape `[N, C]`): The model's own logits.
@@ -272,7 +272,7 @@ def _ramp(value: Tensor, start: float, end: float) -> Tensor:
 
 
 def _class_segments(labels: Tensor) -> Tensor:
-    """Numbers the classes present 0, 1, 2, ... and returns each sample's number: `unique` without its synchronisation."""
+    """Numbers the classes present 0, 1, ... and returns each sample's number: `unique` without a synchronisation."""
     ordered, order = labels.sort()
     starts_class = F.pad(ordered[1:] != ordered[:-1], (1, 0))
     return torch.zeros_like(labels).scatter_(0, order, starts_class.cumsum(0))
@@ -286,7 +286,7 @@ def _segment_means(gradient: Tensor, segment: Tensor) -> Tensor:
 
 
 def _largest_zero_sum(target: Tensor, bound: Tensor) -> Tensor:
-    """Maximiser of `<target, delta>` with `|delta_j| <= bound` and sum zero: +bound on the larger half, - on the rest."""
+    """Maximiser of `<target, delta>` with `|delta_j| <= bound` and sum zero: +bound on the larger half."""
     num_classes = target.shape[-1]
     rank = target.argsort(-1, descending=True, stable=True).argsort(-1)
     half = num_classes // 2

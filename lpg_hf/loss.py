@@ -17,7 +17,8 @@ IGNORE_INDEX = -100
 
 class LPGLoss(nn.Module):
     r"""
-    Cross-entropy (or another loss) with the value left as it is and the logit gradient perturbed by a chain of methods.
+    Cross-entropy (or another loss) with the value left as it is and the logit gradient perturbed by a chain of
+    methods.
 
     With `g_i` the gradient of sample i's loss at its logits, `.backward()` sends exactly
     `g_i + delta_1 + delta_2 + ...` into the model, divided like the loss. Each method gets the gradient that the one
@@ -51,8 +52,10 @@ class LPGLoss(nn.Module):
     >>> logits = torch.tensor([[4.0, 0.0, 0.0]], requires_grad=True)
     >>> loss = loss_fn(logits, torch.tensor([1]))
     >>> loss.backward()
-    >>> loss.item(), logits.grad.norm().item()  # the loss is cross-entropy, the gradient is clipped
-    (4.03..., 0.5...)
+    >>> loss  # cross-entropy
+    tensor(4.0360, grad_fn=<_ReplaceGradientBackward>)
+    >>> logits.grad.norm()
+    tensor(0.5000)
 
     ```
     """
@@ -123,7 +126,8 @@ class LPGLoss(nn.Module):
         Runs the chain on the logit gradient of a micro-batch and updates statistics and telemetry.
 
         Args:
-            gradient (`torch.Tensor` of shape `[N, C]`): Of the base loss, in per-sample units; rows of ignored samples 0.
+            gradient (`torch.Tensor` of shape `[N, C]`):
+                Of the base loss, in per-sample units; zero for ignored samples.
             logits (`torch.Tensor` of shape `[N, C]`): The model's own, detached, float32 or float64.
             labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
 
@@ -160,9 +164,9 @@ class LPGLoss(nn.Module):
             gather (`Callable`, *optional*): Stacks a tensor of every process along a new leading axis.
 
         Returns:
-            `dict[str, float]`: Mean norm of the base gradient, and for each method the mean norm of its delta, its ratio to
-            the norm of the base gradient, and the mean weight where the method only rescales; running training accuracy
-            of the larger and the smaller third of the classes. Empty if there was no sample.
+            `dict[str, float]`: Mean norm of the base gradient, and for each method the mean norm of its delta, its
+            ratio to the norm of the base gradient, and the mean weight where the method only rescales; running
+            training accuracy of the larger and the smaller third of the classes. Empty if there was no sample.
 
         Raises:
             FloatingPointError: If a logit gradient was not finite; the message names the first step.
@@ -192,8 +196,8 @@ class LPGLoss(nn.Module):
     def _check(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if logits.ndim != 2 or logits.shape[1] != self.num_labels or labels.numel() != len(logits):
             raise ValueError(
-                f"`logits` must be [N, {self.num_labels}] and `labels` [N] or [N, 1]; found shapes {list(logits.shape)} and "
-                f"{list(labels.shape)}. `num_labels` is the number of the model's logits per sample."
+                f"`logits` must be [N, {self.num_labels}] and `labels` [N] or [N, 1]; found shapes "
+                f"{list(logits.shape)} and {list(labels.shape)}. `num_labels` counts the model's logits per sample."
             )
         if labels.is_floating_point():
             raise ValueError(f"`labels` must be integer class indices; found {labels.dtype}.")
@@ -206,15 +210,15 @@ class LPGLoss(nn.Module):
                 return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
             except IndexError as error:
                 raise ValueError(
-                    f"`labels` must lie in [0, {self.num_labels}) or be {IGNORE_INDEX}: {error} Check `num_labels` of the "
-                    "model and the label column."
+                    f"`labels` must lie in [0, {self.num_labels}) or be {IGNORE_INDEX}: {error} Check `num_labels` of "
+                    "the model and the label column."
                 ) from error
         labelled = labels != IGNORE_INDEX
         values = self.base_loss(logits, torch.where(labelled, labels, 0))
         if values.shape != labels.shape:
             raise ValueError(
-                f"`base_loss` must return one loss per sample, shape {list(labels.shape)}; found {list(values.shape)}. Use "
-                "reduction='none'."
+                f"`base_loss` must return one loss per sample, shape {list(labels.shape)}; found "
+                f"{list(values.shape)}. Use reduction='none'."
             )
         return torch.where(labelled, values, 0.0)
 

@@ -17,9 +17,9 @@ class ClassStatistics(nn.Module):
     """
     Class prior, and running means per class of what the model makes of its training samples.
 
-    A step uses the statistics of the step before: [`~ClassStatistics.update`] only adds the samples of a micro-batch to
-    pending sums, [`~ClassStatistics.fold`] reduces these over processes and moves the running means, once per optimizer
-    step. The result does not depend on how the batch was split into micro-batches and processes.
+    A step uses the statistics of the step before: [`~ClassStatistics.update`] only adds the samples of a micro-batch
+    to pending sums, [`~ClassStatistics.fold`] reduces these over processes and moves the running means, once per
+    optimizer step. The result does not depend on how the batch was split into micro-batches and processes.
 
     Args:
         num_labels (`int`): Number of classes C.
@@ -142,11 +142,12 @@ def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
     counts = torch.as_tensor(class_counts, dtype=torch.float32).clone()
     if counts.shape != (num_labels,):
         raise ValueError(
-            f"`class_counts` has shape {list(counts.shape)}, but there are {num_labels} classes: pass one count per class."
+            f"`class_counts` has shape {list(counts.shape)}, but there are {num_labels} classes: pass one count per "
+            "class."
         )
     if (counts < 0).any() or not (counts > 0).any():
         raise ValueError(
-            f"`class_counts` must not be negative, and at least one must be positive; found {counts.tolist()}. Count the "
-            "training rows of each class, for instance with `lpg_hf.data.class_counts(dataset)`."
+            f"`class_counts` must not be negative, and at least one must be positive; found {counts.tolist()}. Count "
+            "the training rows of each class, for instance with `lpg_hf.data.class_counts(dataset)`."
         )
     return counts

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from datasets import ClassLabel, Dataset
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
-from transformers.utils import logging
 
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
@@ -22,7 +22,7 @@ from .loss import IGNORE_INDEX, LPGLoss, logits_of, replace_gradient
 from .perturbations import LogitPerturbation, build_chain
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 STATE_FILE = "lpg_state.safetensors"
 
@@ -40,11 +40,11 @@ class LPGTrainer(Trainer):
     A [`~transformers.Trainer`] that perturbs the gradient at the logits of a classification model.
 
     Everything else is the Trainer's: data, optimizer, schedule, evaluation, checkpoints, `accelerate launch`. Without
-    further arguments it uses the preset `auto`, which looks at the class counts of `train_dataset` and needs no tuning.
-    Evaluation and prediction are never perturbed, and the loss that is logged is the unperturbed one.
+    further arguments it uses the preset `auto`, which looks at the class counts of `train_dataset` and needs no
+    tuning. Evaluation and prediction are never perturbed, and the loss that is logged is the unperturbed one.
 
-    A model counts as a classifier if it has one integer label per sample, logits `[N, C]` with C > 1, and a loss that is
-    the cross-entropy of its logits; this is looked at once, on the first training batch. For any other model `auto`
+    A model counts as a classifier if it has one integer label per sample, logits `[N, C]` with C > 1, and a loss that
+    is the cross-entropy of its logits; this is looked at once, on the first training batch. For any other model `auto`
     warns and trains exactly as `Trainer`, while perturbations that were asked for raise an error.
 
     Args:
@@ -53,8 +53,8 @@ class LPGTrainer(Trainer):
             The chain of methods, as objects or strings. Left out, it is what the config says (`auto` for plain
             [`~transformers.TrainingArguments`]); `[]` trains exactly as `Trainer`.
         class_counts (`Sequence[int]`, *optional*):
-            Training samples of each class. Left out, they are read from the label column of `train_dataset`, or counted
-            during the first epoch where there is none to read.
+            Training samples of each class. Left out, they are read from the label column of `train_dataset`, or
+            counted during the first epoch where there is none to read.
 
     Attributes:
         lpg_loss ([`LPGLoss`] or `None`):
@@ -62,8 +62,8 @@ class LPGTrainer(Trainer):
             the number of classes.
 
     Raises:
-        ValueError: For unknown perturbations or arguments out of range; when training starts, for an empty training set,
-            labels out of range, and for perturbations asked for on a model that is no classifier.
+        ValueError: For unknown perturbations or arguments out of range; when training starts, for an empty training
+            set, labels out of range, and for perturbations asked for on a model that is no classifier.
 
     Example:
 
@@ -89,8 +89,8 @@ class LPGTrainer(Trainer):
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         if isinstance(self.compute_loss_func, LPGLoss):
             raise ValueError(
-                "`compute_loss_func` is an LPGLoss: give its methods to `LPGTrainer(perturbations=...)`, or keep it and "
-                "use the plain Trainer."
+                "`compute_loss_func` is an LPGLoss: give its methods to `LPGTrainer(perturbations=...)`, or keep it "
+                "and use the plain Trainer."
             )
         self._prepare_perturbations()
 
@@ -117,7 +117,7 @@ class LPGTrainer(Trainer):
             self._build_loss(num_labels)
 
     def _declared_num_labels(self) -> int | None:
-        """The number of classes, where the model's own loss relies on its config for it; else the first batch tells."""
+        """The number of classes, where the model's own loss takes it from its config; else the first batch tells."""
         model = self.accelerator.unwrap_model(self.model)
         if getattr(model, "loss_type", None) not in _SINGLE_LABEL_LOSS_TYPES:
             return None
@@ -189,7 +189,7 @@ class LPGTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _replaces_loss(self) -> bool:
-        """`perturbations=[]` is the Trainer's own loss, except where that is not the mean over the accumulated batch."""
+        """`perturbations=[]` is the Trainer's own loss, unless that is not the mean over the accumulated batch."""
         if self._has_perturbations:
             return True
         return self.args.gradient_accumulation_steps > 1 and self.compute_loss_func is None
@@ -215,8 +215,8 @@ class LPGTrainer(Trainer):
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise ValueError(
-                "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient to "
-                "perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
+                "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient "
+                "to perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
             )
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / weight
         labels = labels.reshape(-1).long()
@@ -249,7 +249,8 @@ class LPGTrainer(Trainer):
         self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items_in_batch: Tensor | int | None
     ) -> str | None:
         """What makes the model no classifier, in words; `None` for a classifier."""
-        problem_type = getattr(self.accelerator.unwrap_model(self.model).config, "problem_type", None)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        problem_type = getattr(config, "problem_type", None)
         if problem_type not in (None, "single_label_classification"):
             return f"its `config.problem_type` is {problem_type!r}"
         if labels is None:
@@ -298,8 +299,8 @@ class LPGTrainer(Trainer):
             return
         name = type(self.accelerator.unwrap_model(self.model)).__name__
         message = (
-            f"{name} is not a single-label classifier trained with cross-entropy: {found}. If it should be perturbed all "
-            "the same, give its loss as `compute_loss_func`; to train it as `Trainer` does, pass `perturbations=[]`."
+            f"{name} is not a single-label classifier trained with cross-entropy: {found}. If it should be perturbed "
+            "all the same, give its loss as `compute_loss_func`; to train it as `Trainer`, pass `perturbations=[]`."
         )
         if self._asks_for_perturbations():
             raise ValueError(f"{message} Asked for: {self._chain(self.args)!r}.")
@@ -313,10 +314,8 @@ class LPGTrainer(Trainer):
         missing = [label for label, count in enumerate(counts) if count == 0]
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            logger.warning(
-                f"{len(missing)} of the model's {len(counts)} classes have no training rows ({shown}); "
-                f"{'only one class is left, so there is nothing to tell apart' if len(counts) - len(missing) == 1 else 'they will not be learned'}."
-            )
+            left = "only one class is left to learn" if len(missing) == len(counts) - 1 else "they will not be learned"
+            logger.warning(f"{len(missing)} of {len(counts)} classes have no training rows ({shown}): {left}.")
 
     def _logits(self, outputs: Mapping | tuple) -> Tensor | None:
         if isinstance(outputs, Mapping):
@@ -361,7 +360,7 @@ class LPGTrainer(Trainer):
             return
         with safe_open(path, framework="pt") as file:
             saved_chain = json.loads(file.metadata()["perturbations"])
-            state = {name: file.get_tensor(name) for name in file.keys()}
+        state = load_file(path)
         if saved_chain != self._chain_reprs():
             raise ValueError(
                 f"{path} was written with perturbations {saved_chain}, but this run has {self._chain_reprs()}. Resume "
@@ -370,8 +369,8 @@ class LPGTrainer(Trainer):
         num_labels = len(state["statistics.class_counts"])
         if num_labels != self.lpg_loss.num_labels:
             raise ValueError(
-                f"{path} was written for {num_labels} classes, but this model has {self.lpg_loss.num_labels}. Resume with "
-                "the model of that run."
+                f"{path} was written for {num_labels} classes, but this model has {self.lpg_loss.num_labels}. Resume "
+                "with the model of that run."
             )
         # The state may be float64 where the logits were.
         self.lpg_loss.to(device=self.args.device, dtype=state["statistics.class_counts"].dtype).load_state_dict(state)

@@ -38,8 +38,8 @@ def build_chain(
 
     Args:
         perturbations (`str`, [`LogitPerturbation`] or a sequence of them):
-            Objects; strings as their `repr` writes them (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"`, which stands for the
-            default preset and may be part of a longer chain; `"none"` for an empty chain.
+            Objects; strings as their `repr` writes them (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"`, which stands for
+            the default preset and may be part of a longer chain; `"none"` for an empty chain.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class, which `auto` looks at.
 
     Returns:

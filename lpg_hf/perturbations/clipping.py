@@ -9,7 +9,8 @@ from .base import LogitPerturbation, check
 
 class LogitClipping(LogitPerturbation):
     r"""
-    Logit-gradient clipping, `delta = (min(1, M/||g_i||) - 1) g_i`: bounds the pull of each sample, wrong labels included.
+    Logit-gradient clipping, `delta = (min(1, M/||g_i||) - 1) g_i`: bounds the pull of each sample, wrong labels
+    included.
 
     Source: Menon et al., Can gradient clipping mitigate label noise? (ICLR 2020), applied at the logits.
 

@@ -16,14 +16,14 @@ class LPG(LogitPerturbation):
 
     The strategy gives every class c a sign and a radius `eps_c`:
 
-    - `"frequency"` (long tails): with `a_c = mean(log pi) - log pi_c` over the classes of the training set, classes with
-      `a_c > 0` are amplified and the others dampened, `eps_c = epsilon |a_c| / max|a|`.
+    - `"frequency"` (long tails): with `a_c = mean(log pi) - log pi_c` over the classes of the training set, classes
+      with `a_c > 0` are amplified and the others dampened, `eps_c = epsilon |a_c| / max|a|`.
     - `"accuracy"` (balanced data): classes whose running training accuracy lies below the mean over classes are
       amplified, those above dampened, `eps_c = epsilon |mean - q_c|`.
     - `"fixed"`: `signs` and `bounds` as given.
 
-    Source: the framework and the first two settings are the paper's (arXiv 2605.29494); the formulas for the radii, the
-    cap on dampening, the sample direction and `"fixed"` are ours.
+    Source: the framework and the first two settings are the paper's (arXiv 2605.29494); the formulas for the radii,
+    the cap on dampening, the sample direction and `"fixed"` are ours.
 
     Args:
         strategy (`str`, *optional*, defaults to `"frequency"`): `"frequency"`, `"accuracy"` or `"fixed"`.
@@ -109,7 +109,8 @@ class LPG(LogitPerturbation):
             signs, bounds = self._signs, self._bounds
             if len(signs) != statistics.num_labels:
                 raise ValueError(
-                    f"`signs` has {len(signs)} entries, but there are {statistics.num_labels} classes: pass one per class."
+                    f"`signs` has {len(signs)} entries, but there are {statistics.num_labels} classes: pass one per "
+                    "class."
                 )
         else:
             strength = _frequency(statistics) if self.strategy == "frequency" else _accuracy(statistics)
