@@ -288,7 +288,7 @@ def _segment_means(gradient: Tensor, segment: Tensor) -> Tensor:
 def _largest_zero_sum(target: Tensor, bound: Tensor) -> Tensor:
     """Maximiser of `<target, delta>` with `|delta_j| <= bound` and sum zero: +bound on the larger half."""
     num_classes = target.shape[-1]
-    rank = target.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = target.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     half = num_classes // 2
     return bound * ((rank < half).to(target.dtype) - (rank >= num_classes - half).to(target.dtype))
 

@@ -149,9 +149,10 @@ class ShotAccuracy(_InMemoryMetric):
     https://huggingface.co/papers/1904.05160): the mean recall over the classes of each group.
 
     By default the groups are thirds of the classes, ranked by their training counts (ours: a small dataset may have
-    no class of 100 samples). Classes of equal count share their mean rank, so they are never torn apart: if all counts
-    are equal, all classes are medium-shot; of two classes one is many-shot and one few-shot. The paper's groups are
-    those of `shot_thresholds=(100, 20)`: more than 100 samples, 20 to 100, and fewer than 20.
+    no class of 100 samples). Classes of equal count share their mean rank, so they are never torn apart. The classes
+    of the largest count are always many-shot and those of the smallest few-shot; if all counts are equal, all are
+    medium-shot. The paper's groups are those of `shot_thresholds=(100, 20)`: more than 100 samples, 20 to 100, and
+    fewer than 20.
 
     A group with no class in the references has no accuracy, and no key in the result.
 
@@ -324,8 +325,6 @@ def _macro_f1(references: np.ndarray, predictions: np.ndarray) -> float:
 
 def _expected_calibration_error(references: np.ndarray, probabilities: np.ndarray) -> float:
     confidence = probabilities.max(axis=1)
-    if np.isnan(confidence).any():
-        return float("nan")
     correct = probabilities.argmax(axis=1) == references
     inner_edges = np.linspace(0, 1, _CALIBRATION_BINS + 1)[1:-1]
     bins = np.searchsorted(inner_edges, confidence, side="left")
@@ -344,7 +343,9 @@ def _group_classes_by_shots(train_class_counts: Sequence[int], shot_thresholds: 
     if shot_thresholds is None:
         # Twice the mid-rank, from 1 (largest class) to 2C - 1: whole numbers, so the thirds have no rounding.
         position = 2 * rankdata(-counts, method="average") - 1
-        many, few = 3 * position < 2 * len(counts), 3 * position > 4 * len(counts)
+        uneven = counts.min() < counts.max()
+        many = (3 * position < 2 * len(counts)) | (uneven & (counts == counts.max()))
+        few = (3 * position > 4 * len(counts)) | (uneven & (counts == counts.min()))
     else:
         many_above, few_below = shot_thresholds
         if many_above < few_below:

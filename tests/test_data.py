@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 
 from lpg_hf.data import (
     _flip_by_instance,
+    _flip_by_transition_matrix,
     _instance_flip_rates,
     add_label_noise,
     class_counts,
@@ -272,6 +273,18 @@ def test_asymmetric_noise_follows_the_matrix():
             probability = MATRIX[source, target]
             found = ((clean == source) & (label == target)).sum()
             assert abs(found - size * probability) <= 5 * np.sqrt(size * probability * (1 - probability))
+
+
+class LargestDraw:
+    """A NumPy generator whose uniform draws are the largest below 1."""
+
+    def random(self, size):
+        return np.full(size, np.nextafter(1.0, 0.0))
+
+
+def test_asymmetric_noise_gives_the_remainder_of_rounding_to_no_impossible_class():
+    almost_one = np.array([[0.5, 0.5 - 9e-7, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5 - 9e-7]])
+    assert _flip_by_transition_matrix(np.arange(3), almost_one, LargestDraw()).tolist() == [1, 1, 2]
 
 
 def test_asymmetric_matrix_may_know_of_unseen_classes():
@@ -555,6 +568,8 @@ def test_long_tail_is_the_cifar_profile():
         ([50, 2, 40], 4, [4, 2, 1]),  # so does one in the middle
         ([7, 9, 8], 1, [7, 7, 7]),
         ([7, 7], 2.5, [5, 2]),
+        ([8, 4, 2, 1], 8, [8, 4, 2, 1]),  # exact powers, which floating point puts just below
+        ([33, 33], 1.1, [33, 30]),
         ([6, 6], 1000, [6, 1]),
         ([1, 1, 1], 10, [1, 1, 1]),
     ],

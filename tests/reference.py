@@ -1,0 +1,199 @@
+"""Slow references for the tests: float64 NumPy and plain loops, written from the formulas and not from the library."""
+
+import math
+
+import numpy as np
+
+
+IGNORED = -100
+
+
+def softmax(logits):
+    probabilities = np.zeros(np.shape(logits))
+    for i, row in enumerate(np.asarray(logits, dtype=np.float64)):
+        powers = [math.exp(value - max(row)) for value in row]
+        probabilities[i] = [power / math.fsum(powers) for power in powers]
+    return probabilities
+
+
+def logit_gradient(logits, labels):
+    """`p - onehot(y)`, with the label's entry as minus the sum of the others; zero for ignored samples."""
+    gradient = np.zeros(np.shape(logits))
+    for i, label in enumerate(labels):
+        if label == IGNORED:
+            continue
+        gradient[i] = softmax(logits[i : i + 1])[0]
+        gradient[i, label] = -math.fsum(p for j, p in enumerate(gradient[i]) if j != label)
+    return gradient
+
+
+def lpg_delta(gradient, labels, signs, bounds, max_dampening=1.0, direction="class", norm="l2", smallest=2.0**-52):
+    """One delta per class present (or per sample); zero where the mean gradient is no longer than `smallest`."""
+    gradient = np.asarray(gradient, dtype=np.float64)
+    delta = np.zeros(gradient.shape)
+    for c in range(len(signs)):
+        members = [i for i, label in enumerate(labels) if label == c]
+        groups = [members] if direction == "class" else [[i] for i in members]
+        for group in groups:
+            if not group:
+                continue
+            mean = sum(gradient[i] for i in group) / len(group)
+            best = best_in_ball(mean, signs[c], bounds[c], max_dampening, norm, smallest)
+            for i in group:
+                delta[i] = best
+    return delta
+
+
+def best_in_ball(mean, sign, bound, max_dampening=1.0, norm="l2", smallest=0.0):
+    """Amplify: farthest `mean + delta`. Dampen: nearest `max_dampening mean + delta` to zero. Within the ball."""
+    length = math.sqrt(math.fsum(value**2 for value in mean))
+    if sign == 0 or length <= smallest:
+        return np.zeros(len(mean))
+    if norm == "l2":
+        radius = bound if sign > 0 else -min(bound, max_dampening * length)
+        return np.array([radius * value / length for value in mean])
+    if sign > 0:
+        return largest_zero_sum(mean, bound)
+    return project_zero_sum_box([-max_dampening * value for value in mean], bound)
+
+
+def largest_zero_sum(mean, bound):
+    """+bound on the larger half of the entries, -bound on the smaller half, 0 on the median of an odd number."""
+    ascending = sorted(range(len(mean)), key=lambda j: (mean[j], -j))
+    half = len(mean) // 2
+    delta = np.zeros(len(mean))
+    for j in ascending[:half]:
+        delta[j] = -bound
+    for j in ascending[len(mean) - half :]:
+        delta[j] = bound
+    return delta
+
+
+def project_zero_sum_box(point, bound):
+    """
+    Nearest delta with `|delta_j| <= bound` and sum zero, exactly.
+
+    It is `clip(point - nu)` for the nu that makes the sum zero. The sum is linear in nu between the values where some
+    entry reaches the box: sort these, find the two between which the sum changes sign, interpolate.
+    """
+
+    def clipped(nu):
+        return np.array([min(max(value - nu, -bound), bound) for value in point])
+
+    kinks = sorted([value - bound for value in point] + [value + bound for value in point])
+    left = max((nu for nu in kinks if math.fsum(clipped(nu)) >= 0), default=kinks[0])
+    right = min((nu for nu in kinks if math.fsum(clipped(nu)) <= 0), default=kinks[-1])
+    at_left, at_right = math.fsum(clipped(left)), math.fsum(clipped(right))
+    share = at_left / (at_left - at_right) if at_left > at_right else 0.0
+    return clipped(left + share * (right - left))
+
+
+def dampening_weight(
+    logits,
+    labels,
+    own_probability,
+    relative_confidence,
+    contradiction,
+    power=2.0,
+    learned=(0.1, 0.5),
+    contradicted=(0.02, 0.08),
+):
+    """`min(1, rho_i / rhobar_c) ^ (power a_c b_c)`; 1 for ignored samples and for a class never seen."""
+    weights = []
+    for row, label in zip(np.asarray(logits, dtype=np.float64), labels, strict=True):
+        if label == IGNORED or relative_confidence[label] == 0:
+            weights.append(1.0)
+            continue
+        probabilities = softmax([row])[0]
+        rho = math.exp(row[label] - max(row))
+        assert math.isclose(rho, probabilities[label] / max(probabilities), rel_tol=1e-9, abs_tol=1e-300)
+        gate = ramp(own_probability[label], *learned) * ramp(contradiction[label], *contradicted)
+        weights.append(min(1.0, rho / relative_confidence[label]) ** (power * gate))
+    return np.array(weights)
+
+
+def ramp(value, start, end):
+    if value <= start:
+        return 0.0
+    if value >= end:
+        return 1.0
+    return (value - start) / (end - start)
+
+
+def dampening_delta(gradient, weights):
+    return np.array([[(w - 1) * entry for entry in row] for w, row in zip(weights, gradient, strict=True)])
+
+
+def clip_delta(gradient, max_norm):
+    """Shortens the gradients longer than `max_norm` to it."""
+    delta = np.zeros(np.shape(gradient))
+    for i, row in enumerate(np.asarray(gradient, dtype=np.float64)):
+        length = math.sqrt(math.fsum(value**2 for value in row))
+        if length > max_norm:
+            delta[i] = [value * (max_norm / length) - value for value in row]
+    return delta
+
+
+def logit_adjustment_delta(logits, labels, prior, tau=1.0):
+    """`softmax(z + tau log pi) - softmax(z)`; an absent class has the smallest prior of the classes present."""
+    smallest = min(share for share in prior if share > 0)
+    offset = [tau * math.log(share if share > 0 else smallest) for share in prior]
+    adjusted = np.array([[z + shift for z, shift in zip(row, offset, strict=True)] for row in logits])
+    return logit_gradient(adjusted, labels) - logit_gradient(np.asarray(logits), labels)
+
+
+class RunningStatistics:
+    """Running means per class, moved once by each optimizer step: weight n / (n + 20), contradiction n / (n + 40)."""
+
+    def __init__(self, num_classes):
+        self.counts = np.zeros(num_classes)
+        self.accuracy = np.zeros(num_classes)
+        self.own_probability = np.zeros(num_classes)
+        self.relative_confidence = np.zeros(num_classes)
+        self.contradiction = np.zeros(num_classes)
+
+    def update(self, logits, labels):
+        """One whole optimizer step: all its micro-batches, of all processes."""
+        for c in range(len(self.counts)):
+            members = [softmax([row])[0] for row, label in zip(logits, labels, strict=True) if label == c]
+            n = len(members)
+            if n == 0:
+                continue
+            self._move("accuracy", c, n, 20, [int(np.argmax(p)) == c for p in members])
+            self._move("own_probability", c, n, 20, [p[c] for p in members])
+            self._move("relative_confidence", c, n, 20, [p[c] / max(p) for p in members])
+            self._move("contradiction", c, n, 40, [p[c] / max(p) < 0.2 and max(p) > 0.5 for p in members])
+            self.counts[c] += n
+
+    def _move(self, name, c, n, inertia, values):
+        running = getattr(self, name)
+        running[c] = (n * (sum(values) / n) + inertia * running[c]) / (n + inertia)
+
+
+def running_prior(counts):
+    """Prior of classes that are being counted: ten samples more of each."""
+    return np.array([count + 10 for count in counts]) / sum(count + 10 for count in counts)
+
+
+def frequency_signs_and_bounds(prior, epsilon):
+    """`a_c = mean(log pi) - log pi_c` over the classes present: amplify `a_c > 0`, `eps_c = eps |a_c| / max|a|`."""
+    present = [c for c, share in enumerate(prior) if share > 0]
+    mean = math.fsum(math.log(prior[c]) for c in present) / len(present)
+    rarity = {c: mean - math.log(prior[c]) for c in present}
+    largest = max(abs(value) for value in rarity.values())
+    signs, bounds = np.zeros(len(prior)), np.zeros(len(prior))
+    if largest < 1e-9:  # balanced up to rounding
+        return signs, bounds
+    for c, value in rarity.items():
+        signs[c], bounds[c] = np.sign(value), epsilon * abs(value) / largest
+    return signs, bounds
+
+
+def accuracy_signs_and_bounds(prior, accuracy, epsilon):
+    """Classes present below the mean running accuracy are amplified: `eps_c = eps |mean - q_c|`."""
+    present = [c for c, share in enumerate(prior) if share > 0]
+    mean = math.fsum(accuracy[c] for c in present) / len(present)
+    signs, bounds = np.zeros(len(prior)), np.zeros(len(prior))
+    for c in present:
+        signs[c], bounds[c] = np.sign(mean - accuracy[c]), epsilon * abs(mean - accuracy[c])
+    return signs, bounds

@@ -1,0 +1,285 @@
+"""LPGLoss: exact gradients at the logits and at the parameters, in every dtype, without synchronisation."""
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lpg_hf import LPG, ClassRelativeDampening, LogitAdjustment, LogitClipping, LPGLoss
+
+
+C = 5
+COUNTS = [50, 20, 10, 5, 1]
+SIGNS, BOUNDS = [1, -1, 0, 1, -1], [0.3, 0.2, 0.5, 0.1, 0.4]
+
+
+def make_logits(n=12, dtype=torch.float64, seed=0, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(n, C, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, C, (n,), generator=generator)
+    return logits.to(dtype).requires_grad_(), labels
+
+
+@pytest.mark.parametrize(
+    ("direction", "norm", "solver"),
+    list(itertools.product(["class", "sample"], ["l2", "linf"], ["closed_form", "pgd"])),
+)
+@pytest.mark.parametrize("strategy", ["frequency", "accuracy", "fixed"])
+def test_parameter_gradient_is_the_sum_over_samples_of_jacobians(strategy, direction, norm, solver):
+    """Against loops over samples and logits with the oracle's deltas: `sum_i J_i^T (g_i + delta_i) / N`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, C)).double()
+    options = {"signs": SIGNS, "bounds": BOUNDS} if strategy == "fixed" else {"epsilon": 0.3}
+    method = LPG(strategy, max_dampening=0.7, direction=direction, norm=norm, solver=solver, **options)
+    loss_fn = LPGLoss(C, method, COUNTS)
+    statistics = reference.RunningStatistics(C)
+    prior = np.array(COUNTS) / sum(COUNTS)
+
+    for step in range(2):  # the accuracy strategy has nothing to go by in the first step
+        inputs = torch.randn(9, 4, dtype=torch.float64)
+        labels = torch.randint(0, C, (9,), generator=torch.Generator().manual_seed(step))
+        logits = model(inputs)
+        z, y = logits.detach().numpy(), labels.numpy()
+        if strategy == "fixed":
+            signs, bounds = np.array(SIGNS), np.array(BOUNDS)
+        elif strategy == "frequency":
+            signs, bounds = reference.frequency_signs_and_bounds(prior, 0.3)
+        else:
+            signs, bounds = reference.accuracy_signs_and_bounds(prior, statistics.accuracy, 0.3)
+        g = reference.logit_gradient(z, y)
+        g = g + reference.lpg_delta(g, y, signs, bounds, max_dampening=0.7, direction=direction, norm=norm)
+        statistics.update(z, y)
+
+        expected = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for i in range(9):
+            for c in range(C):
+                rows = torch.autograd.grad(logits[i, c], list(model.parameters()), retain_graph=True)
+                for total, row in zip(expected, rows, strict=True):
+                    total += g[i, c] * row / 9
+
+        model.zero_grad()
+        loss = loss_fn(logits, labels)
+        loss.backward()
+        tolerance = 1e-10 if solver == "closed_form" or norm == "l2" else 1e-6
+        for parameter, total in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, total, rtol=0, atol=tolerance)
+        assert loss.item() == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-12)
+
+
+def test_a_chain_hands_on_what_is_left_and_adds_up():
+    logits, labels = make_logits()
+    loss_fn = LPGLoss(C, [LogitAdjustment(1.0), LogitClipping(0.5), LPG("frequency", epsilon=0.2)], COUNTS)
+    loss_fn(logits, labels).backward()
+    z, y, prior = logits.detach().numpy(), labels.numpy(), np.array(COUNTS) / sum(COUNTS)
+    g = reference.logit_gradient(z, y)
+    g = g + reference.logit_adjustment_delta(z, y, prior, 1.0)
+    g = g + reference.clip_delta(g, 0.5)
+    signs, bounds = reference.frequency_signs_and_bounds(prior, 0.2)
+    g = g + reference.lpg_delta(g, y, signs, bounds, max_dampening=0.5, direction="class", norm="l2")
+    np.testing.assert_allclose(logits.grad.numpy(), g / 12, rtol=0, atol=1e-12)
+
+
+def test_dampening_uses_the_statistics_of_the_step_before():
+    dampening = ClassRelativeDampening(learned=(0.0, 0.05), contradicted=(0.0, 0.01))
+    loss_fn = LPGLoss(C, dampening, COUNTS)
+    statistics = reference.RunningStatistics(C)
+    for step in range(4):
+        logits, labels = make_logits(20, seed=step, scale=4.0)
+        loss_fn(logits, labels).backward()
+        z, y = logits.detach().numpy(), labels.numpy()
+        weight = reference.dampening_weight(
+            z,
+            y,
+            statistics.own_probability,
+            statistics.relative_confidence,
+            statistics.contradiction,
+            learned=(0.0, 0.05),
+            contradicted=(0.0, 0.01),
+        )
+        assert (weight.min() < 0.9) == (step > 0)
+        expected = weight[:, None] * reference.logit_gradient(z, y) / 20
+        np.testing.assert_allclose(logits.grad.numpy(), expected, rtol=0, atol=1e-12)
+        statistics.update(z, y)
+
+
+@pytest.mark.parametrize("perturbations", [[], ["logit_clipping"]])
+def test_ignored_labels_neither_count_nor_pull(perturbations):
+    logits, labels = make_logits(8)
+    padded = torch.cat([logits.detach(), torch.full((3, C), float("nan"), dtype=torch.float64)])
+    # Every other row of the padding is plain, so that both kinds are seen.
+    padded[9] = 1.0
+    padded.requires_grad_()
+    padded_labels = torch.cat([labels, torch.tensor([-100] * 3)])
+    expected = LPGLoss(C, perturbations, COUNTS)(logits, labels)
+    loss_fn = LPGLoss(C, perturbations, COUNTS)
+    loss = loss_fn(padded, padded_labels)
+    expected.backward()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(padded.grad[:8], logits.grad, rtol=0, atol=1e-12)
+    if perturbations:
+        assert torch.equal(padded.grad[8:], torch.zeros(3, C, dtype=torch.float64))
+        assert loss_fn.telemetry()["lpg/gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_logits_are_perturbed_in_float32(dtype):
+    logits, labels = make_logits(dtype=dtype)
+    loss_fn = LPGLoss(C, [LogitAdjustment(1.0), LPG("frequency", epsilon=0.3)], COUNTS)
+    loss = loss_fn(logits, labels)
+    loss.backward()
+    exact = logits.detach().double().requires_grad_()
+    LPGLoss(C, [LogitAdjustment(1.0), LPG("frequency", epsilon=0.3)], COUNTS)(exact, labels).backward()
+    assert loss.dtype == torch.float32 and logits.grad.dtype == dtype
+    error = (logits.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < max(torch.finfo(dtype).eps, 1e-6)
+
+
+def test_nothing_is_perturbed_or_counted_in_evaluation():
+    logits, labels = make_logits()
+    loss_fn = LPGLoss(C, [LogitClipping(0.1)], COUNTS)
+    before = {name: tensor.clone() for name, tensor in loss_fn.state_dict().items()}
+    loss_fn.eval()
+    loss_fn(logits, labels).backward()
+    plain = logits.detach().requires_grad_()
+    F.cross_entropy(plain, labels).backward()
+    torch.testing.assert_close(logits.grad, plain.grad, rtol=0, atol=1e-15)
+    loss_fn.train()
+    with torch.no_grad():
+        assert loss_fn(logits, labels).item() == pytest.approx(F.cross_entropy(plain, labels).item())
+    assert all(torch.equal(before[name], tensor) for name, tensor in loss_fn.state_dict().items())
+    assert loss_fn.telemetry() == {}
+
+
+def test_num_items_in_batch_divides_loss_and_gradient():
+    logits, labels = make_logits(10)
+    again = logits.detach().requires_grad_()
+    loss = LPGLoss(C, "logit_clipping", COUNTS)(logits, labels)
+    quarter = LPGLoss(C, "logit_clipping", COUNTS)(again, labels, num_items_in_batch=torch.tensor(40))
+    loss.backward()
+    quarter.backward()
+    assert quarter.item() == pytest.approx(loss.item() / 4, abs=1e-12)
+    torch.testing.assert_close(again.grad, logits.grad / 4, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 65536.0])
+def test_the_scale_of_the_loss_scales_the_gradient_and_not_the_delta(scale):
+    logits, labels = make_logits()
+    again = logits.detach().requires_grad_()
+    LPGLoss(C, LPG("frequency", epsilon=0.3), COUNTS)(logits, labels).backward()
+    (scale * LPGLoss(C, LPG("frequency", epsilon=0.3), COUNTS)(again, labels)).backward()
+    torch.testing.assert_close(again.grad, scale * logits.grad, rtol=1e-12, atol=0)
+
+
+def test_a_users_base_loss_keeps_its_parameters_gradient():
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_temperature = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+        def forward(self, logits, labels):
+            return F.cross_entropy(logits * self.log_temperature.exp(), labels, reduction="none")
+
+    logits, labels = make_logits()
+    tempered = Tempered()
+    LPGLoss(C, LogitClipping(0.4), base_loss=tempered)(logits, labels).backward()
+    plain, other = Tempered(), logits.detach().requires_grad_()
+    values = plain(other, labels)
+    (g,) = torch.autograd.grad(values.sum(), other, retain_graph=True)
+    values.mean().backward()
+    torch.testing.assert_close(tempered.log_temperature.grad, plain.log_temperature.grad)
+    expected = (g.numpy() + reference.clip_delta(g.numpy(), 0.4)) / 12
+    np.testing.assert_allclose(logits.grad.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_outputs_may_be_a_model_output_or_a_tuple():
+    logits, labels = make_logits()
+    losses = [
+        LPGLoss(C, "logit_clipping")(outputs, labels[:, None]).item()
+        for outputs in (logits, (logits, None), SequenceClassifierOutput(logits=logits), {"logits": logits})
+    ]
+    assert losses == [losses[0]] * 4
+
+
+def test_state_dict_restores_training_exactly():
+    chain = [LogitAdjustment(1.0), ClassRelativeDampening(learned=(0.0, 0.05), contradicted=(0.0, 0.01))]
+    first = LPGLoss(C, chain)
+    for seed in range(3):
+        first(*make_logits(seed=seed)).backward()
+    second = LPGLoss(C, chain).double()
+    second.load_state_dict(first.state_dict())
+    a, labels = make_logits(seed=9)
+    b = a.detach().requires_grad_()
+    first(a, labels).backward()
+    second(b, labels).backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+def test_many_classes():
+    num_labels = 100_000
+    logits = torch.randn(4, num_labels, requires_grad=True)
+    loss_fn = LPGLoss(num_labels, ["auto", "lpg"])
+    loss_fn(logits, torch.tensor([0, 99_999, 5, 5])).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chain", ["auto", "lpg(direction='sample')", "lpg(norm='linf')", "lpg(solver='pgd')"])
+def test_a_step_never_asks_the_device_for_a_value(chain):
+    """Fake tensors have no values: `.item()`, `bool()`, `nonzero` and boolean masks raise on them."""
+    loss_fn = LPGLoss(C, [chain, "logit_clipping"])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in loss_fn.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = mode.from_tensor(buffer)
+        logits = torch.randn(6, C, requires_grad=True)
+        loss_fn(logits, torch.empty(6, dtype=torch.int64)).backward()
+        with pytest.raises(DataDependentOutputException):
+            loss_fn.telemetry()  # the one place that does
+    assert logits.grad.shape == (6, C)
+
+
+def test_errors_name_what_was_found():
+    logits, labels = make_logits()
+    loss_fn = LPGLoss(C, "logit_clipping")
+    with pytest.raises(ValueError, match=r"`labels` must lie in \[0, 5\) or be -100: Target 7 is out of bounds"):
+        loss_fn(logits, torch.full((12,), 7))
+    with pytest.raises(ValueError, match="Target -1 is out of bounds"):
+        loss_fn(logits, torch.full((12,), -1))
+    with pytest.raises(ValueError, match=r"found shapes \[12, 5\] and \[3\]"):
+        loss_fn(logits, labels[:3])
+    with pytest.raises(ValueError, match=r"`logits` must be \[N, 4\]"):
+        LPGLoss(4)(logits, labels)
+    with pytest.raises(ValueError, match=r"integer class indices; found torch.float32"):
+        loss_fn(logits, labels.float())
+    with pytest.raises(ValueError, match="`num_labels` must be at least 2; found 1"):
+        LPGLoss(1)
+    with pytest.raises(ValueError, match=r"one loss per sample, shape \[12\]; found \[\]"):
+        LPGLoss(C, "logit_clipping", base_loss=F.cross_entropy)(logits, labels)
+    with pytest.raises(TypeError, match=r"takes methods .* and strings"):
+        LPGLoss(C, [3])
+
+
+def test_a_delta_of_the_wrong_shape_is_refused():
+    class Broken(LogitClipping):
+        def delta(self, gradient, logits, labels, statistics):
+            return gradient.sum(-1)
+
+    with pytest.raises(ValueError, match=r"returned a delta of shape \[12\] for a gradient of shape \[12, 5\]"):
+        LPGLoss(C, Broken())(*make_logits())
+
+
+def test_values_that_are_not_finite_are_reported_with_their_step():
+    loss_fn = LPGLoss(C, "logit_clipping")
+    for step in range(4):
+        logits, labels = make_logits()
+        with torch.no_grad():
+            logits[0, 0] = float("nan") if step >= 2 else 0.0
+        loss_fn(logits, labels)
+    with pytest.raises(FloatingPointError, match="logits of step 3 were not finite"):
+        loss_fn.telemetry()

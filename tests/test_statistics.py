@@ -1,0 +1,301 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lpg_hf.statistics import ClassStatistics
+
+
+NUM_CLASSES = 4
+IGNORED = -100
+MEANS = ["accuracy", "own_probability", "relative_confidence", "contradiction"]
+few_examples = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+@st.composite
+def steps(draw, max_steps=4, max_samples=9):
+    """Batches of some optimizer steps, some of them without a labelled sample."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    drawn = []
+    for _ in range(draw(st.integers(1, max_steps))):
+        labels = draw(st.lists(st.sampled_from([IGNORED, *range(NUM_CLASSES)]), max_size=max_samples))
+        scale = draw(st.sampled_from([0.1, 1.0, 5.0]))
+        logits = scale * torch.randn(len(labels), NUM_CLASSES, dtype=torch.float64, generator=generator)
+        drawn.append((logits, torch.tensor(labels, dtype=torch.int64)))
+    return drawn
+
+
+def random_steps(count=5, num_samples=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        logits = 2 * torch.randn(num_samples, NUM_CLASSES, dtype=torch.float64, generator=generator)
+        yield logits, torch.randint(NUM_CLASSES, (num_samples,), generator=generator)
+
+
+def train(statistics, batches):
+    for logits, labels in batches:
+        statistics.update(logits, labels)
+        statistics.fold()
+    return statistics
+
+
+def reference_of(batches):
+    statistics = reference.RunningStatistics(NUM_CLASSES)
+    for logits, labels in batches:
+        statistics.update(logits.numpy(), labels.tolist())
+    return statistics
+
+
+def assert_equal(actual, expected, tolerance):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=tolerance)
+
+
+def assert_same_state(statistics, other, tolerance=1e-12):
+    for name in [*MEANS, "class_counts", "prior", "steps"]:
+        assert_equal(getattr(statistics, name), getattr(other, name), tolerance)
+
+
+# Running means.
+
+
+@few_examples
+@given(steps())
+def test_running_means_and_counts_equal_the_reference(batches):
+    statistics = train(ClassStatistics(NUM_CLASSES).double(), batches)
+    expected = reference_of(batches)
+    for name in MEANS:
+        assert_equal(getattr(statistics, name), getattr(expected, name), 1e-12)
+    assert statistics.class_counts.tolist() == expected.counts.tolist()
+    assert statistics.steps.item() == len(batches)
+
+
+def test_float32_running_means_equal_the_reference_also_for_saturated_logits():
+    batches = [(logits.float() * 20, labels) for logits, labels in random_steps()]
+    statistics, expected = train(ClassStatistics(NUM_CLASSES), batches), reference_of(batches)
+    for name in MEANS:
+        assert getattr(statistics, name).dtype == torch.float32
+        assert max(getattr(expected, name)) > 0.01
+        np.testing.assert_allclose(getattr(statistics, name), getattr(expected, name), rtol=1e-5)
+
+
+def test_means_of_a_step_have_weight_n_over_n_plus_20_and_contradiction_n_plus_40():
+    # Class 0 is predicted with certainty; class 1, too, but always as class 0.
+    logits = torch.tensor([[30.0, -30.0]]).repeat(15, 1).double()
+    labels = torch.tensor([0] * 10 + [1] * 5)
+    statistics = train(ClassStatistics(2).double(), [(logits, labels)])
+    assert_equal(statistics.accuracy, [10 / 30, 0], 1e-12)
+    assert_equal(statistics.own_probability, [10 / 30, 0], 1e-12)
+    assert_equal(statistics.relative_confidence, [10 / 30, 0], 1e-12)
+    assert_equal(statistics.contradiction, [0, 5 / 45], 1e-12)
+    train(statistics, [(logits, labels)])
+    assert_equal(statistics.accuracy[0], 10 / 30 + 10 / 30 * (1 - 10 / 30), 1e-12)
+    assert_equal(statistics.contradiction[1], 5 / 45 + 5 / 45 * (1 - 5 / 45), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "is_contradicted"),
+    [
+        ([0.09, 0.51, 0.40], True),
+        ([0.11, 0.51, 0.38], False),  # above a fifth of the largest
+        ([0.02, 0.49, 0.49], False),  # no class above one half
+        ([0.60, 0.30, 0.10], False),
+    ],
+)
+def test_a_sample_is_contradicted_below_a_fifth_of_a_largest_probability_above_one_half(
+    probabilities, is_contradicted
+):
+    logits = torch.tensor([probabilities], dtype=torch.float64).log()
+    statistics = train(ClassStatistics(3).double(), [(logits, torch.tensor([0]))])
+    assert_equal(statistics.contradiction, [is_contradicted / 41, 0, 0], 1e-15)
+
+
+def test_classes_absent_from_a_step_keep_their_means():
+    statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
+    before = copy.deepcopy(statistics)
+    logits = torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(1))
+    train(statistics, [(logits, torch.tensor([1, 1, 1, 3, 3, IGNORED]))])
+    for name in MEANS:
+        assert torch.equal(getattr(statistics, name)[[0, 2]], getattr(before, name)[[0, 2]])
+    assert (statistics.own_probability[[1, 3]] != before.own_probability[[1, 3]]).all()
+
+
+def test_a_step_without_samples_counts_as_a_step_and_changes_nothing_else():
+    statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
+    before = copy.deepcopy(statistics)
+    train(statistics, [(torch.zeros(0, NUM_CLASSES), torch.zeros(0, dtype=torch.int64))])
+    statistics.fold()
+    assert statistics.steps == before.steps + 2
+    for name in [*MEANS, "class_counts"]:
+        assert torch.equal(getattr(statistics, name), getattr(before, name))
+
+
+def test_updates_show_only_after_the_fold():
+    statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
+    before = copy.deepcopy(statistics)
+    for logits, labels in random_steps(seed=1):
+        statistics.update(logits, labels)
+    assert_same_state(statistics, before, tolerance=0)
+    statistics.fold()
+    assert (statistics.own_probability != before.own_probability).all()
+
+
+def test_ignored_samples_leave_no_trace_whatever_their_logits():
+    (logits, labels), *_ = random_steps()
+    dirty = torch.cat([logits, torch.tensor([[math.nan] * 4, [math.inf] * 4, [50.0, 0, 0, 0]]).double()])
+    dirty_labels = torch.cat([labels, torch.full((3,), IGNORED)])
+    with_ignored = train(ClassStatistics(NUM_CLASSES).double(), [(dirty, dirty_labels)])
+    assert_same_state(with_ignored, train(ClassStatistics(NUM_CLASSES).double(), [(logits, labels)]), tolerance=0)
+
+
+def test_an_update_keeps_no_graph():
+    statistics = ClassStatistics(NUM_CLASSES)
+    statistics.update(torch.zeros(2, NUM_CLASSES, requires_grad=True) * 1, torch.tensor([0, 1]))
+    statistics.fold()
+    assert not statistics.own_probability.requires_grad
+    assert not list(statistics.parameters())
+
+
+# Micro-batches and processes.
+
+
+@few_examples
+@given(batches=steps(), data=st.data())
+def test_splitting_a_step_into_micro_batches_changes_nothing(batches, data):
+    whole = train(ClassStatistics(NUM_CLASSES).double(), batches)
+    split = ClassStatistics(NUM_CLASSES).double()
+    for logits, labels in batches:
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(labels)), max_size=3)))
+        sizes = np.diff([0, *cuts, len(labels)]).tolist()
+        for part, part_labels in zip(logits.split(sizes), labels.split(sizes), strict=True):
+            split.update(part, part_labels)
+        split.fold()
+    assert_same_state(split, whole)
+
+
+def fold_together(processes):
+    """Folds as if the pending sums of all processes were all-reduced."""
+    pending = []
+    for process in processes:
+        copy.deepcopy(process).fold(reduce=lambda tensor: pending.append(tensor.clone()) or tensor)
+    calls = []
+    for process in processes:
+        process.fold(reduce=lambda tensor: calls.append(tensor) or sum(pending))
+    assert len(calls) == len(processes)  # one collective a step
+
+
+@few_examples
+@given(batches=steps(), data=st.data())
+def test_two_processes_end_up_with_the_statistics_of_one(batches, data):
+    whole = train(ClassStatistics(NUM_CLASSES).double(), batches)
+    processes = [ClassStatistics(NUM_CLASSES).double() for _ in range(2)]
+    for logits, labels in batches:
+        cut = data.draw(st.integers(0, len(labels)))
+        processes[0].update(logits[:cut], labels[:cut])
+        processes[1].update(logits[cut:], labels[cut:])
+        fold_together(processes)
+    for process in processes:
+        assert_same_state(process, whole)
+
+
+def test_a_reduction_in_place_does_not_leak_into_the_next_step():
+    batches = list(random_steps())
+    doubled = ClassStatistics(NUM_CLASSES).double()
+    for logits, labels in batches:
+        doubled.update(logits, labels)
+        doubled.fold(reduce=lambda tensor: tensor.mul_(2))
+    twice = [(torch.cat([logits, logits]), torch.cat([labels, labels])) for logits, labels in batches]
+    assert_same_state(doubled, train(ClassStatistics(NUM_CLASSES).double(), twice))
+
+
+# The prior.
+
+
+def test_given_counts_make_the_prior_and_are_not_changed_by_training():
+    statistics = train(ClassStatistics(NUM_CLASSES, [6, 0, 1, 3]), random_steps())
+    assert statistics.class_counts.tolist() == [6, 0, 1, 3]
+    assert_equal(statistics.prior, [0.6, 0, 0.1, 0.3], 1e-7)
+
+
+def test_given_counts_are_copied():
+    counts = torch.tensor([6.0, 4.0])
+    statistics = ClassStatistics(2, counts)
+    counts.zero_()
+    assert statistics.class_counts.tolist() == [6, 4]
+
+
+def test_without_counts_the_prior_is_that_of_the_samples_seen_and_ten_more_of_each_class():
+    batches = list(random_steps())
+    statistics = train(ClassStatistics(NUM_CLASSES).double(), batches)
+    labels = torch.cat([labels for _, labels in batches]).tolist()
+    counts = [labels.count(c) for c in range(NUM_CLASSES)]
+    assert_equal(statistics.prior, reference.running_prior(counts), 1e-15)
+    assert_equal(ClassStatistics(NUM_CLASSES).prior, [0.25] * 4, 0)
+
+
+def test_a_prior_that_is_not_ready_is_uniform_and_counts_on():
+    statistics = ClassStatistics(NUM_CLASSES).double()
+    statistics.prior_is_ready = False
+    train(statistics, [(torch.zeros(30, NUM_CLASSES), torch.zeros(30, dtype=torch.int64))])
+    assert statistics.prior.tolist() == [0.25] * 4
+    statistics.prior_is_ready = True
+    assert_equal(statistics.prior, np.array([40, 10, 10, 10]) / 70, 1e-15)
+
+
+def test_given_counts_do_not_wait_to_be_ready():
+    statistics = ClassStatistics(2, [3, 1])
+    statistics.prior_is_ready = False
+    assert statistics.prior.tolist() == [0.75, 0.25]
+
+
+def test_num_labels_and_dtype():
+    statistics = ClassStatistics(7)
+    assert statistics.num_labels == 7
+    assert ClassStatistics(2, [1, 2]).class_counts.dtype == torch.float32
+    assert statistics.steps.dtype == torch.int64
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("counts", [None, [5, 2, 0, 1]])
+def test_state_dict_round_trip_goes_on_bit_for_bit(counts):
+    batches = list(random_steps(count=8))
+    unbroken = train(ClassStatistics(NUM_CLASSES, counts), batches)
+    saved = copy.deepcopy(train(ClassStatistics(NUM_CLASSES, counts), batches[:3]).state_dict())
+    resumed = ClassStatistics(NUM_CLASSES, counts)
+    resumed.load_state_dict(saved)
+    train(resumed, batches[3:])
+    assert_same_state(resumed, unbroken, tolerance=0)
+
+
+def test_state_dict_holds_no_pending_sums():
+    statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
+    before = copy.deepcopy(statistics.state_dict())
+    statistics.update(torch.randn(3, NUM_CLASSES), torch.tensor([0, 1, 2]))
+    after = statistics.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([5, 2], r"`class_counts` has shape \[2\], but there are 3 classes: pass one count per class"),
+        ([5, 2, 1, 1], r"`class_counts` has shape \[4\], but there are 3 classes: pass one count per class"),
+        ([[5, 2, 1]], r"`class_counts` has shape \[1, 3\], but there are 3 classes: pass one count per class"),
+        ([], r"`class_counts` has shape \[0\], but there are 3 classes: pass one count per class"),
+        ([5, -2, 1], r"`class_counts` must not be negative.*found \[5.0, -2.0, 1.0\].*lpg_hf.data.class_counts"),
+        ([0, 0, 0], r"at least one must be positive; found \[0.0, 0.0, 0.0\].*lpg_hf.data.class_counts"),
+    ],
+)
+def test_bad_class_counts_are_refused_with_what_was_found_and_what_to_do(counts, message):
+    with pytest.raises(ValueError, match=message):
+        ClassStatistics(3, counts)
