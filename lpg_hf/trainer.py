@@ -211,14 +211,15 @@ class LPGTrainer(Trainer):
 
         if num_items is None:
             num_items = (labels != IGNORE_INDEX).sum()
-        weight = num_copies / num_items
         (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise ValueError(
                 "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient "
                 "to perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
             )
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / weight
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        weight = num_copies / torch.as_tensor(num_items).to(gradient)
+        gradient = gradient / weight
         labels = labels.reshape(-1).long()
         perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
         return loss + replace_gradient(torch.zeros_like(loss), logits, (perturbed - gradient) * weight)
@@ -270,15 +271,15 @@ class LPGTrainer(Trainer):
         self, loss: Tensor, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
     ) -> str | None:
         """Compares the model's own loss, and its gradient where it can be had, with cross-entropy."""
-        labelled = (labels != IGNORE_INDEX).sum()
+        z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        labelled = (labels != IGNORE_INDEX).sum().to(z.dtype)
         if labelled == 0:
             return None
-        z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(z, labels, ignore_index=IGNORE_INDEX, reduction="sum")
         weights = [1 / labelled]
         if num_items_in_batch is not None:
             copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            weights += [copies / labelled, copies / num_items_in_batch]
+            weights += [copies / labelled, copies / torch.as_tensor(num_items_in_batch).to(z)]
         tolerance = max(torch.finfo(logits.dtype).eps, torch.finfo(loss.dtype).eps) ** 0.5
         is_close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
         matching = [weight for weight in weights if is_close(loss.detach().to(total), total * weight)]

@@ -452,7 +452,7 @@ def test_classes_without_probability_add_only_columns_of_zeros(direction, batch)
 @every_solver
 def test_ignored_samples_get_no_delta_and_have_no_influence(norm, direction, solver):
     batch = random_batch(num_samples=20)
-    options = {"norm": norm, "direction": direction, "solver": solver}
+    options = {"norm": norm, "direction": direction, "solver": solver, "pgd_steps": 5}
     labelled = batch.labels >= 0
     alone = dataclasses.replace(batch, logits=batch.logits[labelled], labels=batch.labels[labelled])
     # Whatever gradient ignored samples bring along.
@@ -469,9 +469,10 @@ def test_ignored_samples_get_no_delta_and_have_no_influence(norm, direction, sol
 def test_sign_zero_and_bound_zero_leave_a_class_alone(norm, direction, solver):
     batch = random_batch()
     batch.signs[0], batch.bounds[1] = 0, 0
-    delta = batch.delta(norm=norm, direction=direction, solver=solver)
+    delta = batch.delta(norm=norm, direction=direction, solver=solver, pgd_steps=5)
     untouched = batch.labels < 2
-    assert (delta[untouched] == 0).all()
+    # The bisection of projected gradient in l_inf leaves 2^-64 of the bound.
+    assert_equal(delta[untouched], 0, 1e-18 if (norm, solver) == ("linf", "pgd") else 0)
     assert (delta[~untouched].abs().sum(-1) > 0).all()
 
 
@@ -544,7 +545,7 @@ def test_saturated_float32_logits_give_finite_zero_sum_deltas_in_the_cone_or_zer
 @every_norm
 @every_direction
 @pytest.mark.parametrize("max_dampening", [0.5, 1.0])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_pgd_reaches_the_closed_form(norm, direction, max_dampening, seed):
     batch = random_batch(seed=seed)
     assert set(batch.signs.tolist()) == {1.0, -1.0}
@@ -850,8 +851,8 @@ def all_deltas(logits, labels):
     gradient = logit_gradient(logits, labels)
     yield gradient
     for norm, direction, solver in itertools.product(NORMS, DIRECTIONS, SOLVERS):
-        if norm == "linf" and solver == "pgd" and num_classes > 1000:
-            continue  # seconds, for the operations of the closed form again
+        if norm == "linf" and num_classes > 1000 and (direction, solver) != ("class", "closed_form"):
+            continue  # seconds, for the same operations again
         for sign in (1, -1):
             yield lpg_delta(gradient, labels, sign * state, 0.1 * state, 0.5, direction, norm, solver, pgd_steps=2)
     yield clip_delta(gradient, 0.3)

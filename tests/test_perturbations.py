@@ -82,8 +82,7 @@ def test_frequency_strategy_amplifies_the_tail_dampens_the_head_and_leaves_absen
     assert 0 < bounds[2] < bounds[0] < bounds[3]
 
 
-@pytest.mark.parametrize("num_classes", [2, 3, 10, 1000, 100_000])
-@pytest.mark.parametrize("count", [1, 7, 33_333])
+@pytest.mark.parametrize(("num_classes", "count"), [(2, 1), (3, 7), (10, 33_333), (1000, 7), (100_000, 3)])
 def test_frequency_strategy_does_exactly_nothing_for_a_balanced_prior(num_classes, count):
     for counts in ([count] * num_classes, [0] + [count] * (num_classes - 1)):
         signs, bounds = LPG("frequency").signs_and_bounds(ClassStatistics(num_classes, counts))
@@ -369,14 +368,6 @@ def test_rescales_tells_whether_the_delta_is_a_multiple_of_the_gradient(example)
     share = (delta * gradient).sum(-1, keepdim=True) / gradient.square().sum(-1, keepdim=True)
     is_a_multiple = bool((delta - share * gradient).abs().max() < 1e-12)
     assert is_a_multiple == example.rescales
-
-
-@every_example
-def test_state_of_a_method_follows_its_state_dict(example):
-    copy = parse_perturbation(repr(example))
-    copy.load_state_dict(example.state_dict())
-    delta, *_ = run(example, make_statistics(COUNTS))
-    assert torch.equal(run(copy, make_statistics(COUNTS))[0], delta)
 
 
 # Chains.

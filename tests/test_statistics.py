@@ -14,7 +14,7 @@ from lpg_hf.statistics import ClassStatistics
 NUM_CLASSES = 4
 IGNORED = -100
 MEANS = ["accuracy", "own_probability", "relative_confidence", "contradiction"]
-few_examples = settings(max_examples=30, deadline=None, derandomize=True)
+few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 @st.composite

@@ -1,0 +1,61 @@
+"""Several processes train what one process trains on the whole batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from train_exact import train
+
+
+SCRIPT = Path(__file__).parent / "train_exact.py"
+WATCHDOG_SECONDS = 300  # far above what a run needs: a hanging collective must not hang the suite
+OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+def launch(job, processes, output_dir):
+    output_dir.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    done = subprocess.run(
+        [*command, str(SCRIPT), json.dumps(job), str(output_dir)],
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output_dir / "result.pt")
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [("bert", SGD), ("convnext", {"optim": "adamw_torch", "max_grad_norm": 0.3})],
+)
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "sizes"),
+    [
+        (2, 1, [8] * 60),
+        (2, 2, [3, 5, 1, 7] * 30),  # micro-batches of different sizes, and processes without some of the classes
+        (4, 1, [4] * 120),
+    ],
+)
+def test_processes_train_like_one(model, optimizer, processes, accumulation, sizes, tmp_path):
+    job = {"model": model, "perturbations": ["logit_adjustment", OPEN_GATES, "logit_clipping(max_norm=0.9)"]}
+    job["ignored"] = [0, 1, 40]
+    alone = train(job | {"sizes": [16] * 30, "args": optimizer}, tmp_path / "alone")
+    together = launch(
+        job | {"sizes": sizes, "args": optimizer | {"gradient_accumulation_steps": accumulation}},
+        processes,
+        tmp_path / "together",
+    )
+    assert together["processes"] == processes
+    assert alone["steps"] == together["steps"] == 30
+    torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(together["running"], alone["running"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(together["losses"], alone["losses"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(together["norms"], alone["norms"], rtol=0, atol=1e-9)

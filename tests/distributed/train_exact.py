@@ -1,0 +1,52 @@
+"""Trains an exact tiny model on ready-made micro-batches; run by the tests with one and with several processes."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import flat_parameters, make_batch, make_model, make_trainer, split
+
+from lpg_hf import LPGTrainer
+
+
+def train(job: dict, output_dir: Path) -> dict:
+    torch.set_num_threads(1)
+    name = job["model"]
+    batch = make_batch(name, sum(job["sizes"]), dtype=torch.float64)
+    for row in job.get("ignored", []):
+        batch["labels"][row] = -100
+    trainer = make_trainer(
+        LPGTrainer,
+        make_model(name, exact=True),
+        split(batch, job["sizes"]),
+        output_dir,
+        args=job["args"],
+        perturbations=job["perturbations"],
+        class_counts=[55, 25, 15, 5],
+    )
+    trainer.train()
+    return {
+        "parameters": flat_parameters(trainer.model),
+        "running": trainer.lpg_loss.statistics._running,
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "norms": [log["lpg/gradient_norm"] for log in trainer.state.log_history if "loss" in log],
+        "steps": trainer.state.global_step,
+        "processes": trainer.accelerator.num_processes,
+        "is_main": trainer.is_world_process_zero(),
+    }
+
+
+if __name__ == "__main__":
+    output_dir = Path(sys.argv[2])
+    result = train(json.loads(sys.argv[1]), output_dir)
+    if result["is_main"]:
+        torch.save(result, output_dir / "result.pt")
+    # A process that leaves early makes gloo abort the others.
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
