@@ -15,10 +15,16 @@ from torch.nn import functional as F
 
 
 __all__ = [
+    "class_weight_delta",
     "clip_delta",
+    "focal_delta",
+    "gce_delta",
+    "label_smoothing_delta",
     "logit_adjustment_delta",
     "logit_gradient",
     "lpg_delta",
+    "lpl_delta",
+    "noise_delta",
     "relative_dampening_delta",
     "relative_dampening_weight",
 ]
@@ -106,18 +112,14 @@ def lpg_delta(
 
     ```
     """
-    labelled = labels >= 0
-    classes = labels.clamp(min=0)
-    sign = signs[classes] * labelled
-    bound = bounds[classes] * labelled
-
+    signs, bounds = signs.to(gradient), bounds.to(gradient)
     if direction == "class":
         segment = _class_segments(labels)
         target = _segment_means(gradient, segment)
-        sign = torch.zeros_like(sign).scatter_(0, segment, sign)
-        bound = torch.zeros_like(bound).scatter_(0, segment, bound)
+        sign, bound = _per_segment(labels, segment, signs, bounds)
     else:
         target = gradient
+        sign, bound = _per_sample(labels, signs, bounds)
 
     # A direction needs a length that rounding has not eaten.
     length = target.norm(dim=-1, keepdim=True)
@@ -252,6 +254,161 @@ def logit_adjustment_delta(logits: Tensor, labels: Tensor, prior: Tensor, tau: f
     return _balance_label_entry((logits + offset).softmax(-1) - logits.softmax(-1), labels)
 
 
+def class_weight_delta(gradient: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    r"""
+    Class weighting, `(w_c - 1) g_i`: what `weight=` does in a summed cross-entropy.
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): Gradients left by the methods before.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        weights (`torch.Tensor` of shape `[C]`): Weight of each class, not negative.
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: The delta.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> class_weight_delta(torch.tensor([[0.4, -0.4]]), torch.tensor([1]), torch.tensor([1.0, 3.0]))
+    tensor([[ 0.8000, -0.8000]])
+
+    ```
+    """
+    return _rescale(gradient, weights.to(gradient)[labels.clamp(min=0)], labels)
+
+
+def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float) -> Tensor:
+    r"""
+    Label smoothing, `alpha (onehot(y) - 1/C)`: the constant pull away from the label.
+
+    Source: Szegedy et al., Rethinking the Inception architecture (CVPR 2016); a negative `alpha` is the negative
+    smoothing of Wei et al., To smooth or not? (ICML 2022).
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): Only its shape and dtype are used.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        alpha (`float`): Share of the target that is spread over all classes, below 1.
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: The delta, of norm `|alpha| sqrt(1 - 1/C)`; rows sum to zero.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> label_smoothing_delta(torch.zeros(1, 4), torch.tensor([0]), alpha=0.4)
+    tensor([[ 0.3000, -0.1000, -0.1000, -0.1000]])
+
+    ```
+    """
+    return _balance_label_entry(torch.full_like(gradient, -alpha / gradient.shape[-1]), labels)
+
+
+def focal_delta(gradient: Tensor, logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
+    r"""
+    Focal loss, `(f - 1) g_i` with `f = (1 - p)^gamma - gamma (1 - p)^(gamma - 1) p log p` and `p = p_{i,y}`.
+
+    Source: Lin et al., Focal loss for dense object detection (ICCV 2017); written as a factor on the gradient, ours.
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): Gradients left by the methods before.
+        logits (`torch.Tensor` of shape `[N, C]`): The model's own logits.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        gamma (`float`, *optional*, defaults to 2.0): How fast well-fitted samples fade, at least 0.
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: The delta. The factor can exceed 1 (it is at most `1 + gamma`).
+    """
+    log_p = _own_log_probability(logits, labels)
+    rest = -torch.expm1(log_p)
+    # p log p / (1 - p) tends to -1 as p tends to 1.
+    ratio = torch.where(rest > 0, log_p.exp() * log_p / torch.where(rest > 0, rest, 1.0), -1.0)
+    return _rescale(gradient, rest**gamma * (1 - gamma * ratio), labels)
+
+
+def gce_delta(gradient: Tensor, logits: Tensor, labels: Tensor, q: float = 0.7) -> Tensor:
+    r"""
+    Generalized cross-entropy, `(p^q - 1) g_i` with `p = p_{i,y}`: what the model does not believe pulls less.
+
+    Source: Zhang and Sabuncu, Generalized cross entropy loss for training deep neural networks with noisy labels
+    (NeurIPS 2018), whose loss is `(1 - p^q) / q`.
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): Gradients left by the methods before.
+        logits (`torch.Tensor` of shape `[N, C]`): The model's own logits.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        q (`float`, *optional*, defaults to 0.7): 0 is cross-entropy, 1 the mean absolute error; in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: The delta.
+    """
+    return _rescale(gradient, (q * _own_log_probability(logits, labels)).exp(), labels)
+
+
+def noise_delta(gradient: Tensor, labels: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
+    r"""
+    Logit-gradient noise, `N(0, sigma^2 I)` projected on the plane of rows that sum to zero.
+
+    Source: ours, after Neelakantan et al., Adding gradient noise improves learning for very deep networks (2015), who
+    add it to the parameters' gradient.
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): Only its shape, dtype and device are used.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        sigma (`float`): Standard deviation before the projection, at least 0.
+        generator (`torch.Generator`, *optional*): On the device of the gradient.
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: The delta; its squared norm has mean `(C - 1) sigma^2`.
+    """
+    noise = sigma * torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype, device=gradient.device)
+    return torch.where(labels[:, None] >= 0, noise - noise.mean(-1, keepdim=True), 0.0)
+
+
+def lpl_delta(
+    logits: Tensor, labels: Tensor, signs: Tensor, bounds: Tensor, steps: int = 5, step_share: float = 0.5
+) -> Tensor:
+    r"""
+    Logit perturbation (LPL), `softmax(z_i + d_c) - softmax(z_i)`: one `d_c` per class that raises or lowers its loss.
+
+    `d_c` starts at zero and takes `steps` projected steps of length `step_share * bound` along the class's mean logit
+    gradient at `z + d_c`, uphill for `sign = +1` and downhill for -1, inside the l2 ball of radius `bound`.
+
+    Source: Li et al., Logit perturbation (AAAI 2022); the ball, the normalised step and its length are ours.
+
+    Args:
+        logits (`torch.Tensor` of shape `[N, C]`): The model's own logits.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        signs (`torch.Tensor` of shape `[C]`): +1 amplifies a class, -1 dampens it, 0 leaves it alone.
+        bounds (`torch.Tensor` of shape `[C]`): Radius of each class's `d_c`, at least 0, in logits.
+        steps (`int`, *optional*, defaults to 5): Number of projected steps.
+        step_share (`float`, *optional*, defaults to 0.5): Length of a step as a share of the radius.
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: The delta, of norm at most `bound / 2`; rows sum to zero.
+    """
+    segment = _class_segments(labels)
+    sign, bound = (row[:, None] for row in _per_segment(labels, segment, signs.to(logits), bounds.to(logits)))
+    shift = torch.zeros_like(logits)
+    for _ in range(steps):
+        mean = _segment_means(logit_gradient(logits + shift[segment], labels), segment)
+        length = mean.norm(dim=-1, keepdim=True)
+        has_direction = length > torch.finfo(logits.dtype).eps
+        direction = torch.where(has_direction, mean / torch.where(has_direction, length, 1.0), 0.0)
+        shift = _project_l2_ball(shift + sign * step_share * bound * direction, bound)
+    return _balance_label_entry((logits + shift[segment]).softmax(-1) - logits.softmax(-1), labels)
+
+
+def _rescale(gradient: Tensor, factor: Tensor, labels: Tensor) -> Tensor:
+    """`(factor - 1) gradient`, zero for ignored samples."""
+    return torch.where(labels >= 0, factor - 1, 0.0)[:, None] * gradient
+
+
+def _own_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+
+
 def _balance_label_entry(matrix: Tensor, labels: Tensor) -> Tensor:
     """Sets each row's entry of the label to minus the sum of the others; rows of ignored samples become zero."""
     index = labels.clamp(min=0)[:, None]
@@ -278,6 +435,16 @@ def _class_segments(labels: Tensor) -> Tensor:
     return torch.zeros_like(labels).scatter_(0, order, starts_class.cumsum(0))
 
 
+def _per_sample(labels: Tensor, *values: Tensor) -> list[Tensor]:
+    """The value of each sample's class, `[N]`; 0 for ignored samples."""
+    return [torch.where(labels >= 0, value[labels.clamp(min=0)], 0.0) for value in values]
+
+
+def _per_segment(labels: Tensor, segment: Tensor, *values: Tensor) -> list[Tensor]:
+    """The value of segment s's class in entry s, `[N]`."""
+    return [torch.zeros_like(value).scatter_(0, segment, value) for value in _per_sample(labels, *values)]
+
+
 def _segment_means(gradient: Tensor, segment: Tensor) -> Tensor:
     """Mean gradient of segment s in row s, `[N, C]`: a batch of N has at most N classes, whatever C is."""
     sums = torch.zeros_like(gradient).index_add_(0, segment, gradient)
@@ -286,11 +453,23 @@ def _segment_means(gradient: Tensor, segment: Tensor) -> Tensor:
 
 
 def _largest_zero_sum(target: Tensor, bound: Tensor) -> Tensor:
-    """Maximiser of `<target, delta>` with `|delta_j| <= bound` and sum zero: +bound on the larger half."""
+    """
+    Maximiser of `<target, delta>` with `|delta_j| <= bound` and sum zero: +bound on the larger half, - on the other.
+
+    Equal entries share what falls to them, so that the result does not depend on the order of the classes.
+    """
     num_classes = target.shape[-1]
-    rank = target.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     half = num_classes // 2
-    return bound * ((rank < half).to(target.dtype) - (rank >= num_classes - half).to(target.dtype))
+
+    def sum_of_signs(count: Tensor) -> Tensor:
+        """Of the `count` largest entries."""
+        return count.clamp(max=half) - (count - (num_classes - half)).clamp(min=0)
+
+    ordered = target.sort(-1).values
+    target = target.contiguous()
+    larger = num_classes - torch.searchsorted(ordered, target, right=True)
+    at_least_as_large = num_classes - torch.searchsorted(ordered, target)
+    return bound * (sum_of_signs(at_least_as_large) - sum_of_signs(larger)) / (at_least_as_large - larger)
 
 
 def _project_zero_sum_box(point: Tensor, bound: Tensor) -> Tensor:

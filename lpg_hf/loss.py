@@ -1,6 +1,7 @@
 """LPGLoss: a base loss whose gradient at the logits is perturbed by a chain of methods."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,16 @@ class LPGLoss(nn.Module):
             raise ValueError(f"`num_labels` must be at least 2; found {num_labels}.")
         self.statistics = ClassStatistics(num_labels, class_counts)
         self.perturbations = nn.ModuleList(build_chain(perturbations, class_counts))
+        for method in self.perturbations:
+            if not isinstance(method, LogitPerturbation):
+                raise ValueError(
+                    f"`{method!r}` perturbs the gradient of the parameters, which a loss does not see: hand it to "
+                    "`LPGTrainer(perturbations=...)`."
+                )
+            method.setup(num_labels)
         self.base_loss = base_loss
         self.fold_every_call = True
+        self._is_frozen = False
         # Sums since the last report. Row 0: samples, norm of g; a row per method: norm of its delta, weight; last row:
         # the first step with values that are not finite.
         self.register_buffer("_telemetry", torch.zeros(len(self.perturbations) + 2, 2), persistent=False)
@@ -136,8 +145,9 @@ class LPGLoss(nn.Module):
         """
         self._match(logits)
         labelled = labels != IGNORE_INDEX
-        self._telemetry[0] += torch.stack([labelled.sum(), gradient.norm(dim=-1).sum()])
-        self._record_first_bad_step(gradient)
+        telemetry = torch.zeros_like(self._telemetry) if self._is_frozen else self._telemetry
+        telemetry[0] += torch.stack([labelled.sum(), gradient.norm(dim=-1).sum()])
+        self._record_first_bad_step(telemetry, gradient)
         for row, method in enumerate(self.perturbations, start=1):
             delta = method.delta(gradient, logits, labels, self.statistics)
             if delta.shape != gradient.shape:
@@ -146,15 +156,38 @@ class LPGLoss(nn.Module):
                     f"{list(gradient.shape)}: `delta` must keep the shape."
                 )
             delta = torch.where(labelled[:, None], delta, 0.0)
-            self._telemetry[row, 0] += delta.norm(dim=-1).sum()
+            telemetry[row, 0] += delta.norm(dim=-1).sum()
             if method.rescales:
-                self._telemetry[row, 1] += torch.where(labelled, _weight(gradient, delta), 0.0).sum()
+                telemetry[row, 1] += torch.where(labelled, _weight(gradient, delta), 0.0).sum()
+            if not self._is_frozen:
+                method.update(gradient, labels)
             gradient = gradient + delta
 
-        self.statistics.update(logits, labels)
-        if self.fold_every_call:
-            self.statistics.fold()
+        if not self._is_frozen:
+            self.statistics.update(logits, labels)
+            if self.fold_every_call:
+                self.fold()
         return gradient
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it the loss perturbs but learns nothing: for a second look at the same batch, as in SAM."""
+        self._is_frozen = True
+        try:
+            yield
+        finally:
+            self._is_frozen = False
+
+    def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """
+        Ends an optimizer step: what its micro-batches added up moves the statistics and the methods that learn.
+
+        Args:
+            reduce (`Callable`, *optional*): Sums a tensor over processes.
+        """
+        self.statistics.fold(reduce)
+        for method in self.perturbations:
+            method.fold(reduce)
 
     def telemetry(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """
@@ -229,10 +262,10 @@ class LPGLoss(nn.Module):
         if state.device != logits.device or state.dtype != dtype:
             self.to(device=logits.device, dtype=dtype)
 
-    def _record_first_bad_step(self, gradient: Tensor) -> None:
-        first = self._telemetry[-1, 0]
+    def _record_first_bad_step(self, telemetry: Tensor, gradient: Tensor) -> None:
+        first = telemetry[-1, 0]
         is_first = (first == 0) & ~gradient.isfinite().all()
-        self._telemetry[-1, 0] = torch.where(is_first, self.statistics.steps + 1, first)
+        telemetry[-1, 0] = torch.where(is_first, self.statistics.steps + 1, first)
 
     def _labels(self) -> list[str]:
         """A name for each method of the chain, numbered where one occurs again."""

@@ -59,8 +59,8 @@ class ClassStatistics(nn.Module):
         super().__init__()
         self.counts_are_given = class_counts is not None
         self.prior_is_ready = True
-        counts = _check_class_counts(class_counts, num_labels) if self.counts_are_given else torch.zeros(num_labels)
-        self.register_buffer("class_counts", counts)
+        counts = [0] * num_labels if class_counts is None else _check_class_counts(class_counts, num_labels)
+        self.register_buffer("class_counts", torch.as_tensor(counts, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_running", torch.zeros(4, num_labels))
         # Zero between optimizer steps, which is when state is saved.
@@ -79,7 +79,7 @@ class ClassStatistics(nn.Module):
             counts = self.class_counts + PRIOR_PSEUDO_COUNT
         else:
             counts = torch.ones_like(self.class_counts)
-        return counts / counts.sum()
+        return counts.to(self._running.dtype) / counts.sum()
 
     @property
     def accuracy(self) -> Tensor:
@@ -133,21 +133,22 @@ class ClassStatistics(nn.Module):
         self._running[:3] += counts / (counts + MEAN_INERTIA) * distance[:3]
         self._running[3] += counts / (counts + CONTRADICTION_INERTIA) * distance[3]
         if not self.counts_are_given:
-            self.class_counts += counts
+            self.class_counts += counts.long()
         self.steps += 1
         self._pending.zero_()
 
 
 def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
-    counts = torch.as_tensor(class_counts, dtype=torch.float32).clone()
+    counts = torch.as_tensor(class_counts)
     if counts.shape != (num_labels,):
         raise ValueError(
             f"`class_counts` has shape {list(counts.shape)}, but there are {num_labels} classes: pass one count per "
             "class."
         )
-    if (counts < 0).any() or not (counts > 0).any():
+    if not counts.isfinite().all() or (counts < 0).any() or not (counts > 0).any():
         raise ValueError(
-            f"`class_counts` must not be negative, and at least one must be positive; found {counts.tolist()}. Count "
-            "the training rows of each class, for instance with `lpg_hf.data.class_counts(dataset)`."
+            f"`class_counts` must be finite and not negative, and at least one must be positive; found "
+            f"{counts.tolist()}. Count the training rows of each class, for instance with "
+            "`lpg_hf.data.class_counts(dataset)`."
         )
     return counts

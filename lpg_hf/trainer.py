@@ -1,30 +1,36 @@
 """LPGTrainer: where in a training step the perturbations act, what is logged, and what a checkpoint holds."""
 
-import json
+import copy
 from collections.abc import Mapping, Sequence, Sized
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
+from accelerate import DistributedType
 from accelerate.logging import get_logger
 from datasets import ClassLabel, Dataset
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainingArguments
 
+from .checkpoint import load_state, save_state
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
 from .functional import logit_gradient
 from .loss import IGNORE_INDEX, LPGLoss, logits_of, replace_gradient
-from .perturbations import LogitPerturbation, build_chain
+from .perturbations import (
+    SAM,
+    GradientPerturbation,
+    LogitPerturbation,
+    ParameterPerturbation,
+    Perturbation,
+    build_chain,
+)
 
 
 logger = get_logger(__name__)
-
-STATE_FILE = "lpg_state.safetensors"
 
 # Losses of transformers that are cross-entropy over `config.num_labels` classes when the labels are integers.
 _SINGLE_LABEL_LOSS_TYPES = (
@@ -49,7 +55,7 @@ class LPGTrainer(Trainer):
 
     Args:
         model, args and all others: As for [`~transformers.Trainer`]. `args` may be an [`LPGConfig`].
-        perturbations (`str`, [`LogitPerturbation`] or a sequence of them, *optional*):
+        perturbations (`str`, [`Perturbation`] or a sequence of them, *optional*):
             The chain of methods, as objects or strings. Left out, it is what the config says (`auto` for plain
             [`~transformers.TrainingArguments`]); `[]` trains exactly as `Trainer`.
         class_counts (`Sequence[int]`, *optional*):
@@ -79,13 +85,15 @@ class LPGTrainer(Trainer):
         model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         *trainer_args,
-        perturbations: str | LogitPerturbation | Sequence[str | LogitPerturbation] | None = None,
+        perturbations: str | Perturbation | Sequence[str | Perturbation] | None = None,
         class_counts: Sequence[int] | None = None,
         **trainer_kwargs,
     ):
         self._perturbations = perturbations
         self._class_counts = class_counts
-        build_chain(self._chain(args))
+        chain = build_chain(self._chain(args))
+        if sum(isinstance(method, SAM) for method in chain) > 1:
+            raise ValueError(f"`perturbations` has more than one SAM: {chain}. Keep one.")
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         if isinstance(self.compute_loss_func, LPGLoss):
             raise ValueError(
@@ -96,7 +104,7 @@ class LPGTrainer(Trainer):
 
     # Setup
 
-    def _chain(self, args: TrainingArguments | None) -> str | LogitPerturbation | Sequence[str | LogitPerturbation]:
+    def _chain(self, args: TrainingArguments | None) -> str | Perturbation | Sequence[str | Perturbation]:
         if self._perturbations is not None:
             return self._perturbations
         return args.chain() if isinstance(args, LPGConfig) else ["auto"]
@@ -107,7 +115,12 @@ class LPGTrainer(Trainer):
 
     def _prepare_perturbations(self) -> None:
         """Reads settings anew: `hyperparameter_search` changes arguments and model between two trainings."""
-        self._has_perturbations = len(build_chain(self._chain(self.args))) > 0
+        # Working copies: methods that learn start every training anew.
+        methods = copy.deepcopy(build_chain(self._chain(self.args)))
+        self._has_logit_methods = any(isinstance(method, LogitPerturbation) for method in methods)
+        self._parameter_methods = nn.ModuleList(m for m in methods if isinstance(m, ParameterPerturbation))
+        # Steps and the sum of each parameter method's delta norms since the last log.
+        self._parameter_telemetry = torch.zeros(1 + len(self._parameter_methods), device=self.args.device)
         self._is_classifier = None
         self._checkpoint = None
         self.lpg_loss = None
@@ -115,6 +128,21 @@ class LPGTrainer(Trainer):
         num_labels = self._declared_num_labels()
         if num_labels is not None:
             self._build_loss(num_labels)
+
+    def _check_parameter_methods(self) -> None:
+        sharded = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if self._parameter_methods and self.accelerator.distributed_type in sharded:
+            raise ValueError(
+                f"{', '.join(map(repr, self._parameter_methods))} needs whole gradients and parameters on every "
+                f"process, but {self.accelerator.distributed_type} shards them. Use DDP, or only methods at the logits."
+            )
+        has_sam = any(isinstance(method, SAM) for method in self._parameter_methods)
+        checkpointing = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
+        if has_sam and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "SAM takes gradients with `torch.autograd.grad`, which reentrant checkpointing does not support; "
+                "found `gradient_checkpointing_kwargs` with use_reentrant=True. Set it to False."
+            )
 
     def _declared_num_labels(self) -> int | None:
         """The number of classes, where the model's own loss takes it from its config; else the first batch tells."""
@@ -129,7 +157,12 @@ class LPGTrainer(Trainer):
         if self.label_smoother is not None:
             base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=self.label_smoother.epsilon)
         counts = self._class_counts if self._class_counts is not None else self._read_class_counts(num_labels)
-        self.lpg_loss = LPGLoss(num_labels, self._chain(self.args), counts, base_loss)
+        methods = copy.deepcopy(build_chain(self._chain(self.args), counts))
+        chain = [method for method in methods if isinstance(method, LogitPerturbation)]
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        for method in chain:
+            method.use_label_names(getattr(config, "label2id", None) or {})
+        self.lpg_loss = LPGLoss(num_labels, chain, counts, base_loss)
         self.lpg_loss.fold_every_call = False
 
     def _read_class_counts(self, num_labels: int) -> list[int] | None:
@@ -147,9 +180,10 @@ class LPGTrainer(Trainer):
     # Training
 
     def _inner_training_loop(self, *args, **kwargs):
-        if self._has_perturbations and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
+        if self._has_logit_methods and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
         self._prepare_perturbations()
+        self._check_parameter_methods()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
@@ -167,10 +201,56 @@ class LPGTrainer(Trainer):
         if self.lpg_loss is not None:
             # A prior that is being counted is biased by the order of the data until all of it has been seen.
             self.lpg_loss.statistics.prior_is_ready = self.state.epoch is not None and self.state.epoch >= 1
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._is_classifier and self.accelerator.sync_gradients and len(self.lpg_loss.perturbations) > 0:
-            self.lpg_loss.statistics.fold(partial(self.accelerator.reduce, reduction="sum"))
+        sam = next((method for method in self._parameter_methods if isinstance(method, SAM)), None)
+        if sam is not None and self.state.global_step % sam.interval == 0:
+            loss = self._sam_step(sam, model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            if self._is_classifier and self._has_logit_methods:
+                self.lpg_loss.fold(partial(self.accelerator.reduce, reduction="sum"))
+            self._perturb_gradients()
         return loss
+
+    def _sam_step(
+        self, sam: SAM, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Two passes; the gradient is that of the second, the loss that is logged that of the first."""
+        model.train()
+        with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # Only the direction matters, but under fp16 the unscaled gradient would underflow.
+        gradients = torch.autograd.grad(loss * self._loss_scale(), parameters, allow_unused=True)
+        learns_nothing = self.lpg_loss.frozen() if self._is_classifier else nullcontext()
+        with learns_nothing, sam.shifted(self.model, parameters, gradients):
+            super().training_step(model, inputs, num_items_in_batch)
+        if self._measures_sam():
+            pairs = [(p.grad, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+            norm = get_total_norm([shifted - gradient for shifted, gradient in pairs]) / self._loss_scale()
+            self._parameter_telemetry[1 + list(self._parameter_methods).index(sam)] += norm
+
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:
+            takes_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = takes_count or self.compute_loss_func is not None
+        return loss.detach() if is_scaled else loss.detach() / self.current_gradient_accumulation_steps
+
+    def _measures_sam(self) -> bool:
+        """Whether both gradients are whole after a micro-batch; else their difference would cost a reduction."""
+        return self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1
+
+    def _perturb_gradients(self) -> None:
+        if not self._parameter_methods:
+            return
+        self._parameter_telemetry[0] += 1
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        for row, method in enumerate(self._parameter_methods, start=1):
+            if isinstance(method, GradientPerturbation):
+                self._parameter_telemetry[row] += method.perturb_(parameters, self._loss_scale())
+
+    def _loss_scale(self) -> float:
+        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
     def compute_loss(
         self,
@@ -190,7 +270,7 @@ class LPGTrainer(Trainer):
 
     def _replaces_loss(self) -> bool:
         """`perturbations=[]` is the Trainer's own loss, unless that is not the mean over the accumulated batch."""
-        if self._has_perturbations:
+        if self._has_logit_methods:
             return True
         return self.args.gradient_accumulation_steps > 1 and self.compute_loss_func is None
 
@@ -239,8 +319,8 @@ class LPGTrainer(Trainer):
         num_labels = self._logits(outputs).shape[-1]
         if self.lpg_loss is None or self.lpg_loss.num_labels != num_labels:
             self._build_loss(num_labels)
-        if self._checkpoint is not None:
-            self._load_lpg_state(Path(self._checkpoint))
+        if self._checkpoint is not None and self._has_logit_methods:
+            self._load_loss_state()
         self._warn_of_missing_classes()
         # Our loss is divided by the labelled samples of the whole accumulated batch.
         self.loss_is_scaled_for_ga = True
@@ -296,7 +376,7 @@ class LPGTrainer(Trainer):
         return None
 
     def _refuse(self, found: str) -> None:
-        if not self._has_perturbations:
+        if not self._has_logit_methods:
             return
         name = type(self.accelerator.unwrap_model(self.model)).__name__
         message = (
@@ -309,7 +389,7 @@ class LPGTrainer(Trainer):
 
     def _warn_of_missing_classes(self) -> None:
         statistics = self.lpg_loss.statistics
-        if not self._has_perturbations or not statistics.counts_are_given:
+        if not self._has_logit_methods or not statistics.counts_are_given:
             return
         counts = statistics.class_counts.tolist()
         missing = [label for label, count in enumerate(counts) if count == 0]
@@ -328,53 +408,52 @@ class LPGTrainer(Trainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._is_classifier and self._has_perturbations and ("loss" in logs or "train_loss" in logs):
+        if self._is_classifier and self._has_logit_methods and ("loss" in logs or "train_loss" in logs):
             telemetry = self.lpg_loss.telemetry(lambda tensor: self.accelerator.gather(tensor[None]))
             if "loss" in logs:
                 logs |= telemetry
+        if self._parameter_methods and "loss" in logs:
+            steps, *norms = self._parameter_telemetry.tolist()
+            self._parameter_telemetry.zero_()
+            for method, norm in zip(self._parameter_methods, norms, strict=True):
+                if not isinstance(method, SAM) or self._measures_sam():
+                    logs[f"lpg/{method.name}/delta_norm"] = norm / steps
         super().log(logs, start_time)
 
     # Checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._is_classifier and self._has_perturbations and self.args.should_save:
-            state = {name: tensor.contiguous() for name, tensor in self.lpg_loss.state_dict().items()}
-            save_file(
-                state, Path(output_dir) / STATE_FILE, metadata={"perturbations": json.dumps(self._chain_reprs())}
-            )
+        modules = {}
+        if self._is_classifier and self._has_logit_methods:
+            modules["loss"] = self.lpg_loss
+        if self._parameter_methods:
+            modules["parameters"] = self._parameter_methods
+        if modules and self.args.should_save:
+            save_state(output_dir, modules, self._chains())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        # Loaded with the first batch, which decides whether there is anything to load.
+        # The loss's part waits for the first batch, which decides whether there is a loss to load it into.
         self._checkpoint = checkpoint
+        if self._parameter_methods and checkpoint is not None:
+            state = load_state(checkpoint, "parameters", self._chains()["parameters"])
+            if state is not None:
+                self._parameter_methods.load_state_dict(state)
 
-    def _load_lpg_state(self, checkpoint: Path) -> None:
-        if not self._has_perturbations:
+    def _load_loss_state(self) -> None:
+        state = load_state(self._checkpoint, "loss", self._chains()["loss"])
+        if state is None:
             return
-        path = checkpoint / STATE_FILE
-        if not path.is_file():
-            logger.warning(
-                f"{checkpoint} has no {STATE_FILE}, so it was not written by LPGTrainer with perturbations: the class "
-                "statistics start anew."
-            )
-            return
-        with safe_open(path, framework="pt") as file:
-            saved_chain = json.loads(file.metadata()["perturbations"])
-        state = load_file(path)
-        if saved_chain != self._chain_reprs():
-            raise ValueError(
-                f"{path} was written with perturbations {saved_chain}, but this run has {self._chain_reprs()}. Resume "
-                "with the same `perturbations`, or start a new run from the checkpoint's model."
-            )
         num_labels = len(state["statistics.class_counts"])
         if num_labels != self.lpg_loss.num_labels:
             raise ValueError(
-                f"{path} was written for {num_labels} classes, but this model has {self.lpg_loss.num_labels}. Resume "
-                "with the model of that run."
+                f"{self._checkpoint} was written for {num_labels} classes, but this model has "
+                f"{self.lpg_loss.num_labels}. Resume with the model of that run."
             )
-        # The state may be float64 where the logits were.
-        self.lpg_loss.to(device=self.args.device, dtype=state["statistics.class_counts"].dtype).load_state_dict(state)
+        # The state is float64 where the logits were.
+        self.lpg_loss.to(device=self.args.device, dtype=state["statistics._running"].dtype).load_state_dict(state)
 
-    def _chain_reprs(self) -> list[str]:
-        return [repr(method) for method in self.lpg_loss.perturbations]
+    def _chains(self) -> dict[str, list[str]]:
+        logit_methods = [] if self.lpg_loss is None else self.lpg_loss.perturbations
+        return {"loss": list(map(repr, logit_methods)), "parameters": list(map(repr, self._parameter_methods))}

@@ -255,7 +255,7 @@ def test_given_counts_do_not_wait_to_be_ready():
 def test_num_labels_and_dtype():
     statistics = ClassStatistics(7)
     assert statistics.num_labels == 7
-    assert ClassStatistics(2, [1, 2]).class_counts.dtype == torch.float32
+    assert ClassStatistics(2, [1, 2]).class_counts.dtype == torch.int64
     assert statistics.steps.dtype == torch.int64
 
 
@@ -292,8 +292,8 @@ def test_state_dict_holds_no_pending_sums():
         ([5, 2, 1, 1], r"`class_counts` has shape \[4\], but there are 3 classes: pass one count per class"),
         ([[5, 2, 1]], r"`class_counts` has shape \[1, 3\], but there are 3 classes: pass one count per class"),
         ([], r"`class_counts` has shape \[0\], but there are 3 classes: pass one count per class"),
-        ([5, -2, 1], r"`class_counts` must not be negative.*found \[5.0, -2.0, 1.0\].*lpg_hf.data.class_counts"),
-        ([0, 0, 0], r"at least one must be positive; found \[0.0, 0.0, 0.0\].*lpg_hf.data.class_counts"),
+        ([5, -2, 1], r"`class_counts` must be finite and not negative.*found \[5, -2, 1\].*lpg_hf.data.class_counts"),
+        ([0, 0, 0], r"at least one must be positive; found \[0, 0, 0\].*lpg_hf.data.class_counts"),
     ],
 )
 def test_bad_class_counts_are_refused_with_what_was_found_and_what_to_do(counts, message):

@@ -1,17 +1,43 @@
 """The methods, and the one table that knows them by name."""
 
 import ast
+import inspect
+import re
 from collections.abc import Sequence
 
-from .base import LogitPerturbation
+from .base import GradientPerturbation, LogitPerturbation, ParameterPerturbation, Perturbation
 from .class_relative_dampening import ClassRelativeDampening
+from .class_weighting import ClassWeighting
 from .clipping import LogitClipping
+from .focal import FocalLoss
+from .generalized_cross_entropy import GeneralizedCrossEntropy
+from .gradient_clipping import GradientClipping
+from .gradient_noise import GradientNoise
+from .label_smoothing import LabelSmoothing
 from .logit_adjustment import LogitAdjustment
 from .lpg import LPG
+from .lpl import LPL
+from .noise import LogitNoise
+from .sam import SAM
 
 
-METHODS: dict[str, type[LogitPerturbation]] = {
-    method.name: method for method in (LPG, ClassRelativeDampening, LogitAdjustment, LogitClipping)
+METHODS: dict[str, type[Perturbation]] = {
+    method.name: method
+    for method in (
+        LPG,
+        ClassRelativeDampening,
+        LPL,
+        LogitClipping,
+        LogitNoise,
+        LabelSmoothing,
+        ClassWeighting,
+        LogitAdjustment,
+        FocalLoss,
+        GeneralizedCrossEntropy,
+        SAM,
+        GradientClipping,
+        GradientNoise,
+    )
 }
 
 # Above this ratio of the largest to the smallest class, `auto` adjusts the logits.
@@ -19,12 +45,25 @@ AUTO_MIN_IMBALANCE = 2.0
 
 __all__ = [
     "LPG",
+    "LPL",
     "METHODS",
+    "SAM",
     "ClassRelativeDampening",
+    "ClassWeighting",
+    "FocalLoss",
+    "GeneralizedCrossEntropy",
+    "GradientClipping",
+    "GradientNoise",
+    "GradientPerturbation",
+    "LabelSmoothing",
     "LogitAdjustment",
     "LogitClipping",
+    "LogitNoise",
     "LogitPerturbation",
+    "ParameterPerturbation",
+    "Perturbation",
     "build_chain",
+    "method_card",
     "parse_perturbation",
 ]
 
@@ -37,13 +76,13 @@ def build_chain(
     Turns names, strings and objects into the list of methods of a chain.
 
     Args:
-        perturbations (`str`, [`LogitPerturbation`] or a sequence of them):
+        perturbations (`str`, [`Perturbation`] or a sequence of them):
             Objects; strings as their `repr` writes them (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"`, which stands for
             the default preset and may be part of a longer chain; `"none"` for an empty chain.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class, which `auto` looks at.
 
     Returns:
-        `list[LogitPerturbation]`: The chain.
+        `list[Perturbation]`: The chain.
 
     Raises:
         ValueError: If a string names no method or cannot be read.
@@ -59,13 +98,22 @@ def build_chain(
 
     ```
     """
-    if isinstance(perturbations, str | LogitPerturbation):
+    if isinstance(perturbations, str | Perturbation):
         perturbations = [perturbations]
-    if list(perturbations) == ["none"]:
+    elif not isinstance(perturbations, Sequence):
+        raise TypeError(
+            f"`perturbations` takes a list of methods (such as `LPG()`) and strings (such as 'lpg'); found "
+            f"{perturbations!r}."
+        )
+    if "none" in perturbations:
+        if len(perturbations) > 1:
+            raise ValueError(
+                f"'none' stands for an empty chain and cannot be part of a longer one; found {perturbations}."
+            )
         return []
     chain = []
     for entry in perturbations:
-        if isinstance(entry, LogitPerturbation):
+        if isinstance(entry, Perturbation):
             chain.append(entry)
         elif entry == "auto":
             chain.extend(_auto_chain(class_counts))
@@ -78,7 +126,7 @@ def build_chain(
     return chain
 
 
-def parse_perturbation(text: str) -> LogitPerturbation:
+def parse_perturbation(text: str) -> Perturbation:
     """
     Reads one method from its `repr`, for instance `"lpg(strategy='frequency', epsilon=0.3)"`, or its bare name.
 
@@ -93,7 +141,9 @@ def parse_perturbation(text: str) -> LogitPerturbation:
         name = call.func.id
         args = [ast.literal_eval(argument) for argument in call.args]
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, AttributeError, ValueError) as error:
+        if len(kwargs) < len(call.keywords):
+            raise ValueError("an argument is given twice")
+    except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"Cannot read the perturbation {text!r}: write a name, or a call with literal arguments such as "
             "\"lpg(strategy='frequency', epsilon=0.3)\"."
@@ -108,7 +158,25 @@ def parse_perturbation(text: str) -> LogitPerturbation:
         raise ValueError(f"Cannot build the perturbation {text!r}: {error}.") from error
 
 
-def _auto_chain(class_counts: Sequence[int] | None) -> list[LogitPerturbation]:
+def method_card(method: type[Perturbation]) -> dict[str, str]:
+    """
+    The card in a method's docstring: level, formula, helps, hurts, cost and source.
+
+    Example:
+
+    ```python
+    >>> method_card(LabelSmoothing)["Formula"]
+    '`delta = alpha (onehot(y) - 1/C)`.'
+
+    ```
+    """
+    entries = re.findall(
+        r"^([A-Z][a-z]+): (.+?)(?=\n[A-Z][a-z]+: |\n\n)", inspect.getdoc(method), re.DOTALL | re.MULTILINE
+    )
+    return {key: " ".join(text.split()) for key, text in entries}
+
+
+def _auto_chain(class_counts: Sequence[int] | None) -> list[Perturbation]:
     """
     The default preset (ours): logit adjustment where classes are imbalanced, then class-relative dampening.
 

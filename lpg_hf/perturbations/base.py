@@ -2,18 +2,41 @@
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from ..statistics import ClassStatistics
 
 
-class LogitPerturbation(nn.Module, ABC):
+class Perturbation(nn.Module, ABC):
     """
-    Base class of methods that add a delta to the logit gradient.
+    What the methods of both spaces share.
 
-    A subclass sets `name`, keeps every argument of its `__init__` under the same attribute, and writes `delta`. State
-    that must survive a checkpoint is a buffer.
+    A subclass sets `name` and keeps every argument of its `__init__` under the same attribute. State that must survive
+    a checkpoint is a buffer (or extra state). The docstring has a card: the lines `Level:`, `Formula:`, `Helps:`,
+    `Hurts:`, `Cost:` and `Source:`.
+    """
+
+    name: str
+    space: str
+
+    def __repr__(self) -> str:
+        parameters = inspect.signature(type(self).__init__).parameters
+        options = [
+            f"{name}={_literal(getattr(self, name))!r}"
+            for name, parameter in parameters.items()
+            if name != "self" and getattr(self, name) != parameter.default
+        ]
+        return f"{self.name}({', '.join(options)})"
+
+
+class LogitPerturbation(Perturbation):
+    """
+    Base class of methods that add a delta to the logit gradient: a subclass writes `delta`.
 
     Example:
 
@@ -33,9 +56,15 @@ class LogitPerturbation(nn.Module, ABC):
     ```
     """
 
-    name: str
+    space = "logit"
     #: Whether the delta only rescales each sample's gradient, so that telemetry can report one weight per sample.
     rescales = False
+
+    def use_label_names(self, label_names: Mapping[str, int]) -> None:
+        """For methods with arguments by label name: tells them the index of each name, before `setup`."""
+
+    def setup(self, num_labels: int) -> None:
+        """For methods with state per class: called once when the number of classes is known."""
 
     @abstractmethod
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
@@ -52,14 +81,52 @@ class LogitPerturbation(nn.Module, ABC):
             `torch.Tensor` of shape `[N, C]`: The delta.
         """
 
-    def __repr__(self) -> str:
-        parameters = inspect.signature(type(self).__init__).parameters
-        options = [
-            f"{name}={getattr(self, name)!r}"
-            for name, parameter in parameters.items()
-            if name != "self" and getattr(self, name) != parameter.default
-        ]
-        return f"{self.name}({', '.join(options)})"
+    def update(self, gradient: Tensor, labels: Tensor) -> None:
+        """For methods that learn: sees each micro-batch after `delta`, with the same gradient, and adds up sums."""
+
+    def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """For methods that learn: once per optimizer step, moves the state by the sums, reduced over processes."""
+
+
+class ParameterPerturbation(Perturbation):
+    """Base class of methods that perturb the parameters' gradient; [`LPGTrainer`] runs them, after all others."""
+
+    space = "parameter"
+
+
+class GradientPerturbation(ParameterPerturbation):
+    """Base class of parameter methods that act once per optimizer step on the finished gradient."""
+
+    @abstractmethod
+    def perturb_(self, parameters: list[Parameter], scale: float = 1.0) -> Tensor:
+        """
+        Adds the delta to the gradients in place.
+
+        Args:
+            parameters (`list[torch.nn.Parameter]`): Those with a gradient.
+            scale (`float`, *optional*, defaults to 1.0): What the gradients are multiplied with (fp16's loss scale).
+
+        Returns:
+            `torch.Tensor`: The norm of the delta, a scalar, without the scale.
+        """
+
+
+def _literal(value: object) -> object:
+    """Numbers and lists of NumPy and torch as Python's own, whose `repr` is a literal."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_literal, value))
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
+def draw_seed(seed: int, draw: int, process: int = 0) -> int:
+    """A seed of its own for every draw and process, so that a counter is all there is to save."""
+    # Odd multipliers: distinct counters stay distinct modulo 2^63.
+    return (seed * 0x9E3779B97F4A7C15 + draw * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB) % 2**63
+
+
+def process_index() -> int:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if is_distributed else 0
 
 
 def check(condition: bool, argument: str, value: object, expected: str) -> None:

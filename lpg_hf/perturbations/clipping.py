@@ -1,31 +1,43 @@
-"""Clipping: no sample pulls harder than a bound."""
+"""Clipping: no sample pulls harder than a bound, fixed or learned per class."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from ..functional import clip_delta
-from ..statistics import ClassStatistics
+from ..statistics import MEAN_INERTIA, ClassStatistics
 from .base import LogitPerturbation, check
 
 
 class LogitClipping(LogitPerturbation):
     r"""
-    Logit-gradient clipping, `delta = (min(1, M/||g_i||) - 1) g_i`: bounds the pull of each sample, wrong labels
-    included.
+    Logit-gradient clipping: bounds the pull of every sample, those with wrong labels included.
 
-    Source: Menon et al., Can gradient clipping mitigate label noise? (ICLR 2020), applied at the logits.
+    The bound is fixed, or, with `quantile`, a running quantile of the gradient norms of each class: then only the
+    hardest samples of a class are clipped, however hard the class is.
+
+    Level: sample, or sample by statistics of its class.
+    Formula: `delta = (min(1, M / ||g||) - 1) g`.
+    Helps: label noise, most with SGD.
+    Hurts: hard classes, which a fixed bound slows down; Adam undoes a uniform scaling.
+    Cost: O(NC).
+    Source: Menon et al., Can gradient clipping mitigate label noise? (ICLR 2020), at the logits; the quantile is ours.
 
     Args:
-        max_norm (`float`, *optional*, defaults to 0.3):
-            The bound M, above 0, in units of a sample's logit gradient (whose norm is at most `sqrt(2)`).
+        max_norm (`float`, *optional*):
+            The bound M, above 0, in units of a sample's logit gradient (whose norm is at most `sqrt(2)`); 0.3 when
+            neither argument is given.
+        quantile (`float`, *optional*): In (0, 1): the bound of class c is this running quantile of its norms.
 
     Raises:
-        ValueError: If `max_norm` is not positive.
+        ValueError: If an argument is out of its range or both are given.
 
     Example:
 
     ```python
-    >>> LogitClipping(0.5)
-    logit_clipping(max_norm=0.5)
+    >>> LogitClipping(0.5), LogitClipping(quantile=0.9)
+    (logit_clipping(max_norm=0.5), logit_clipping(quantile=0.9))
 
     ```
     """
@@ -33,10 +45,37 @@ class LogitClipping(LogitPerturbation):
     name = "logit_clipping"
     rescales = True
 
-    def __init__(self, max_norm: float = 0.3):
+    def __init__(self, max_norm: float | None = None, quantile: float | None = None):
         super().__init__()
-        check(max_norm > 0, "max_norm", max_norm, "positive")
+        check(max_norm is None or max_norm > 0, "max_norm", max_norm, "positive")
+        check(quantile is None or 0 < quantile < 1, "quantile", quantile, "in (0, 1)")
+        check(max_norm is None or quantile is None, "quantile", quantile, "left out when `max_norm` is given")
         self.max_norm = max_norm
+        self.quantile = quantile
+
+    def setup(self, num_labels: int) -> None:
+        if self.quantile is not None:
+            self.register_buffer("bounds", torch.full((num_labels,), math.sqrt(2)))
+            # Samples of each class, and those of them within the bound, since the last fold.
+            self.register_buffer("_pending", torch.zeros(2, num_labels), persistent=False)
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return clip_delta(gradient, self.max_norm)
+        if self.quantile is None:
+            return clip_delta(gradient, 0.3 if self.max_norm is None else self.max_norm)
+        return clip_delta(gradient, self.bounds[labels.clamp(min=0)])
+
+    def update(self, gradient: Tensor, labels: Tensor) -> None:
+        if self.quantile is not None:
+            classes = labels.clamp(min=0)
+            within = gradient.norm(dim=-1) <= self.bounds[classes]
+            rows = torch.where(labels >= 0, torch.stack([torch.ones_like(within), within]), False)
+            self._pending.index_add_(1, classes, rows.to(self._pending.dtype))
+
+    def fold(self, reduce) -> None:
+        """Robbins and Monro: a bound goes up while too few norms lie within it, and down while too many do."""
+        if self.quantile is not None:
+            counts, within = self._pending if reduce is None else reduce(self._pending)
+            share = within / counts.clamp(min=1)
+            step = counts / (counts + MEAN_INERTIA) * (self.quantile - share)
+            self.bounds.add_(step).clamp_(1e-3, math.sqrt(2))
+            self._pending.zero_()

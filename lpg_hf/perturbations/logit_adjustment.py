@@ -10,8 +10,13 @@ from .base import LogitPerturbation, check
 
 class LogitAdjustment(LogitPerturbation):
     r"""
-    Logit adjustment, `delta = softmax(z + tau log pi) - softmax(z)`: the balanced softmax at `tau = 1`.
+    Logit adjustment: cross-entropy on logits shifted by the log prior; the balanced softmax at `tau = 1`.
 
+    Level: sample.
+    Formula: `delta = softmax(z + tau log pi) - softmax(z)`, `pi` the class shares of the training set.
+    Helps: long tails, when all classes matter alike.
+    Hurts: accuracy on test data as imbalanced as the training data.
+    Cost: O(NC).
     Source: Menon et al., Long-tail learning via logit adjustment (ICLR 2021); `min_imbalance` is ours.
 
     Args:

@@ -1,0 +1,104 @@
+"""Class weights as a perturbation, without a weighted loss."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..functional import class_weight_delta
+from ..statistics import ClassStatistics
+from .base import LogitPerturbation, check
+
+
+class ClassWeighting(LogitPerturbation):
+    r"""
+    Class weighting: every class pulls with its own weight.
+
+    Level: class.
+    Formula: `delta = (w_c - 1) g`.
+    Helps: imbalanced data with models that are far from fitting all of it.
+    Hurts: models that fit all of it (the weights then change little but the noise); rare classes with wrong labels.
+    Cost: O(NC).
+    Source: classic; the effective number is that of Cui et al., Class-balanced loss (CVPR 2019).
+
+    Args:
+        weights (`str`, `Sequence[float]` or `Mapping`, *optional*, defaults to `"balanced"`):
+            `"balanced"`: `n / (K n_c)` for n samples in K classes; `"effective"`: `(1 - beta) / (1 - beta^n_c)`,
+            scaled to sum to K; a weight per class, as a list or by label name or index (1 for those left out).
+        beta (`float`, *optional*, defaults to 0.999): For `"effective"`, in [0, 1).
+
+    Raises:
+        ValueError: If a weight is negative, `beta` out of range, or names or length don't fit the classes.
+
+    Example:
+
+    ```python
+    >>> ClassWeighting({"spam": 5.0})
+    class_weighting(weights={'spam': 5.0})
+
+    ```
+    """
+
+    name = "class_weighting"
+    rescales = True
+
+    def __init__(self, weights: str | Sequence[float] | Mapping[str | int, float] = "balanced", beta: float = 0.999):
+        super().__init__()
+        if isinstance(weights, str):
+            check(
+                weights in ("balanced", "effective"), "weights", weights, "'balanced', 'effective', a list or a dict"
+            )
+        else:
+            values = list(weights.values() if isinstance(weights, Mapping) else weights)
+            check(all(value >= 0 for value in values), "weights", weights, "at least 0 for each class")
+        check(0 <= beta < 1, "beta", beta, "in [0, 1)")
+        self.weights = weights
+        self.beta = beta
+        self._label_names: Mapping[str, int] = {}
+
+    def use_label_names(self, label_names: Mapping[str, int]) -> None:
+        self._label_names = label_names
+
+    def setup(self, num_labels: int) -> None:
+        if isinstance(self.weights, str):
+            return
+        if isinstance(self.weights, Mapping):
+            weights = torch.ones(num_labels)
+            for key, weight in self.weights.items():
+                weights[self._class_index(key, num_labels)] = weight
+        else:
+            check(
+                len(self.weights) == num_labels,
+                "weights",
+                self.weights,
+                f"one weight for each of {num_labels} classes",
+            )
+            weights = torch.tensor(self.weights, dtype=torch.float32)
+        self.register_buffer("_weights", weights, persistent=False)
+
+    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        return class_weight_delta(gradient, labels, self.class_weights(statistics))
+
+    def class_weights(self, statistics: ClassStatistics) -> Tensor:
+        """The weight of every class, `[C]`; 0 for classes without samples where the weights come from the counts."""
+        if not isinstance(self.weights, str):
+            return self._weights
+        prior, counts = statistics.prior, statistics.class_counts
+        present = prior > 0
+        if self.weights == "balanced":
+            return torch.where(present, 1 / (present.sum() * prior), 0.0)
+        # While classes are being counted, some may not have been seen yet.
+        weights = torch.where(present, (1 - self.beta) / (1 - self.beta ** counts.clamp(min=1)), 0.0)
+        return weights * present.sum() / weights.sum()
+
+    def _class_index(self, key: str | int, num_labels: int) -> int:
+        index = self._label_names.get(key, key)
+        if not isinstance(index, int) or not 0 <= index < num_labels:
+            known = (
+                ", ".join(map(repr, self._label_names)) or "no names (LPGTrainer takes them from the model's config)"
+            )
+            raise ValueError(
+                f"`weights` has the key {key!r}, which is no class: use an index in [0, {num_labels}) or a label "
+                f"name. Known names: {known}."
+            )
+        return index

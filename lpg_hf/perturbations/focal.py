@@ -1,0 +1,46 @@
+"""Focal loss as a perturbation: well-fitted samples pull less."""
+
+from torch import Tensor
+
+from ..functional import focal_delta
+from ..statistics import ClassStatistics
+from .base import LogitPerturbation, check
+
+
+class FocalLoss(LogitPerturbation):
+    r"""
+    Focal loss: samples that the model already fits fade out.
+
+    Level: sample.
+    Formula: `delta = (f - 1) g` with `f = (1 - p)^gamma - gamma (1 - p)^(gamma - 1) p log p`, `p` the probability of
+    the label.
+    Helps: many easy samples that drown the hard ones; calibration.
+    Hurts: label noise, whose samples are the hardest of all.
+    Cost: O(NC).
+    Source: Lin et al., Focal loss for dense object detection (ICCV 2017).
+
+    Args:
+        gamma (`float`, *optional*, defaults to 2.0): How fast samples fade, at least 0; 0 switches the method off.
+
+    Raises:
+        ValueError: If `gamma` is negative.
+
+    Example:
+
+    ```python
+    >>> FocalLoss(gamma=1.0)
+    focal_loss(gamma=1.0)
+
+    ```
+    """
+
+    name = "focal_loss"
+    rescales = True
+
+    def __init__(self, gamma: float = 2.0):
+        super().__init__()
+        check(gamma >= 0, "gamma", gamma, "at least 0")
+        self.gamma = gamma
+
+    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        return focal_delta(gradient, logits, labels, self.gamma)
