@@ -53,7 +53,7 @@ def training_arguments(output_dir: str, seed: int = 0, **kwargs) -> TrainingArgu
     """Plain arguments: AdamW, one batch size however many processes share it, nothing printed or saved on the way."""
     defaults = {
         "learning_rate": 2e-3,
-        "per_device_train_batch_size": BATCH_SIZE // PartialState().num_processes,
+        "per_device_train_batch_size": BATCH_SIZE // PartialState(cpu=True).num_processes,
         "per_device_eval_batch_size": 512,
         "num_train_epochs": 40,
         "remove_unused_columns": False,
@@ -61,5 +61,6 @@ def training_arguments(output_dir: str, seed: int = 0, **kwargs) -> TrainingArgu
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "ddp_find_unused_parameters": False,
     }
     return TrainingArguments(output_dir, seed=seed, **(defaults | kwargs))

@@ -2,6 +2,7 @@
 Trainer against LPGTrainer where a fifth of the labels is wrong and the classes have a long tail.
 
     python examples/quickstart.py
+    torchrun --nproc_per_node 2 examples/quickstart.py  # the same batches, shared by two processes
 
 Both train the same small ResNet on scikit-learn's digits, from the same weights, in the same order, with the same
 arguments. Leaves a plot and a model in `quickstart-output` and ends with a table. About two minutes on two CPU cores.
@@ -125,7 +126,7 @@ def run_seed(arguments: QuickstartArguments, seed: int, progress: tqdm) -> dict:
     predictions = {LAST: plain.predict(test), LPG: lpg.predict(test)}
     metrics = {name: strip_prefix(output.metrics, "test_") for name, output in predictions.items()}
     return {
-        "metrics": metrics | {PICKED: test_metrics_of_picked_epoch(plain.state.log_history)},
+        "metrics": metrics | {PICKED: metrics_of_picked_epoch(plain.state.log_history)},
         "recalls": {name: recalls(output.predictions, output.label_ids) for name, output in predictions.items()},
         "class_counts": class_counts(digits["train"], label_column="clean_label"),
         "log_history": [entry for entry in lpg.state.log_history if "lpg/gradient_norm" in entry],
@@ -134,7 +135,7 @@ def run_seed(arguments: QuickstartArguments, seed: int, progress: tqdm) -> dict:
     }
 
 
-def test_metrics_of_picked_epoch(log_history: list[dict]) -> dict[str, float]:
+def metrics_of_picked_epoch(log_history: list[dict]) -> dict[str, float]:
     """What early stopping gives: the noisy validation labels pick the epoch, the test labels play no part in it."""
     validation = [entry for entry in log_history if "eval_validation_balanced_accuracy" in entry]
     test = [entry for entry in log_history if "eval_test_balanced_accuracy" in entry]
@@ -242,7 +243,7 @@ def main() -> None:
     logging.disable_progress_bar()
     # More threads don't speed up so small a model, and slow it down by far where other programs use the cores.
     torch.set_num_threads(1)
-    is_main = PartialState().is_main_process
+    is_main = PartialState(cpu=True).is_main_process
 
     runs = []
     with tqdm(total=2 * arguments.seeds * arguments.epochs, unit="epoch", disable=not is_main) as progress:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence, Sized
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import DistributedType
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .checkpoint import load_state, save_state
+from .checkpoint import is_whole, last_whole_checkpoint, load_state, save_state
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
@@ -64,8 +67,8 @@ class LPGTrainer(Trainer):
 
     Attributes:
         lpg_loss ([`LPGLoss`] or `None`):
-            The perturbed loss with its class statistics. `None` before training where only the first batch can tell
-            the number of classes.
+            The perturbed loss with its class statistics; built anew whenever training starts, so look it up here
+            rather than keep it. `None` before training where only the first batch can tell the number of classes.
 
     Raises:
         ValueError: For unknown perturbations or arguments out of range; when training starts, for an empty training
@@ -74,8 +77,17 @@ class LPGTrainer(Trainer):
     Example:
 
     ```python
-    >>> trainer = LPGTrainer(model=model, args=TrainingArguments("out"), train_dataset=dataset)  # doctest: +SKIP
-    >>> trainer.train()  # doctest: +SKIP
+    >>> from tempfile import mkdtemp
+    >>> from datasets import Dataset
+    >>> from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
+
+    >>> images = [[[[0.0] * 8] * 8] * 3] * 6
+    >>> dataset = Dataset.from_dict({"pixel_values": images, "label": [0, 0, 0, 0, 1, 2]})
+    >>> model = ResNetForImageClassification(ResNetConfig(num_labels=3, hidden_sizes=[8], depths=[1]))
+    >>> args = TrainingArguments(mkdtemp(), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1)
+    >>> trainer = LPGTrainer(model=model, args=args, train_dataset=dataset)
+    >>> list(trainer.lpg_loss.perturbations)  # the data is imbalanced
+    [logit_adjustment(min_imbalance=2.0), class_relative_dampening()]
 
     ```
     """
@@ -134,7 +146,7 @@ class LPGTrainer(Trainer):
         if self._parameter_methods and self.accelerator.distributed_type in sharded:
             raise ValueError(
                 f"{', '.join(map(repr, self._parameter_methods))} needs whole gradients and parameters on every "
-                f"process, but {self.accelerator.distributed_type} shards them. Use DDP, or only methods at the logits."
+                f"process, but {self.accelerator.distributed_type} shards them. Use DDP, or methods at the logits."
             )
         has_sam = any(isinstance(method, SAM) for method in self._parameter_methods)
         checkpointing = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
@@ -178,6 +190,16 @@ class LPGTrainer(Trainer):
         return count_classes(self.train_dataset, num_labels, columns[0])
 
     # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is no checkpoint that was saved to its end. Pass an older one, or "
+                "`resume_from_checkpoint=True` for the newest whole one."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args, **kwargs):
         if self._has_logit_methods and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
@@ -421,6 +443,17 @@ class LPGTrainer(Trainer):
         super().log(logs, start_time)
 
     # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        # The Trainer writes its state last, which makes that file the sign of a whole checkpoint: an old one must go.
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

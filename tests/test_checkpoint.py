@@ -1,0 +1,218 @@
+"""A kill at any moment of a save leaves a run that resumes from a whole checkpoint and ends as if nothing happened."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import flat_parameters, make_batch, make_model, make_trainer, split
+from transformers.trainer_utils import get_last_checkpoint
+
+from lpg_hf import SAM, GradientNoise, LPGTrainer
+from lpg_hf.checkpoint import STATE_FILE, is_whole, last_whole_checkpoint
+
+
+COUNTS = [55, 25, 15, 5]
+CHAIN = ["auto", "logit_noise(sigma=0.05)", "logit_clipping(quantile=0.8)", SAM(0.05), GradientNoise(1e-4)]
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    STATE_FILE,
+    "rng_state.pth",
+    "trainer_state.json",
+]
+
+
+def train(path, resume=None, *, perturbations=CHAIN, **args):
+    trainer = make_trainer(
+        LPGTrainer,
+        make_model("bert"),
+        split(make_batch("bert", 96), [8] * 12),
+        path,
+        args={"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2} | args,
+        perturbations=perturbations,
+        class_counts=COUNTS,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def state_of(trainer):
+    return {
+        "parameters": flat_parameters(trainer.model),
+        **{f"loss.{name}": value for name, value in trainer.lpg_loss.state_dict().items()},
+        **{f"parameter.{name}": value for name, value in trainer._parameter_methods.state_dict().items()},
+        **{f"adam.{i}": row["exp_avg"] for i, row in enumerate(trainer.optimizer.state_dict()["state"].values())},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    return path, state_of(train(path))
+
+
+def test_a_checkpoint_has_the_files_this_test_knows(whole):
+    assert {file.name for file in (whole[0] / "checkpoint-4").iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("killed_after", range(len(FILES)), ids=lambda i: f"after {FILES[i]}")
+def test_a_kill_after_any_file_resumes_from_a_whole_checkpoint(killed_after, whole, tmp_path):
+    path, expected = whole
+    shutil.copytree(path / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-4").mkdir()
+    for file in FILES[: killed_after + 1]:
+        shutil.copy(path / "checkpoint-4" / file, tmp_path / "checkpoint-4")
+    is_last = killed_after == len(FILES) - 1
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-4" if is_last else "checkpoint-2"))
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")  # the Trainer would take the half one
+    resumed = state_of(train(tmp_path, resume=True))
+    assert resumed.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_a_state_of_the_trainer_that_was_cut_off_does_not_count(whole, tmp_path):
+    shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])
+    assert not is_whole(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="There is no whole checkpoint"):
+        train(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="checkpoint-4 is no checkpoint that was saved to its end"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-4"))
+
+
+def test_writing_over_an_old_checkpoint_makes_it_half_first(whole, tmp_path, monkeypatch):
+    """A run that starts anew in the same folder must not leave a mixture that passes for whole."""
+    shutil.copytree(whole[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+
+    def killed(self, output_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LPGTrainer, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    assert not is_whole(tmp_path / "checkpoint-2")
+
+
+def test_the_last_whole_checkpoint_outlives_the_rotation(tmp_path, monkeypatch):
+    save = LPGTrainer._save_rng_state
+
+    def killed_at_step_4(self, output_dir):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        save(self, output_dir)
+
+    monkeypatch.setattr(LPGTrainer, "_save_rng_state", killed_at_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, save_total_limit=1)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_kill_inside_an_accumulation_resumes_from_the_last_whole_step(whole, tmp_path, monkeypatch):
+    step = LPGTrainer.training_step
+    calls = iter(range(1000))
+
+    def killed(self, *args, **kwargs):
+        if next(calls) == 7:  # the second micro-batch of the fourth step
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LPGTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    monkeypatch.undo()
+    resumed = state_of(train(tmp_path, resume=True))
+    for name, value in whole[1].items():
+        assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no metadata"])
+def test_a_damaged_state_file_is_refused(damage, whole, tmp_path):
+    shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    file = tmp_path / "checkpoint-4" / STATE_FILE
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-10])
+    else:
+        save_file(load_file(file), file)
+    with pytest.raises(ValueError, match=r"cannot be read .* truncated or was changed"):
+        train(tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
+    train(tmp_path, perturbations=["logit_clipping"])
+    file = tmp_path / "checkpoint-4" / STATE_FILE
+    state = {name: value[..., :3] if value.ndim else value for name, value in load_file(file).items()}
+    save_file(
+        {name: value.contiguous() for name, value in state.items()},
+        file,
+        metadata={"perturbations": '{"loss": ["logit_clipping()"]}'},
+    )
+    with pytest.raises(ValueError, match="was written for 3 classes, but this model has 4"):
+        train(tmp_path, resume=str(tmp_path / "checkpoint-4"), perturbations=["logit_clipping"])
+
+
+def test_parameter_methods_of_another_run_are_refused(whole, tmp_path):
+    shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    with pytest.raises(
+        ValueError, match=r"written with perturbations \['sam\(\)', .*but this run has \['sam\(rho=0.2\)'\]"
+    ):
+        train(tmp_path, resume=True, perturbations=["auto", SAM(0.2)])
+
+
+def test_save_only_model_and_load_best_model_at_end(tmp_path):
+    batches = split(make_batch("bert", 96), [8] * 12)
+    trainer = make_trainer(
+        LPGTrainer,
+        make_model("bert"),
+        batches,
+        tmp_path,
+        args={
+            "save_strategy": "steps",
+            "eval_strategy": "steps",
+            "save_steps": 4,
+            "eval_steps": 4,
+            "per_device_eval_batch_size": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "save_only_model": True,
+            "learning_rate": 0.5,
+        },
+        perturbations=["auto"],
+        class_counts=COUNTS,
+        eval_dataset=batches[:4],
+    )
+    trainer.train()
+    assert not (tmp_path / "checkpoint-4" / STATE_FILE).exists()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+def test_auto_find_batch_size_starts_the_statistics_anew(tmp_path, monkeypatch, caplog):
+    batches = split(make_batch("bert", 96), [8] * 12)
+    trainer = make_trainer(
+        LPGTrainer,
+        make_model("bert"),
+        batches,
+        tmp_path,
+        args={"auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 3},
+        perturbations=["auto"],
+        class_counts=COUNTS,
+    )
+    trainer.data_collator = lambda rows: rows[0]
+    step, calls = LPGTrainer.training_step, iter(range(1000))
+
+    def out_of_memory_once(self, *args, **kwargs):
+        if next(calls) == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LPGTrainer, "training_step", out_of_memory_once)
+    with caplog.at_level(logging.ERROR):
+        trainer.train()
+    assert trainer.state.train_batch_size < 4
+    assert trainer.lpg_loss.statistics.steps.item() == 3
