@@ -38,6 +38,8 @@ class LPGConfig(TrainingArguments):
             `"closed_form"` or `"pgd"`.
         lpg_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps without perturbation at the start.
+        lpg_sync (`bool`, *optional*, defaults to `False`):
+            Whether class means run over all processes, at the cost of moving every process's logit gradients.
 
     Raises:
         ValueError: If a method is unknown, an argument is out of range, or an `lpg_*` field is set but unused.
@@ -90,6 +92,10 @@ class LPGConfig(TrainingArguments):
     )
     lpg_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps without perturbation at the start, for `lpg`."}
+    )
+    lpg_sync: bool = field(
+        default=False,
+        metadata={"help": "Whether the class means of `lpg` run over all processes; moves their logit gradients."},
     )
 
     def __post_init__(self):

@@ -289,7 +289,18 @@ def test_clipping_acts_on_the_gradient_left_before():
 
 #: One object of every method whose delta the tests below look at.
 EXAMPLES = [
-    LPG("fixed", 0.3, 0.25, "sample", "linf", "pgd", 3, signs=[1, 0, -1, 1, -1], bounds=[0.1, 0.2, 0.3, 0.4, 0.5]),
+    LPG(
+        "fixed",
+        0.3,
+        0.25,
+        "sample",
+        "linf",
+        "pgd",
+        3,
+        signs=[1, 0, -1, 1, -1],
+        bounds=[0.1, 0.2, 0.3, 0.4, 0.5],
+        sync=True,
+    ),
     ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5)),
     LogitAdjustment(tau=0.5, min_imbalance=3.0),
     LogitClipping(max_norm=0.7),

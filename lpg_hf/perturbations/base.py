@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -122,11 +121,6 @@ def draw_seed(seed: int, draw: int, process: int = 0) -> int:
     """A seed of its own for every draw and process, so that a counter is all there is to save."""
     # Odd multipliers: distinct counters stay distinct modulo 2^63.
     return (seed * 0x9E3779B97F4A7C15 + draw * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB) % 2**63
-
-
-def process_index() -> int:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if is_distributed else 0
 
 
 def check(condition: bool, argument: str, value: object, expected: str) -> None:

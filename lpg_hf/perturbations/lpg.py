@@ -7,6 +7,7 @@ from torch import Tensor
 from ..functional import lpg_delta
 from ..statistics import ClassStatistics
 from .base import check, check_choice
+from .processes import gather_samples, is_distributed
 from .strategy import ClassLevelPerturbation
 
 
@@ -36,6 +37,9 @@ class LPG(ClassLevelPerturbation):
         warmup_steps (`int`, *optional*, defaults to 0): Optimizer steps without perturbation at the start.
         signs (`Sequence[int]`, *optional*): For `"fixed"`: +1, -1 or 0 for each class.
         bounds (`Sequence[float]`, *optional*): For `"fixed"`: radius of each class; `epsilon` for all when left out.
+        sync (`bool`, *optional*, defaults to `False`):
+            Whether class means run over the micro-batches of all processes. With P processes of N samples each step
+            then moves P N C numbers and waits for the slowest process; without it every process uses its own means.
 
     Raises:
         ValueError: If an argument is out of its range, or `signs` or `bounds` don't fit the strategy or the classes.
@@ -62,6 +66,7 @@ class LPG(ClassLevelPerturbation):
         warmup_steps: int = 0,
         signs: Sequence[int] | None = None,
         bounds: Sequence[float] | None = None,
+        sync: bool = False,
     ):
         super().__init__(strategy, epsilon, warmup_steps, signs, bounds)
         check(0 < max_dampening <= 1, "max_dampening", max_dampening, "in (0, 1]")
@@ -72,7 +77,12 @@ class LPG(ClassLevelPerturbation):
         self.direction = direction
         self.norm = norm
         self.solver = solver
+        self.sync = sync
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         signs, bounds = self.signs_and_bounds(statistics)
-        return lpg_delta(gradient, labels, signs, bounds, self.max_dampening, self.direction, self.norm, self.solver)
+        own = slice(None)
+        if self.sync and self.direction == "class" and is_distributed():
+            gradient, labels, own = gather_samples(gradient, labels)
+        delta = lpg_delta(gradient, labels, signs, bounds, self.max_dampening, self.direction, self.norm, self.solver)
+        return delta[own]

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..functional import noise_delta
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check, draw_seed, process_index
+from .base import LogitPerturbation, check, draw_seed
+from .processes import process_index
 
 
 class LogitNoise(LogitPerturbation):

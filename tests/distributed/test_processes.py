@@ -59,3 +59,45 @@ def test_processes_train_like_one(model, optimizer, processes, accumulation, siz
     torch.testing.assert_close(together["running"], alone["running"], rtol=0, atol=1e-9)
     torch.testing.assert_close(together["losses"], alone["losses"], rtol=0, atol=1e-6)
     torch.testing.assert_close(together["norms"], alone["norms"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_synchronised_class_means_are_those_of_the_whole_batch(processes, tmp_path):
+    job = {
+        "model": "bert",
+        "perturbations": ["lpg(epsilon=0.3, sync=True)", "lpg(norm='linf', sync=True)"],
+        "ignored": [3],
+    }
+    alone = train(job | {"sizes": [16] * 30, "args": SGD}, tmp_path / "alone")
+    sizes = [16 // processes] * (30 * processes) if processes == 4 else [3, 13] * 30
+    together = launch(job | {"sizes": sizes, "args": SGD}, processes, tmp_path / "together")
+    torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"ddp_find_unused_parameters": True},
+        {"ddp_static_graph": True},
+        {"average_tokens_across_devices": False},
+    ],
+    ids=lambda args: next(iter(args)),
+)
+def test_ddp_options_do_not_change_the_training(args, tmp_path):
+    """Equal micro-batches: only there is a mean of the processes' means the mean, without the tokens' average."""
+    job = {"model": "vit", "perturbations": ["logit_adjustment", OPEN_GATES]}
+    alone = train(job | {"sizes": [16] * 30, "args": SGD}, tmp_path / "alone")
+    together = launch(job | {"sizes": [8] * 60, "args": SGD | args}, 2, tmp_path / "together")
+    torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(together["running"], alone["running"], rtol=0, atol=1e-9)
+
+
+def test_resume_on_two_processes_is_the_uninterrupted_run(tmp_path):
+    chain = ["auto", "logit_noise(sigma=0.05)", "sam(rho=0.05)", "gradient_noise(eta=0.0001)"]
+    args = SGD | {"save_strategy": "steps", "save_steps": 5, "logging_steps": 5, "max_grad_norm": 1.0}
+    job = {"model": "bert", "perturbations": chain, "sizes": [8] * 30, "args": args}
+    whole = launch(job, 2, tmp_path / "whole")
+    resumed = launch(job | {"resume": str(tmp_path / "whole" / "checkpoint-10")}, 2, tmp_path / "resumed")
+    assert torch.equal(resumed["parameters"], whole["parameters"])
+    assert torch.equal(resumed["running"], whole["running"])
+    assert resumed["losses"] == whole["losses"]

@@ -29,7 +29,7 @@ def train(job: dict, output_dir: Path) -> dict:
         perturbations=job["perturbations"],
         class_counts=[55, 25, 15, 5],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.get("resume"))
     return {
         "parameters": flat_parameters(trainer.model),
         "running": trainer.lpg_loss.statistics._running,
