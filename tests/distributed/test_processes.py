@@ -19,9 +19,10 @@ OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
 
-def launch(job, processes, output_dir):
+def launch(job, processes, output_dir, launcher=None):
     output_dir.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command = torchrun if launcher is None else launcher
     done = subprocess.run(
         [*command, str(SCRIPT), json.dumps(job), str(output_dir)],
         capture_output=True,
@@ -101,3 +102,30 @@ def test_resume_on_two_processes_is_the_uninterrupted_run(tmp_path):
     assert torch.equal(resumed["parameters"], whole["parameters"])
     assert torch.equal(resumed["running"], whole["running"])
     assert resumed["losses"] == whole["losses"]
+
+
+def test_a_stream_that_one_process_reads_for_all(tmp_path):
+    """`dispatch_batches`, and class counts that are taken during the first epoch."""
+    job = {"model": "bert", "perturbations": ["auto", "class_weighting"], "sizes": [64], "is_stream": True}
+    args = SGD | {"max_steps": 10, "accelerator_config": {"dispatch_batches": True, "split_batches": False}}
+    alone = train(job | {"args": args | {"per_device_train_batch_size": 16}}, tmp_path / "alone")
+    together = launch(job | {"args": args | {"per_device_train_batch_size": 8}}, 2, tmp_path / "together")
+    assert together["counts"].tolist() == alone["counts"].tolist()
+    assert together["counts"].sum() == 160
+    torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
+
+
+def test_an_uneven_end_does_not_hang_and_statistics_stay_global(tmp_path):
+    job = {"model": "bert", "perturbations": ["auto", "logit_clipping(quantile=0.8)", "sam"], "args": SGD}
+    together = launch(job | {"sizes": [8] * 20 + [3]}, 2, tmp_path / "together")
+    assert together["steps"] == 11
+
+
+def test_accelerate_launch_with_the_ready_config(tmp_path):
+    config = Path(__file__).parents[2] / "examples" / "accelerate" / "cpu_ddp.yaml"
+    job = {"model": "bert", "perturbations": ["auto"]}
+    alone = train(job | {"sizes": [16] * 10, "args": SGD}, tmp_path / "alone")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}"]
+    together = launch(job | {"sizes": [8] * 20, "args": SGD}, 2, tmp_path / "together", launcher)
+    assert together["processes"] == 2
+    torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)

@@ -2,16 +2,24 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from datasets import IterableDataset
+from transformers import default_data_collator
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import flat_parameters, make_batch, make_model, make_trainer, split
 
 from lpg_hf import LPGTrainer
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> Iterator[dict]:
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, values, strict=True))
 
 
 def train(job: dict, output_dir: Path) -> dict:
@@ -27,12 +35,16 @@ def train(job: dict, output_dir: Path) -> dict:
         output_dir,
         args=job["args"],
         perturbations=job["perturbations"],
-        class_counts=[55, 25, 15, 5],
+        class_counts=None if job.get("is_stream") else [55, 25, 15, 5],
     )
+    if job.get("is_stream"):
+        trainer.train_dataset = IterableDataset.from_generator(rows_of, gen_kwargs={"batch": batch})
+        trainer.data_collator = default_data_collator
     trainer.train(resume_from_checkpoint=job.get("resume"))
     return {
         "parameters": flat_parameters(trainer.model),
         "running": trainer.lpg_loss.statistics._running,
+        "counts": trainer.lpg_loss.statistics.class_counts,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "norms": [log["lpg/gradient_norm"] for log in trainer.state.log_history if "loss" in log],
         "steps": trainer.state.global_step,
