@@ -18,10 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .checkpoint import is_whole, last_whole_checkpoint, load_state, save_state
+from .classifier import find_obstacle, find_other_loss
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
-from .functional import logit_gradient
 from .loss import IGNORE_INDEX, LPGLoss, logits_of, replace_gradient
 from .perturbations import (
     SAM,
@@ -351,51 +351,14 @@ class LPGTrainer(Trainer):
     def _find_obstacle(
         self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items_in_batch: Tensor | int | None
     ) -> str | None:
-        """What makes the model no classifier, in words; `None` for a classifier."""
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        problem_type = getattr(config, "problem_type", None)
-        if problem_type not in (None, "single_label_classification"):
-            return f"its `config.problem_type` is {problem_type!r}"
-        if labels is None:
-            return "its batches have no `labels`"
-        if labels.is_floating_point() or labels.ndim > 2 or labels.numel() != len(labels):
-            return f"its labels have dtype {labels.dtype} and shape {list(labels.shape)}, not one integer per sample"
         logits = self._logits(outputs)
-        if logits is None:
-            return "its outputs have no `logits`"
-        if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
-            return f"its logits have shape {list(logits.shape)}, not [N, C] with C > 1"
-        if self.compute_loss_func is None and self.label_smoother is None:
-            return self._find_other_loss(loss, logits, labels.reshape(-1).long(), num_items_in_batch)
-        return None
-
-    def _find_other_loss(
-        self, loss: Tensor, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> str | None:
-        """Compares the model's own loss, and its gradient where it can be had, with cross-entropy."""
-        z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        labelled = (labels != IGNORE_INDEX).sum().to(z.dtype)
-        if labelled == 0:
-            return None
-        total = F.cross_entropy(z, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        weights = [1 / labelled]
-        if num_items_in_batch is not None:
-            copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            weights += [copies / labelled, copies / torch.as_tensor(num_items_in_batch).to(z)]
-        tolerance = max(torch.finfo(logits.dtype).eps, torch.finfo(loss.dtype).eps) ** 0.5
-        is_close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
-        matching = [weight for weight in weights if is_close(loss.detach().to(total), total * weight)]
-        if not matching:
-            return (
-                f"its own loss on the first batch is {loss.item():.6g} where cross-entropy is {total / labelled:.6g}"
-            )
-        # Equal losses do not mean equal gradients: with logits of zero, class weights leave the mean as it is.
-        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
-        if gradient is not None:
-            expected = logit_gradient(z, labels)
-            if not any(is_close(gradient.to(expected) / weight, expected) for weight in matching):
-                return "the gradient of its own loss on the first batch is not that of cross-entropy"
-        return None
+        obstacle = find_obstacle(logits, labels, getattr(config, "problem_type", None))
+        # A loss that the Trainer was told to use is what the user wants, whatever it is.
+        if obstacle is None and self.compute_loss_func is None and self.label_smoother is None:
+            num_copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            obstacle = find_other_loss(loss, logits, labels.reshape(-1).long(), num_items_in_batch, num_copies)
+        return obstacle
 
     def _refuse(self, found: str) -> None:
         if not self._has_logit_methods:
