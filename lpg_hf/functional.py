@@ -346,24 +346,22 @@ def gce_delta(gradient: Tensor, logits: Tensor, labels: Tensor, q: float = 0.7) 
     return _rescale(gradient, (q * _own_log_probability(logits, labels)).exp(), labels)
 
 
-def noise_delta(gradient: Tensor, labels: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
+def noise_delta(noise: Tensor, labels: Tensor, sigma: float) -> Tensor:
     r"""
-    Logit-gradient noise, `N(0, sigma^2 I)` projected on the plane of rows that sum to zero.
+    Logit-gradient noise, `sigma` times standard Gaussian noise, projected on the plane of rows that sum to zero.
 
     Source: ours, after Neelakantan et al., Adding gradient noise improves learning for very deep networks (2015), who
     add it to the parameters' gradient.
 
     Args:
-        gradient (`torch.Tensor` of shape `[N, C]`): Only its shape, dtype and device are used.
+        noise (`torch.Tensor` of shape `[N, C]`): Independent draws from N(0, 1).
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
         sigma (`float`): Standard deviation before the projection, at least 0.
-        generator (`torch.Generator`, *optional*): On the device of the gradient.
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; its squared norm has mean `(C - 1) sigma^2`.
     """
-    noise = sigma * torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype, device=gradient.device)
-    return torch.where(labels[:, None] >= 0, noise - noise.mean(-1, keepdim=True), 0.0)
+    return torch.where(labels[:, None] >= 0, sigma * (noise - noise.mean(-1, keepdim=True)), 0.0)
 
 
 def lpl_delta(

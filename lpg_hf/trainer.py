@@ -149,12 +149,13 @@ class LPGTrainer(Trainer):
                 f"process, but {self.accelerator.distributed_type} shards them. Use DDP, or methods at the logits."
             )
         has_sam = any(isinstance(method, SAM) for method in self._parameter_methods)
-        checkpointing = (self.args.gradient_checkpointing_kwargs or {}) if self.args.gradient_checkpointing else {}
-        if has_sam and checkpointing.get("use_reentrant"):
-            raise ValueError(
-                "SAM takes gradients with `torch.autograd.grad`, which reentrant checkpointing does not support; "
-                "found `gradient_checkpointing_kwargs` with use_reentrant=True. Set it to False."
-            )
+        # transformers 5.23 renames the argument; the old name stays until version 6.
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if has_sam and (getattr(self.args, name, None) or {}).get("use_reentrant"):
+                raise ValueError(
+                    "SAM takes gradients with `torch.autograd.grad`, which reentrant checkpointing does not support; "
+                    f"found `{name}` with use_reentrant=True. Set it to False."
+                )
 
     def _declared_num_labels(self) -> int | None:
         """The number of classes, where the model's own loss takes it from its config; else the first batch tells."""

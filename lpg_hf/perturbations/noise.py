@@ -44,16 +44,28 @@ class LogitNoise(LogitPerturbation):
         check(sigma >= 0, "sigma", sigma, "at least 0")
         self.sigma = sigma
         self.seed = seed
-        self._draws = 0
+        # On the host, and a tensor, which `torch.compile` needs to see the counter go up.
+        self._draws = torch.tensor(0)
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        generator = torch.Generator(gradient.device)
-        generator.manual_seed(draw_seed(self.seed, self._draws, process_index()))
+        noise = _standard_normal(gradient, self._draws, self.seed, process_index())
         self._draws += 1
-        return noise_delta(gradient, labels, self.sigma, generator)
+        return noise_delta(noise, labels, self.sigma)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self._draws)
+        return self._draws.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._draws = int(state)
+        self._draws = state.cpu().clone()
+
+
+@torch.library.custom_op("lpg_hf::standard_normal", mutates_args=())
+def _standard_normal(like: Tensor, draws: Tensor, seed: int, process: int) -> Tensor:
+    """Gaussian noise that depends on counter, seed and process alone; one operation, for graphs hold no generators."""
+    generator = torch.Generator(like.device).manual_seed(draw_seed(seed, int(draws), process))
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+@_standard_normal.register_fake
+def _(like: Tensor, draws: Tensor, seed: int, process: int) -> Tensor:
+    return torch.empty_like(like)
