@@ -35,38 +35,31 @@ def save_state(folder: str | Path, modules: Mapping[str, nn.Module], chains: Map
     save_file(tensors, Path(folder) / STATE_FILE, metadata={"perturbations": json.dumps(chains)})
 
 
-def load_state(folder: str | Path, prefix: str, chain: list[str]) -> dict[str, Tensor] | None:
+def load_state(folder: str | Path) -> tuple[dict[str, list[str]], dict[str, Tensor]] | None:
     """
-    Reads the state saved under `prefix`.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The state, or `None` if the checkpoint has none (it is the plain Trainer's).
+    Reads what [`save_state`] wrote: the chains and the state, both by prefix. `None` if the checkpoint has none.
 
     Raises:
-        ValueError: If it was written by another chain of methods.
+        ValueError: If the file is damaged.
     """
     path = Path(folder) / STATE_FILE
     if not path.is_file():
-        logger.warning(
-            f"{folder} has no {STATE_FILE}, so it was not written by LPGTrainer with perturbations: their state "
-            "(class statistics, counters) starts anew."
-        )
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            saved_chain = json.loads(file.metadata()["perturbations"]).get(prefix, [])
-        state = load_file(path)
+            chains = json.loads(file.metadata()["perturbations"])
+        return chains, load_file(path)
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): it is truncated or was changed. Resume from an older checkpoint, or "
             "start a new run from the checkpoint's model."
         ) from error
-    if saved_chain != chain:
-        raise ValueError(
-            f"{path} was written with perturbations {saved_chain}, but this run has {chain}. Resume with the same "
-            "`perturbations`, or start a new run from the checkpoint's model."
-        )
-    return {name.removeprefix(f"{prefix}."): value for name, value in state.items() if name.startswith(f"{prefix}.")}
+
+
+def restore(module: nn.Module, prefix: str, state: Mapping[str, Tensor]) -> None:
+    """Loads the part of the state under `prefix` into a module."""
+    own = {name.removeprefix(f"{prefix}."): value for name, value in state.items() if name.startswith(f"{prefix}.")}
+    module.load_state_dict(own)
 
 
 def is_whole(checkpoint: str | Path) -> bool:

@@ -34,12 +34,12 @@ def find_obstacle(logits: Tensor | None, labels: Tensor | None, problem_type: st
     """
     if problem_type not in (None, "single_label_classification"):
         return f"its `config.problem_type` is {problem_type!r}"
-    if labels is None:
-        return "its batches have no `labels`"
+    if not isinstance(labels, Tensor) or labels.ndim == 0:
+        return "its batches have no tensor of `labels`, one for each sample"
     if labels.is_floating_point() or labels.ndim > 2 or labels.numel() != len(labels):
         return f"its labels have dtype {labels.dtype} and shape {list(labels.shape)}, not one integer per sample"
-    if logits is None:
-        return "its outputs have no `logits`"
+    if not isinstance(logits, Tensor):
+        return "its outputs have no tensor of `logits`"
     if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
         return f"its logits have shape {list(logits.shape)}, not [N, C] with C > 1"
     return None
@@ -69,14 +69,30 @@ def find_other_loss(
     weights = [1 / labelled]
     if num_items is not None:
         weights += [num_copies / labelled, num_copies / torch.as_tensor(num_items).to(z)]
-    tolerance = max(torch.finfo(logits.dtype).eps, torch.finfo(loss.dtype).eps) ** 0.5
-    is_close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
-    matching = [weight for weight in weights if is_close(loss.detach().to(total), total * weight)]
+    # The same logits go into both: what may differ is the order of a sum, and a result rounded to half precision.
+    rounding = max(256 * torch.finfo(z.dtype).eps, 2 * torch.finfo(loss.dtype).eps)
+    is_close = partial(torch.allclose, rtol=rounding, atol=rounding)
+    matching = [weight for weight in weights if is_close(loss.detach().to(z), total * weight)]
     if not matching:
         return f"its own loss on the first batch is {loss.item():.6g} where cross-entropy is {total / labelled:.6g}"
     # Equal losses do not mean equal gradients: with logits of zero, class weights leave the mean as it is.
+    if not loss.requires_grad or not logits.requires_grad:
+        return None
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return None
     expected = logit_gradient(z, labels)
-    if gradient is not None and not any(is_close(gradient.to(z) / weight, expected) for weight in matching):
+    rounding = max(256 * torch.finfo(z.dtype).eps, 4 * torch.finfo(logits.dtype).eps)
+    if not any(torch.allclose(gradient.to(z) / weight, expected, rtol=rounding, atol=rounding) for weight in matching):
         return "the gradient of its own loss on the first batch is not that of cross-entropy"
     return None
+
+
+def can_tell_losses_apart(labels: Tensor) -> bool:
+    """
+    Whether a batch shows class weights: with a mean weighted by class, all samples of one class weigh the same.
+
+    A batch of one sample never does, and need not: there the weighted mean is cross-entropy.
+    """
+    labelled = labels[labels != IGNORE_INDEX]
+    return len(labels) == 1 or labelled.unique().numel() > 1

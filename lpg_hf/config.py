@@ -1,10 +1,11 @@
 """LPGConfig: TrainingArguments and the settings of the perturbations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
-from .perturbations import LPG, build_chain
+from .perturbations import LPG, Perturbation, build_chain
 
 
 @dataclass
@@ -100,17 +101,37 @@ class LPGConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.perturbations, str):
+            self.perturbations = [self.perturbations]
+        if not all(isinstance(entry, str) for entry in self.perturbations):
+            raise ValueError(
+                f"`perturbations` of a config must be strings, which JSON and the command line can hold; found "
+                f"{self.perturbations}. Write the methods as their `repr`, or pass them to LPGTrainer."
+            )
         build_chain(self.chain())
 
-    def chain(self) -> list[str]:
-        """The perturbations as strings, with the `lpg_*` fields written out. Reads the fields as they are now."""
+    def chain(self, perturbations: Sequence[str | Perturbation] | None = None) -> list[str | Perturbation]:
+        """
+        A chain with the `lpg_*` fields, as they are now, written out where it has a bare `lpg`.
+
+        Args:
+            perturbations (`Sequence[str | Perturbation]`, *optional*): The field `perturbations` when left out.
+
+        Raises:
+            ValueError: If an `lpg_*` field is set and there is no bare `lpg`.
+        """
+        if perturbations is None:
+            perturbations = self.perturbations
+            # `hyperparameter_search` makes a list of the string it was given: letter by letter.
+            if perturbations and all(len(entry) == 1 for entry in perturbations):
+                perturbations = ["".join(perturbations)]
         own_fields = [f for f in fields(self) if f.name.startswith("lpg_")]
         lpg = repr(LPG(**{f.name.removeprefix("lpg_"): getattr(self, f.name) for f in own_fields}))
-        if "lpg" not in self.perturbations:
+        if "lpg" not in perturbations:
             unused = [f"{f.name}={getattr(self, f.name)!r}" for f in own_fields if getattr(self, f.name) != f.default]
             if unused:
                 raise ValueError(
-                    f"`{', '.join(unused)}` would have no effect: `perturbations` is {self.perturbations}. Put 'lpg' "
+                    f"`{', '.join(unused)}` would have no effect: `perturbations` is {list(perturbations)}. Put 'lpg' "
                     "without arguments in it, or leave these fields at their defaults."
                 )
-        return [lpg if entry == "lpg" else entry for entry in self.perturbations]
+        return [lpg if entry == "lpg" else entry for entry in perturbations]

@@ -1,6 +1,7 @@
 """LPGLoss: a base loss whose gradient at the logits is perturbed by a chain of methods."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .functional import logit_gradient
-from .perturbations import LogitPerturbation, build_chain
+from .perturbations import LogitPerturbation, Perturbation, build_chain
 from .statistics import ClassStatistics
 
 
@@ -30,7 +31,7 @@ class LPGLoss(nn.Module):
     Args:
         num_labels (`int`): Number of classes C.
         perturbations (`str`, [`LogitPerturbation`] or a sequence of them, *optional*, defaults to `"auto"`):
-            The chain, as objects or strings; `[]` for none. `"auto"` looks at `class_counts`.
+            The chain, as objects (which are copied) or strings; `[]` for none. `"auto"` looks at `class_counts`.
         class_counts (`Sequence[int]`, *optional*):
             Training samples of each class. Without them the samples seen are counted.
         base_loss (`Callable[[Tensor, Tensor], Tensor]`, *optional*):
@@ -72,7 +73,8 @@ class LPGLoss(nn.Module):
         if num_labels < 2:
             raise ValueError(f"`num_labels` must be at least 2; found {num_labels}.")
         self.statistics = ClassStatistics(num_labels, class_counts)
-        self.perturbations = nn.ModuleList(build_chain(perturbations, class_counts))
+        # Copies: the state of a method belongs to one loss.
+        self.perturbations = nn.ModuleList(copy.deepcopy(build_chain(perturbations, class_counts)))
         for method in self.perturbations:
             if not isinstance(method, LogitPerturbation):
                 raise ValueError(
@@ -112,7 +114,9 @@ class LPGLoss(nn.Module):
         """
         logits, labels = self._check(logits_of(outputs), labels)
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        divisor = (labels != IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        # A step without a labelled sample has loss and gradient zero, and not 0 / 0.
+        divisor = torch.as_tensor(count, device=z.device).clamp(min=1)
 
         if not (self.training and torch.is_grad_enabled() and logits.requires_grad and len(self.perturbations) > 0):
             return self._values(z, labels).sum() / divisor
@@ -219,7 +223,8 @@ class LPGLoss(nn.Module):
         if samples == 0:
             return {}
         report = {"lpg/gradient_norm": norm / samples}
-        for name, method, (delta_norm, weight) in zip(self._labels(), self.perturbations, sums[1:-1], strict=True):
+        names = numbered_names(self.perturbations)
+        for name, method, (delta_norm, weight) in zip(names, self.perturbations, sums[1:-1], strict=True):
             report[f"lpg/{name}/delta_norm"] = delta_norm / samples
             report[f"lpg/{name}/delta_ratio"] = delta_norm / norm if norm > 0 else 0.0
             if method.rescales:
@@ -260,20 +265,15 @@ class LPGLoss(nn.Module):
         state = self._telemetry
         dtype = torch.promote_types(logits.dtype, state.dtype)
         if state.device != logits.device or state.dtype != dtype:
-            self.to(device=logits.device, dtype=dtype)
+            # Not the base loss, which is the user's.
+            for module in (self.statistics, self.perturbations):
+                module.to(device=logits.device, dtype=dtype)
+            self._telemetry = state.to(device=logits.device, dtype=dtype)
 
     def _record_first_bad_step(self, telemetry: Tensor, gradient: Tensor) -> None:
         first = telemetry[-1, 0]
         is_first = (first == 0) & ~gradient.isfinite().all()
         telemetry[-1, 0] = torch.where(is_first, self.statistics.steps + 1, first)
-
-    def _labels(self) -> list[str]:
-        """A name for each method of the chain, numbered where one occurs again."""
-        names = [method.name for method in self.perturbations]
-        return [
-            name if names.index(name) == position else f"{name}_{names[: position + 1].count(name)}"
-            for position, name in enumerate(names)
-        ]
 
     def _head_and_tail_accuracy(self) -> dict[str, float]:
         counts = self.statistics.class_counts.tolist()
@@ -289,6 +289,15 @@ def logits_of(outputs: Tensor | Mapping | tuple) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def numbered_names(methods: Iterable[Perturbation]) -> list[str]:
+    """A name for each method of a chain, with a number where one occurs again."""
+    names = [method.name for method in methods]
+    return [
+        name if names.index(name) == position else f"{name}_{names[: position + 1].count(name)}"
+        for position, name in enumerate(names)
+    ]
 
 
 def replace_gradient(value: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:

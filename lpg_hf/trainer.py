@@ -1,7 +1,7 @@
 """LPGTrainer: where in a training step the perturbations act, what is logged, and what a checkpoint holds."""
 
 import copy
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType
 from accelerate.logging import get_logger
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -17,12 +17,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .checkpoint import is_whole, last_whole_checkpoint, load_state, save_state
-from .classifier import find_obstacle, find_other_loss
+from .checkpoint import STATE_FILE, is_whole, last_whole_checkpoint, load_state, restore, save_state
+from .classifier import can_tell_losses_apart, find_obstacle, find_other_loss
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
-from .loss import IGNORE_INDEX, LPGLoss, logits_of, replace_gradient
+from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
 from .perturbations import (
     SAM,
     GradientPerturbation,
@@ -101,11 +101,9 @@ class LPGTrainer(Trainer):
         class_counts: Sequence[int] | None = None,
         **trainer_kwargs,
     ):
-        self._perturbations = perturbations
+        self._perturbations = [perturbations] if isinstance(perturbations, str | Perturbation) else perturbations
         self._class_counts = class_counts
-        chain = build_chain(self._chain(args))
-        if sum(isinstance(method, SAM) for method in chain) > 1:
-            raise ValueError(f"`perturbations` has more than one SAM: {chain}. Keep one.")
+        build_chain(self._chain(args))
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         if isinstance(self.compute_loss_func, LPGLoss):
             raise ValueError(
@@ -116,46 +114,54 @@ class LPGTrainer(Trainer):
 
     # Setup
 
-    def _chain(self, args: TrainingArguments | None) -> str | Perturbation | Sequence[str | Perturbation]:
-        if self._perturbations is not None:
-            return self._perturbations
-        return args.chain() if isinstance(args, LPGConfig) else ["auto"]
-
-    def _asks_for_perturbations(self) -> bool:
-        """Whether somebody named the methods, as opposed to getting the default."""
-        return self._chain(self.args) not in ("auto", ["auto"])
+    def _chain(self, args: TrainingArguments | None) -> Sequence[str | Perturbation]:
+        if isinstance(args, LPGConfig):
+            return args.chain(self._perturbations)
+        return ["auto"] if self._perturbations is None else self._perturbations
 
     def _prepare_perturbations(self) -> None:
         """Reads settings anew: `hyperparameter_search` changes arguments and model between two trainings."""
-        # Working copies: methods that learn start every training anew.
-        methods = copy.deepcopy(build_chain(self._chain(self.args)))
+        chain = self._chain(self.args)
+        methods = build_chain(chain)
+        named = build_chain([entry for entry in chain if entry != "auto"])
         self._has_logit_methods = any(isinstance(method, LogitPerturbation) for method in methods)
-        self._parameter_methods = nn.ModuleList(m for m in methods if isinstance(m, ParameterPerturbation))
-        # Steps and the sum of each parameter method's delta norms since the last log.
-        self._parameter_telemetry = torch.zeros(1 + len(self._parameter_methods), device=self.args.device)
+        self._asks_for_logit_methods = any(isinstance(method, LogitPerturbation) for method in named)
+        # Copies: counters and histories start every training anew.
+        self._parameter_methods = nn.ModuleList(
+            copy.deepcopy(method) for method in methods if isinstance(method, ParameterPerturbation)
+        )
+        self._sam = self._check_parameter_methods()
+        # Of each parameter method, since the last log: how often its delta was measured, and the sum of the norms.
+        self._parameter_telemetry = torch.zeros(len(self._parameter_methods), 2, device=self.args.device)
+        self._telemetry: dict[str, float] = {}
+        self._step_items = None
         self._is_classifier = None
-        self._checkpoint = None
+        self._is_verified = False
+        self._saved_state = None
         self.lpg_loss = None
-        self.loss_is_scaled_for_ga = type(self).loss_is_scaled_for_ga
         num_labels = self._declared_num_labels()
         if num_labels is not None:
             self._build_loss(num_labels)
 
-    def _check_parameter_methods(self) -> None:
+    def _check_parameter_methods(self) -> SAM | None:
+        """Refuses what cannot work, and returns the chain's SAM."""
         sharded = (DistributedType.DEEPSPEED, DistributedType.FSDP)
         if self._parameter_methods and self.accelerator.distributed_type in sharded:
             raise ValueError(
                 f"{', '.join(map(repr, self._parameter_methods))} needs whole gradients and parameters on every "
                 f"process, but {self.accelerator.distributed_type} shards them. Use DDP, or methods at the logits."
             )
-        has_sam = any(isinstance(method, SAM) for method in self._parameter_methods)
+        sams = [method for method in self._parameter_methods if isinstance(method, SAM)]
+        if len(sams) > 1:
+            raise ValueError(f"`perturbations` has more than one SAM: {sams}. Keep one.")
         # transformers 5.23 renames the argument; the old name stays until version 6.
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if has_sam and (getattr(self.args, name, None) or {}).get("use_reentrant"):
+            if sams and (getattr(self.args, name, None) or {}).get("use_reentrant"):
                 raise ValueError(
                     "SAM takes gradients with `torch.autograd.grad`, which reentrant checkpointing does not support; "
                     f"found `{name}` with use_reentrant=True. Set it to False."
                 )
+        return sams[0] if sams else None
 
     def _declared_num_labels(self) -> int | None:
         """The number of classes, where the model's own loss takes it from its config; else the first batch tells."""
@@ -169,8 +175,10 @@ class LPGTrainer(Trainer):
         base_loss = None
         if self.label_smoother is not None:
             base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=self.label_smoother.epsilon)
-        counts = self._class_counts if self._class_counts is not None else self._read_class_counts(num_labels)
-        methods = copy.deepcopy(build_chain(self._chain(self.args), counts))
+        counts = self._class_counts
+        if counts is None and self._has_logit_methods:
+            counts = self._read_class_counts(num_labels)
+        methods = build_chain(self._chain(self.args), counts)
         chain = [method for method in methods if isinstance(method, LogitPerturbation)]
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         for method in chain:
@@ -186,9 +194,15 @@ class LPGTrainer(Trainer):
         if not columns:
             return None
         feature = self.train_dataset.features[columns[0]]
-        if not isinstance(feature, ClassLabel) and "int" not in feature.dtype:
+        is_integer = isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
+        if not is_integer:
             return None
-        return count_classes(self.train_dataset, num_labels, columns[0])
+        try:
+            return count_classes(self.train_dataset, num_labels, columns[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{error} If the labels are changed on their way to the model, pass `class_counts` to LPGTrainer."
+            ) from error
 
     # Training
 
@@ -206,33 +220,52 @@ class LPGTrainer(Trainer):
         if self._has_logit_methods and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
         self._prepare_perturbations()
-        self._check_parameter_methods()
         return super()._inner_training_loop(*args, **kwargs)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        num_items = super()._get_num_items_in_batch(batch_samples, device)
-        # The Trainer counts for models that take the count; the weights of our samples need it for all of them.
-        if num_items is None and torch.is_grad_enabled() and batch_samples and "labels" in batch_samples[0]:
-            num_items = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in batch_samples).to(device)
-            if self.args.average_tokens_across_devices:
-                num_items = self.accelerator.reduce(num_items, "sum")
-        return num_items
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_items = self._count_labelled(batch_samples, num_items_in_batch, device)
+        return batch_samples, num_items_in_batch
+
+    def _count_labelled(
+        self, batch_samples: list, num_items: Tensor | int | None, device: torch.device
+    ) -> Tensor | int | None:
+        """
+        The labelled samples of the whole step, over all micro-batches and processes.
+
+        The Trainer counts only for models and loss functions that take the count, and for DataParallel a share of it.
+        """
+        if num_items is not None and self.args.n_gpu <= 1:
+            return num_items
+        labels = [batch.get("labels") for batch in batch_samples]
+        if not labels or not all(isinstance(label, Tensor) for label in labels):
+            return None
+        count = sum((label != IGNORE_INDEX).sum() for label in labels).to(device)
+        return self.accelerator.reduce(count, "sum") if self.args.average_tokens_across_devices else count
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        if self.lpg_loss is not None:
-            # A prior that is being counted is biased by the order of the data until all of it has been seen.
-            self.lpg_loss.statistics.prior_is_ready = self.state.epoch is not None and self.state.epoch >= 1
-        sam = next((method for method in self._parameter_methods if isinstance(method, SAM)), None)
-        if sam is not None and self.state.global_step % sam.interval == 0:
-            loss = self._sam_step(sam, model, inputs, num_items_in_batch)
-        else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss_is_scaled = self.loss_is_scaled_for_ga
+        try:
+            if self._sam is not None and self.state.global_step % self._sam.interval == 0:
+                loss = self._sam_step(self._sam, model, inputs, num_items_in_batch)
+            else:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            # `compute_loss` sets it for the losses that it replaces.
+            self.loss_is_scaled_for_ga = loss_is_scaled
+        if self._has_logit_methods and self._is_classifier is None:
+            self._refuse("its loss comes from a `compute_loss` that does not call LPGTrainer's")
+            self._is_classifier = False
         if self.accelerator.sync_gradients:
+            self._step_items = None
             if self._is_classifier and self._has_logit_methods:
                 self.lpg_loss.fold(partial(self.accelerator.reduce, reduction="sum"))
-            self._perturb_gradients()
+            if self._parameter_methods:
+                self._perturb_gradients()
         return loss
 
     def _sam_step(
@@ -240,18 +273,22 @@ class LPGTrainer(Trainer):
     ) -> Tensor:
         """Two passes; the gradient is that of the second, the loss that is logged that of the first."""
         model.train()
+        # Schedule-free optimizers swap the weights here, which must not happen while they are shifted.
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
         with self.accelerator.no_sync(model), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch).mean()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        scale = self._loss_scale()
         # Only the direction matters, but under fp16 the unscaled gradient would underflow.
-        gradients = torch.autograd.grad(loss * self._loss_scale(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
         learns_nothing = self.lpg_loss.frozen() if self._is_classifier else nullcontext()
         with learns_nothing, sam.shifted(self.model, parameters, gradients):
             super().training_step(model, inputs, num_items_in_batch)
-        if self._measures_sam():
+        if self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1:
+            # Elsewhere the two gradients are not both whole here, and their difference would cost a reduction.
             pairs = [(p.grad, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-            norm = get_total_norm([shifted - gradient for shifted, gradient in pairs]) / self._loss_scale()
-            self._parameter_telemetry[1 + list(self._parameter_methods).index(sam)] += norm
+            self._record(sam, get_total_norm([shifted - gradient for shifted, gradient in pairs]) / scale)
 
         is_scaled = self.loss_is_scaled_for_ga
         if is_scaled is None:
@@ -259,18 +296,15 @@ class LPGTrainer(Trainer):
             is_scaled = takes_count or self.compute_loss_func is not None
         return loss.detach() if is_scaled else loss.detach() / self.current_gradient_accumulation_steps
 
-    def _measures_sam(self) -> bool:
-        """Whether both gradients are whole after a micro-batch; else their difference would cost a reduction."""
-        return self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1
-
     def _perturb_gradients(self) -> None:
-        if not self._parameter_methods:
-            return
-        self._parameter_telemetry[0] += 1
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        for row, method in enumerate(self._parameter_methods, start=1):
+        for method in self._parameter_methods:
             if isinstance(method, GradientPerturbation):
-                self._parameter_telemetry[row] += method.perturb_(parameters, self._loss_scale())
+                self._record(method, method.perturb_(parameters, self._loss_scale()))
+
+    def _record(self, method: ParameterPerturbation, norm: Tensor) -> None:
+        row = self._parameter_telemetry[list(self._parameter_methods).index(method)]
+        row += torch.stack([torch.ones_like(norm), norm])
 
     def _loss_scale(self) -> float:
         return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
@@ -283,12 +317,25 @@ class LPGTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Mapping | tuple]:
         labels = inputs.get("labels")
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if torch.is_grad_enabled() and self._replaces_loss():
-            if self._is_classifier is None:
-                self._is_classifier = self._examine(loss, outputs, labels, num_items_in_batch)
+        replaces_loss = model.training and torch.is_grad_enabled() and self._replaces_loss()
+        try:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        except IndexError as error:
+            if replaces_loss and "out of bounds" in str(error):
+                raise ValueError(
+                    f"The loss failed with: {error}. If a label is out of range, check the label column and the "
+                    "`num_labels` of the model."
+                ) from error
+            raise
+        if replaces_loss:
+            num_items = num_items_in_batch if self._step_items is None else self._step_items
+            if self._is_classifier is None or (self._is_classifier and not self._is_verified):
+                self._is_classifier = self._examine(loss, outputs, labels, num_items)
             if self._is_classifier:
-                loss = self._perturbed_loss(loss, outputs, labels, num_items_in_batch)
+                loss = self._perturbed_loss(loss, outputs, labels, num_items)
+                self.loss_is_scaled_for_ga = True
         return (loss, outputs) if return_outputs else loss
 
     def _replaces_loss(self) -> bool:
@@ -298,68 +345,78 @@ class LPGTrainer(Trainer):
         return self.args.gradient_accumulation_steps > 1 and self.compute_loss_func is None
 
     def _perturbed_loss(
-        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor, num_items_in_batch: Tensor | int | None
+        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
+        # A prior that is being counted is biased by the order of the data until all of it has been seen.
+        self.lpg_loss.statistics.prior_is_ready = self.state.epoch is not None and self.state.epoch >= 1
         logits = self._logits(outputs)
-        num_items, num_copies = num_items_in_batch, 1
-        if self.args.n_gpu > 1:
-            # DataParallel: the Trainer's count is one value per replica, while our loss sees the whole micro-batch.
-            num_items = (labels != IGNORE_INDEX).sum() * self.current_gradient_accumulation_steps
-        elif num_items is not None and self.args.average_tokens_across_devices:
+        num_copies = 1
+        if num_items is None:
+            num_items = (labels != IGNORE_INDEX).sum()
+        elif self.args.average_tokens_across_devices:
             # The count is that of all processes, over which the gradients will be averaged.
             num_copies = self.accelerator.num_processes // self.get_tp_size()
-
         if self.compute_loss_func is None:
             return self.lpg_loss(logits, labels, num_items) * num_copies
 
-        if num_items is None:
-            num_items = (labels != IGNORE_INDEX).sum()
-        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        # The user's loss keeps its graph; per-sample units undo the division by the count.
+        loss = loss.mean()
+        weight = num_copies / torch.as_tensor(num_items).to(loss).clamp(min=1)
+        (gradient,) = torch.autograd.grad(loss, logits, 1 / weight, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise ValueError(
                 "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient "
                 "to perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
             )
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        weight = num_copies / torch.as_tensor(num_items).to(gradient)
-        gradient = gradient / weight
-        labels = labels.reshape(-1).long()
-        perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
+        perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels.reshape(-1).long())
         return loss + replace_gradient(torch.zeros_like(loss), logits, (perturbed - gradient) * weight)
 
     # The classifier rule
 
     def _examine(
-        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int | None
     ) -> bool:
-        """Decides on the first training batch whether the model is a classifier, in the same way on every process."""
-        obstacle = self._find_obstacle(loss, outputs, labels, num_items_in_batch)
-        votes = self.accelerator.gather(torch.tensor([obstacle is not None], device=self.args.device))
-        if votes.any():
-            self._refuse(obstacle or "another process saw a model that is no classifier")
+        """
+        Decides whether the model is a classifier, in the same way on every process.
+
+        On the first training batch, and on the next ones until one could have told the losses apart.
+        """
+        obstacle = self._find_obstacle(loss, outputs, labels, num_items)
+        tells_apart = obstacle is not None or self._loss_is_given() or can_tell_losses_apart(labels)
+        votes = torch.tensor([[obstacle is not None, tells_apart]], device=self.args.device)
+        refused, tells_apart = self.accelerator.gather(votes).any(0).tolist()
+        if refused:
+            self._refuse(obstacle or "another process saw a batch that is none of a classifier")
             return False
+        self._is_verified = tells_apart
+        if self._is_classifier:
+            return True
 
         num_labels = self._logits(outputs).shape[-1]
         if self.lpg_loss is None or self.lpg_loss.num_labels != num_labels:
             self._build_loss(num_labels)
-        if self._checkpoint is not None and self._has_logit_methods:
-            self._load_loss_state()
-        self._warn_of_missing_classes()
-        # Our loss is divided by the labelled samples of the whole accumulated batch.
-        self.loss_is_scaled_for_ga = True
+        if self._has_logit_methods:
+            self._restore_loss()
+            self._warn_of_missing_classes()
         return True
 
     def _find_obstacle(
-        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int | None
     ) -> str | None:
-        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        model = self.accelerator.unwrap_model(self.model)
+        if type(model).__name__.endswith("ForMultipleChoice"):
+            return "its logits are scores of each sample's own choices, not of classes"
         logits = self._logits(outputs)
-        obstacle = find_obstacle(logits, labels, getattr(config, "problem_type", None))
-        # A loss that the Trainer was told to use is what the user wants, whatever it is.
-        if obstacle is None and self.compute_loss_func is None and self.label_smoother is None:
+        obstacle = find_obstacle(logits, labels, getattr(getattr(model, "config", None), "problem_type", None))
+        if obstacle is None and not self._loss_is_given():
             num_copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            obstacle = find_other_loss(loss, logits, labels.reshape(-1).long(), num_items_in_batch, num_copies)
+            obstacle = find_other_loss(loss.mean(), logits, labels.reshape(-1).long(), num_items, num_copies)
         return obstacle
+
+    def _loss_is_given(self) -> bool:
+        """Whether the Trainer was told which loss to use: the model's own does not matter then."""
+        return self.compute_loss_func is not None or self.label_smoother is not None
 
     def _refuse(self, found: str) -> None:
         if not self._has_logit_methods:
@@ -369,13 +426,13 @@ class LPGTrainer(Trainer):
             f"{name} is not a single-label classifier trained with cross-entropy: {found}. If it should be perturbed "
             "all the same, give its loss as `compute_loss_func`; to train it as `Trainer`, pass `perturbations=[]`."
         )
-        if self._asks_for_perturbations():
+        if self._asks_for_logit_methods:
             raise ValueError(f"{message} Asked for: {self._chain(self.args)!r}.")
         logger.warning(f"{message} Until then it trains exactly as with `Trainer`.")
 
     def _warn_of_missing_classes(self) -> None:
         statistics = self.lpg_loss.statistics
-        if not self._has_logit_methods or not statistics.counts_are_given:
+        if not statistics.counts_are_given:
             return
         counts = statistics.class_counts.tolist()
         missing = [label for label, count in enumerate(counts) if count == 0]
@@ -388,22 +445,37 @@ class LPGTrainer(Trainer):
         if isinstance(outputs, Mapping):
             return outputs.get("logits")
         # Where the Trainer took the labels out, the model's tuple does not begin with a loss.
-        labels_were_passed = self.compute_loss_func is None and self.label_smoother is None
-        return outputs[1] if labels_were_passed else logits_of(outputs)
+        position = 0 if self._loss_is_given() else 1
+        return outputs[position] if len(outputs) > position else None
 
     # Logging
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._is_classifier and self._has_logit_methods and ("loss" in logs or "train_loss" in logs):
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        # Gathered where the Trainer gathers its loss: `log` itself may be called by one process alone.
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._telemetry = self._gather_telemetry()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs) -> TrainOutput:
+        # A run that ends between two logs must not hide bad values.
+        self._gather_telemetry()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _gather_telemetry(self) -> dict[str, float]:
+        telemetry = {}
+        if self._is_classifier and self._has_logit_methods:
             telemetry = self.lpg_loss.telemetry(lambda tensor: self.accelerator.gather(tensor[None]))
-            if "loss" in logs:
-                logs |= telemetry
-        if self._parameter_methods and "loss" in logs:
-            steps, *norms = self._parameter_telemetry.tolist()
-            self._parameter_telemetry.zero_()
-            for method, norm in zip(self._parameter_methods, norms, strict=True):
-                if not isinstance(method, SAM) or self._measures_sam():
-                    logs[f"lpg/{method.name}/delta_norm"] = norm / steps
+        names = numbered_names(self._parameter_methods)
+        for name, (count, norm) in zip(names, self._parameter_telemetry.tolist(), strict=True):
+            if count > 0:
+                telemetry[f"lpg/{name}/delta_norm"] = norm / count
+        self._parameter_telemetry.zero_()
+        return telemetry
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._telemetry
+            self._telemetry = {}
         super().log(logs, start_time)
 
     # Checkpoints
@@ -421,36 +493,53 @@ class LPGTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        modules = {}
+        modules, chains = {}, {}
         if self._is_classifier and self._has_logit_methods:
-            modules["loss"] = self.lpg_loss
+            modules["loss"], chains["loss"] = self.lpg_loss, self.lpg_loss.perturbations
         if self._parameter_methods:
-            modules["parameters"] = self._parameter_methods
+            modules["parameters"] = chains["parameters"] = self._parameter_methods
         if modules and self.args.should_save:
-            save_state(output_dir, modules, self._chains())
+            save_state(output_dir, modules, {prefix: list(map(repr, chain)) for prefix, chain in chains.items()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        # The loss's part waits for the first batch, which decides whether there is a loss to load it into.
-        self._checkpoint = checkpoint
-        if self._parameter_methods and checkpoint is not None:
-            state = load_state(checkpoint, "parameters", self._chains()["parameters"])
-            if state is not None:
-                self._parameter_methods.load_state_dict(state)
-
-    def _load_loss_state(self) -> None:
-        state = load_state(self._checkpoint, "loss", self._chains()["loss"])
-        if state is None:
+        if checkpoint is None:
             return
-        num_labels = len(state["statistics.class_counts"])
+        saved = load_state(checkpoint)
+        if saved is None:
+            if self._has_logit_methods or self._parameter_methods:
+                logger.warning(
+                    f"{checkpoint} has no {STATE_FILE}, so it was not written by LPGTrainer with perturbations: their "
+                    "state (class statistics, counters) starts anew."
+                )
+            return
+        chains, state = saved
+        self._check_chain(chains, "parameters", self._parameter_methods)
+        restore(self._parameter_methods, "parameters", state)
+        if not self._has_logit_methods:
+            self._check_chain(chains, "loss", [])
+        # The loss's part waits for the first batch, which decides whether there is a loss to load it into.
+        self._saved_state = saved
+
+    def _restore_loss(self) -> None:
+        if self._saved_state is None:
+            return
+        chains, state = self._saved_state
+        self._check_chain(chains, "loss", self.lpg_loss.perturbations)
+        num_labels = len(state["loss.statistics.class_counts"])
         if num_labels != self.lpg_loss.num_labels:
             raise ValueError(
-                f"{self._checkpoint} was written for {num_labels} classes, but this model has "
-                f"{self.lpg_loss.num_labels}. Resume with the model of that run."
+                f"The checkpoint was written for {num_labels} classes, but this model has {self.lpg_loss.num_labels}. "
+                "Resume with the model of that run."
             )
         # The state is float64 where the logits were.
-        self.lpg_loss.to(device=self.args.device, dtype=state["statistics._running"].dtype).load_state_dict(state)
+        self.lpg_loss.to(device=self.args.device, dtype=state["loss.statistics._running"].dtype)
+        restore(self.lpg_loss, "loss", state)
 
-    def _chains(self) -> dict[str, list[str]]:
-        logit_methods = [] if self.lpg_loss is None else self.lpg_loss.perturbations
-        return {"loss": list(map(repr, logit_methods)), "parameters": list(map(repr, self._parameter_methods))}
+    def _check_chain(self, chains: dict[str, list[str]], prefix: str, methods: Iterable[Perturbation]) -> None:
+        saved, present = chains.get(prefix, []), list(map(repr, methods))
+        if saved != present:
+            raise ValueError(
+                f"The checkpoint was written with perturbations {saved}, but this run has {present}. Resume with the "
+                "same `perturbations`, or start a new run from the checkpoint's model."
+            )

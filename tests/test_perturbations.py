@@ -650,4 +650,4 @@ def test_the_ends_of_the_ranges_are_accepted(method, options):
 def test_fixed_signs_for_another_number_of_classes_are_refused():
     method = LPG("fixed", signs=[1, -1])
     with pytest.raises(ValueError, match=r"`signs` has 2 entries, but there are 3 classes: pass one per class"):
-        method.signs_and_bounds(ClassStatistics(3))
+        method.setup(3)

@@ -25,11 +25,8 @@ class Perturbation(nn.Module, ABC):
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self).__init__).parameters
-        options = [
-            f"{name}={_literal(getattr(self, name))!r}"
-            for name, parameter in parameters.items()
-            if name != "self" and getattr(self, name) != parameter.default
-        ]
+        values = {name: _literal(getattr(self, name)) for name in parameters if name != "self"}
+        options = [f"{name}={value!r}" for name, value in values.items() if value != parameters[name].default]
         return f"{self.name}({', '.join(options)})"
 
 

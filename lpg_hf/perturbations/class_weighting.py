@@ -83,12 +83,13 @@ class ClassWeighting(LogitPerturbation):
         """The weight of every class, `[C]`; 0 for classes without samples where the weights come from the counts."""
         if not isinstance(self.weights, str):
             return self._weights
-        prior, counts = statistics.prior, statistics.class_counts
+        prior = statistics.prior
         present = prior > 0
         if self.weights == "balanced":
             return torch.where(present, 1 / (present.sum() * prior), 0.0)
-        # While classes are being counted, some may not have been seen yet.
-        weights = torch.where(present, (1 - self.beta) / (1 - self.beta ** counts.clamp(min=1)), 0.0)
+        # The prior times the samples, not the counts: while these are being taken, the prior says how to read them.
+        counts = (prior * statistics.class_counts.sum()).clamp(min=1)
+        weights = torch.where(present, (1 - self.beta) / (1 - self.beta**counts), 0.0)
         return weights * present.sum() / weights.sum()
 
     def _class_index(self, key: str | int, num_labels: int) -> int:

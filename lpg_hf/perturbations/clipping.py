@@ -1,6 +1,7 @@
 """Clipping: no sample pulls harder than a bound, fixed or learned per class."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class LogitClipping(LogitPerturbation):
             rows = torch.where(labels >= 0, torch.stack([torch.ones_like(within), within]), False)
             self._pending.index_add_(1, classes, rows.to(self._pending.dtype))
 
-    def fold(self, reduce) -> None:
+    def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Robbins and Monro: a bound goes up while too few norms lie within it, and down while too many do."""
         if self.quantile is not None:
             counts, within = self._pending if reduce is None else reduce(self._pending)

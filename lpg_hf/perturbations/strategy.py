@@ -52,15 +52,16 @@ class ClassLevelPerturbation(LogitPerturbation):
         self.signs = None if signs is None else list(signs)
         self.bounds = None if bounds is None else list(bounds)
 
+    def setup(self, num_labels: int) -> None:
+        if self.strategy == "fixed" and len(self.signs) != num_labels:
+            raise ValueError(
+                f"`signs` has {len(self.signs)} entries, but there are {num_labels} classes: pass one per class."
+            )
+
     def signs_and_bounds(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor]:
         """Sign and radius of every class at the present step, two tensors of shape `[C]`."""
         if self.strategy == "fixed":
             signs, bounds = self._signs, self._bounds
-            if len(signs) != statistics.num_labels:
-                raise ValueError(
-                    f"`signs` has {len(signs)} entries, but there are {statistics.num_labels} classes: pass one per "
-                    "class."
-                )
         else:
             strength = _frequency(statistics) if self.strategy == "frequency" else _accuracy(statistics)
             signs, bounds = strength.sign(), self.epsilon * strength.abs()
