@@ -69,8 +69,10 @@ def find_other_loss(
     weights = [1 / labelled]
     if num_items is not None:
         weights += [num_copies / labelled, num_copies / torch.as_tensor(num_items).to(z)]
-    # The same logits go into both: what may differ is the order of a sum, and a result rounded to half precision.
-    rounding = max(256 * torch.finfo(z.dtype).eps, 2 * torch.finfo(loss.dtype).eps)
+    # The same logits go into both: what may differ is the order of a sum, and rounding (some models compute their loss
+    # in the dtype of the logits, some in float32 whatever it is).
+    dtypes = (torch.float32, logits.dtype, loss.dtype)
+    rounding = max(256 * torch.finfo(torch.float32).eps, 4 * max(torch.finfo(dtype).eps for dtype in dtypes))
     is_close = partial(torch.allclose, rtol=rounding, atol=rounding)
     matching = [weight for weight in weights if is_close(loss.detach().to(z), total * weight)]
     if not matching:
@@ -82,8 +84,7 @@ def find_other_loss(
     if gradient is None:
         return None
     expected = logit_gradient(z, labels)
-    rounding = max(256 * torch.finfo(z.dtype).eps, 4 * torch.finfo(logits.dtype).eps)
-    if not any(torch.allclose(gradient.to(z) / weight, expected, rtol=rounding, atol=rounding) for weight in matching):
+    if not any(is_close(gradient.to(z) / weight, expected) for weight in matching):
         return "the gradient of its own loss on the first batch is not that of cross-entropy"
     return None
 

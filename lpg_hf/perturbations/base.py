@@ -109,6 +109,8 @@ class GradientPerturbation(ParameterPerturbation):
 
 def _literal(value: object) -> object:
     """Numbers and lists of NumPy and torch as Python's own, whose `repr` is a literal."""
+    if isinstance(value, Mapping):
+        return {_literal(key): _literal(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_literal, value))
     return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value

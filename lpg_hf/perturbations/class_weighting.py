@@ -1,5 +1,6 @@
 """Class weights as a perturbation, without a weighted loss."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -63,7 +64,7 @@ class ClassWeighting(LogitPerturbation):
         if isinstance(self.weights, str):
             return
         if isinstance(self.weights, Mapping):
-            weights = torch.ones(num_labels)
+            weights = torch.ones(num_labels, dtype=torch.float64)
             for key, weight in self.weights.items():
                 weights[self._class_index(key, num_labels)] = weight
         else:
@@ -73,7 +74,7 @@ class ClassWeighting(LogitPerturbation):
                 self.weights,
                 f"one weight for each of {num_labels} classes",
             )
-            weights = torch.tensor(self.weights, dtype=torch.float32)
+            weights = torch.as_tensor(self.weights, dtype=torch.float64)
         self.register_buffer("_weights", weights, persistent=False)
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
@@ -89,7 +90,9 @@ class ClassWeighting(LogitPerturbation):
             return torch.where(present, 1 / (present.sum() * prior), 0.0)
         # The prior times the samples, not the counts: while these are being taken, the prior says how to read them.
         counts = (prior * statistics.class_counts.sum()).clamp(min=1)
-        weights = torch.where(present, (1 - self.beta) / (1 - self.beta**counts), 0.0)
+        # 1 / (1 - beta^n), whose difference would lose its digits for a beta near 1.
+        log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
+        weights = torch.where(present, -1 / torch.expm1(counts * log_beta), 0.0)
         return weights * present.sum() / weights.sum()
 
     def _class_index(self, key: str | int, num_labels: int) -> int:

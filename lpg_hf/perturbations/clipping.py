@@ -73,10 +73,10 @@ class LogitClipping(LogitPerturbation):
             self._pending.index_add_(1, classes, rows.to(self._pending.dtype))
 
     def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Robbins and Monro: a bound goes up while too few norms lie within it, and down while too many do."""
+        """Robbins and Monro on the log scale: a bound goes up while too few norms lie within it, else down."""
         if self.quantile is not None:
             counts, within = self._pending if reduce is None else reduce(self._pending)
             share = within / counts.clamp(min=1)
             step = counts / (counts + MEAN_INERTIA) * (self.quantile - share)
-            self.bounds.add_(step).clamp_(1e-3, math.sqrt(2))
+            self.bounds.mul_(step.exp()).clamp_(1e-3, math.sqrt(2))
             self._pending.zero_()

@@ -69,7 +69,7 @@ class GradientClipping(GradientPerturbation):
         if self.percentile is None:
             return 1.0 if self.max_norm is None else self.max_norm
         # A step that overflowed under fp16 is skipped by the scaler, and says nothing about the norms.
-        seen = torch.where(norm.isfinite(), norm, torch.nan)
+        seen = torch.where(norm.isfinite(), norm, torch.nan).to(torch.promote_types(norm.dtype, torch.float32))
         self._history = torch.cat([self._history.to(seen), seen[None]])
         return self._history.nanquantile(self.percentile / 100)
 
