@@ -9,8 +9,10 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 
 logger = get_logger(__name__)
@@ -60,6 +62,23 @@ def restore(module: nn.Module, prefix: str, state: Mapping[str, Tensor]) -> None
     """Loads the part of the state under `prefix` into a module."""
     own = {name.removeprefix(f"{prefix}."): value for name, value in state.items() if name.startswith(f"{prefix}.")}
     module.load_state_dict(own)
+
+
+def reload_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
+    """
+    Loads the weights of a checkpoint by `from_pretrained` where the names in its file are not the model's.
+
+    transformers 5.23 saves some models (ViT and DeiT among them) under older names than it gives their parameters, and
+    its Trainer, which looks for the parameters' names, goes on with fresh weights after a warning.
+    """
+    path = Path(checkpoint) / SAFE_WEIGHTS_NAME
+    if not isinstance(model, PreTrainedModel) or not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        saved = set(file.keys())
+    if not saved.issuperset(model.state_dict()):
+        saved_model = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved_model.state_dict())
 
 
 def is_whole(checkpoint: str | Path) -> bool:

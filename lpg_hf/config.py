@@ -24,7 +24,7 @@ class LPGConfig(TrainingArguments):
     Parameters:
         perturbations (`list[str]`, *optional*, defaults to `["auto"]`):
             The chain of methods, in order. `["auto"]` is the preset that needs no tuning, `["none"]` (or `[]`) trains
-            exactly as `Trainer`.
+            as `Trainer`.
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
             What decides sign and radius of each class: `"frequency"` or `"accuracy"`.
         lpg_epsilon (`float`, *optional*, defaults to `0.1`):
@@ -59,7 +59,7 @@ class LPGConfig(TrainingArguments):
         default_factory=lambda: ["auto"],
         metadata={
             "help": 'The chain of perturbations, in order: names or calls such as "lpg(epsilon=0.3)". `auto` needs no '
-            "tuning, `none` trains exactly as Trainer."
+            "tuning, `none` trains as Trainer."
         },
     )
     lpg_strategy: str = field(

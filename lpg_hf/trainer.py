@@ -17,7 +17,15 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .checkpoint import STATE_FILE, is_whole, last_whole_checkpoint, load_state, restore, save_state
+from .checkpoint import (
+    STATE_FILE,
+    is_whole,
+    last_whole_checkpoint,
+    load_state,
+    reload_renamed_weights,
+    restore,
+    save_state,
+)
 from .classifier import can_tell_losses_apart, find_obstacle, find_other_loss
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
@@ -53,14 +61,16 @@ class LPGTrainer(Trainer):
     tuning. Evaluation and prediction are never perturbed, and the loss that is logged is the unperturbed one.
 
     A model counts as a classifier if it has one integer label per sample, logits `[N, C]` with C > 1, and a loss that
-    is the cross-entropy of its logits; this is looked at once, on the first training batch. For any other model `auto`
-    warns and trains exactly as `Trainer`, while perturbations that were asked for raise an error.
+    is the cross-entropy of its logits; this is looked at once, on the first training batch that can show it. For any
+    other model `auto` warns and trains exactly as `Trainer`, while logit perturbations that were asked for raise an
+    error. Methods for parameters need no classifier; SAM acts first among them, the others in the order of the chain.
 
     Args:
         model, args and all others: As for [`~transformers.Trainer`]. `args` may be an [`LPGConfig`].
         perturbations (`str`, [`Perturbation`] or a sequence of them, *optional*):
             The chain of methods, as objects or strings. Left out, it is what the config says (`auto` for plain
-            [`~transformers.TrainingArguments`]); `[]` trains exactly as `Trainer`.
+            [`~transformers.TrainingArguments`]); `[]` trains exactly as `Trainer`, except that under gradient
+            accumulation a classifier gets the gradient of the whole batch, which `Trainer` does not give every model.
         class_counts (`Sequence[int]`, *optional*):
             Training samples of each class. Left out, they are read from the label column of `train_dataset`, or
             counted during the first epoch where there is none to read.
@@ -500,6 +510,18 @@ class LPGTrainer(Trainer):
             modules["parameters"] = chains["parameters"] = self._parameter_methods
         if modules and self.args.should_save:
             save_state(output_dir, modules, {prefix: list(map(repr, chain)) for prefix, chain in chains.items()})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._reload_renamed_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._reload_renamed_weights(self.state.best_model_checkpoint)
+
+    def _reload_renamed_weights(self, checkpoint: str) -> None:
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            reload_renamed_weights(self.accelerator.unwrap_model(self.model), checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

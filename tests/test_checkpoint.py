@@ -216,3 +216,48 @@ def test_auto_find_batch_size_starts_the_statistics_anew(tmp_path, monkeypatch, 
         trainer.train()
     assert trainer.state.train_batch_size < 4
     assert trainer.lpg_loss.statistics.steps.item() == 3
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "wav2vec2"])
+def test_weights_saved_under_older_names_are_found(name, tmp_path):
+    """transformers 5.23 saves ViT under older names; the plain Trainer resumes it with fresh weights and a warning."""
+
+    def train(resume=None):
+        trainer = make_trainer(
+            LPGTrainer,
+            make_model(name),
+            split(make_batch(name, 96), [8] * 12),
+            tmp_path,
+            args={"save_strategy": "steps", "save_steps": 6},
+            class_counts=COUNTS,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return flat_parameters(trainer.model)
+
+    whole = train()
+    assert torch.equal(train(str(tmp_path / "checkpoint-6")), whole)
+
+
+def test_the_best_model_is_loaded_under_older_names_too(tmp_path):
+    batches = split(make_batch("vit", 96), [8] * 12)
+    trainer = make_trainer(
+        LPGTrainer,
+        make_model("vit"),
+        batches,
+        tmp_path,
+        args={
+            "save_strategy": "steps",
+            "eval_strategy": "steps",
+            "save_steps": 4,
+            "eval_steps": 4,
+            "per_device_eval_batch_size": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "learning_rate": 0.3,
+        },
+        class_counts=COUNTS,
+        eval_dataset=batches[:4],
+    )
+    trainer.train()
+    assert trainer.state.best_global_step < 12
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
