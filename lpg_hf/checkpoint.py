@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.logging import get_logger
@@ -20,7 +21,9 @@ logger = get_logger(__name__)
 STATE_FILE = "lpg_state.safetensors"
 
 
-def save_state(folder: str | Path, modules: Mapping[str, nn.Module], chains: Mapping[str, list[str]]) -> None:
+def save_state(
+    folder: str | Path, modules: Mapping[str, nn.Module], chains: Mapping[str, list[str]], num_processes: int
+) -> None:
     """
     Writes the state of `modules` into a checkpoint folder.
 
@@ -28,18 +31,36 @@ def save_state(folder: str | Path, modules: Mapping[str, nn.Module], chains: Map
         folder (`str` or `Path`): The checkpoint.
         modules (`Mapping[str, nn.Module]`): By the prefix of their state.
         chains (`Mapping[str, list[str]]`): The methods' `repr` under the same prefix, which a resumed run must share.
+        num_processes (`int`): How many processes train.
     """
     tensors = {
         f"{prefix}.{name}": tensor.contiguous()
         for prefix, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
-    save_file(tensors, Path(folder) / STATE_FILE, metadata={"perturbations": json.dumps(chains)})
+    metadata = {"perturbations": json.dumps(chains), "num_processes": str(num_processes)}
+    save_file(tensors, Path(folder) / STATE_FILE, metadata=metadata)
 
 
-def load_state(folder: str | Path) -> tuple[dict[str, list[str]], dict[str, Tensor]] | None:
+@dataclass
+class SavedState:
+    """What [`save_state`] wrote."""
+
+    chains: dict[str, list[str]]
+    num_processes: int
+    tensors: dict[str, Tensor]
+
+    def restore(self, module: nn.Module, prefix: str) -> None:
+        """Loads the part under `prefix` into a module."""
+        start = f"{prefix}."
+        module.load_state_dict(
+            {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+        )
+
+
+def load_state(folder: str | Path) -> SavedState | None:
     """
-    Reads what [`save_state`] wrote: the chains and the state, both by prefix. `None` if the checkpoint has none.
+    Reads what [`save_state`] wrote. `None` if the checkpoint has none.
 
     Raises:
         ValueError: If the file is damaged.
@@ -49,19 +70,13 @@ def load_state(folder: str | Path) -> tuple[dict[str, list[str]], dict[str, Tens
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            chains = json.loads(file.metadata()["perturbations"])
-        return chains, load_file(path)
+            metadata = file.metadata()
+        return SavedState(json.loads(metadata["perturbations"]), int(metadata["num_processes"]), load_file(path))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): it is truncated or was changed. Resume from an older checkpoint, or "
             "start a new run from the checkpoint's model."
         ) from error
-
-
-def restore(module: nn.Module, prefix: str, state: Mapping[str, Tensor]) -> None:
-    """Loads the part of the state under `prefix` into a module."""
-    own = {name.removeprefix(f"{prefix}."): value for name, value in state.items() if name.startswith(f"{prefix}.")}
-    module.load_state_dict(own)
 
 
 def reload_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:

@@ -1,7 +1,7 @@
 """LPGTrainer: where in a training step the perturbations act, what is logged, and what a checkpoint holds."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .checkpoint import (
     STATE_FILE,
+    SavedState,
     is_whole,
     last_whole_checkpoint,
     load_state,
     reload_renamed_weights,
-    restore,
     save_state,
 )
 from .classifier import can_tell_losses_apart, find_obstacle, find_other_loss
@@ -509,7 +509,8 @@ class LPGTrainer(Trainer):
         if self._parameter_methods:
             modules["parameters"] = chains["parameters"] = self._parameter_methods
         if modules and self.args.should_save:
-            save_state(output_dir, modules, {prefix: list(map(repr, chain)) for prefix, chain in chains.items()})
+            reprs = {prefix: list(map(repr, chain)) for prefix, chain in chains.items()}
+            save_state(output_dir, modules, reprs, self.accelerator.num_processes)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -535,33 +536,39 @@ class LPGTrainer(Trainer):
                     "state (class statistics, counters) starts anew."
                 )
             return
-        chains, state = saved
-        self._check_chain(chains, "parameters", self._parameter_methods)
-        restore(self._parameter_methods, "parameters", state)
+        self._check_chain(saved, "parameters", self._parameter_methods)
+        saved.restore(self._parameter_methods, "parameters")
         if not self._has_logit_methods:
-            self._check_chain(chains, "loss", [])
+            self._check_chain(saved, "loss", [])
         # The loss's part waits for the first batch, which decides whether there is a loss to load it into.
         self._saved_state = saved
 
     def _restore_loss(self) -> None:
         if self._saved_state is None:
             return
-        chains, state = self._saved_state
-        self._check_chain(chains, "loss", self.lpg_loss.perturbations)
-        num_labels = len(state["loss.statistics.class_counts"])
+        tensors = self._saved_state.tensors
+        self._check_chain(self._saved_state, "loss", self.lpg_loss.perturbations)
+        num_labels = len(tensors["loss.statistics.class_counts"])
         if num_labels != self.lpg_loss.num_labels:
             raise ValueError(
                 f"The checkpoint was written for {num_labels} classes, but this model has {self.lpg_loss.num_labels}. "
                 "Resume with the model of that run."
             )
         # The state is float64 where the logits were.
-        self.lpg_loss.to(device=self.args.device, dtype=state["loss.statistics._running"].dtype)
-        restore(self.lpg_loss, "loss", state)
+        self.lpg_loss.to(device=self.args.device, dtype=tensors["loss.statistics._running"].dtype)
+        self._saved_state.restore(self.lpg_loss, "loss")
 
-    def _check_chain(self, chains: dict[str, list[str]], prefix: str, methods: Iterable[Perturbation]) -> None:
-        saved, present = chains.get(prefix, []), list(map(repr, methods))
-        if saved != present:
+    def _check_chain(self, saved: SavedState, prefix: str, methods: Sequence[Perturbation]) -> None:
+        before, now = saved.chains.get(prefix, []), list(map(repr, methods))
+        if before != now:
             raise ValueError(
-                f"The checkpoint was written with perturbations {saved}, but this run has {present}. Resume with the "
+                f"The checkpoint was written with perturbations {before}, but this run has {now}. Resume with the "
                 "same `perturbations`, or start a new run from the checkpoint's model."
+            )
+        split = [method for method in methods if method.depends_on_split]
+        if split and saved.num_processes != self.accelerator.num_processes:
+            logger.warning(
+                f"The checkpoint was written by {saved.num_processes} processes and this run has "
+                f"{self.accelerator.num_processes}: {', '.join(map(repr, split))} depends on how a batch is split, so "
+                "the training goes on, but not as it would have."
             )

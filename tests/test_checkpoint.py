@@ -1,10 +1,13 @@
 """A kill at any moment of a save leaves a run that resumes from a whole checkpoint and ends as if nothing happened."""
 
+import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
 from tiny import flat_parameters, make_batch, make_model, make_trainer, split
 from transformers.trainer_utils import get_last_checkpoint
@@ -151,7 +154,7 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
     save_file(
         {name: value.contiguous() for name, value in state.items()},
         file,
-        metadata={"perturbations": '{"loss": ["logit_clipping()"]}'},
+        metadata={"perturbations": '{"loss": ["logit_clipping()"]}', "num_processes": "1"},
     )
     with pytest.raises(ValueError, match="was written for 3 classes, but this model has 4"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-4"), perturbations=["logit_clipping"])
@@ -261,3 +264,83 @@ def test_the_best_model_is_loaded_under_older_names_too(tmp_path):
     trainer.train()
     assert trainer.state.best_global_step < 12
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+CHAINS = {
+    "auto": ["auto"],
+    "lpg": ["lpg(epsilon=0.3)", "lpg(strategy='accuracy')"],
+    "sam": ["logit_adjustment", "logit_clipping(max_norm=0.5)", "sam(rho=0.05, interval=2)"],
+    "noise": ["gradient_noise(eta=0.001)", "logit_noise"],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_every_point_of_interruption_ends_in_the_same_place(chain, tmp_path):
+    """Six steps of two micro-batches in two epochs, interrupted after each of the first five."""
+    options = {"save_steps": 1, "num_train_epochs": 1, "logging_steps": 1}
+    whole = train(tmp_path, perturbations=CHAINS[chain], **options)
+    expected, logs = state_of(whole), [log["loss"] for log in whole.state.log_history if "loss" in log]
+    for step in range(1, 6):
+        resumed = train(
+            tmp_path, str(tmp_path / f"checkpoint-{step}"), perturbations=CHAINS[chain], **options, save_strategy="no"
+        )
+        assert [log["loss"] for log in resumed.state.log_history if "loss" in log] == logs
+        for name, value in state_of(resumed).items():
+            assert torch.equal(expected[name], value), (step, name)
+
+
+def test_another_number_of_processes_is_a_warning_where_it_matters(tmp_path, caplog):
+    def resume(perturbations):
+        train(tmp_path, perturbations=perturbations)
+        file = tmp_path / "checkpoint-4" / STATE_FILE
+        chains = json.dumps({"loss": perturbations, "parameters": []})
+        save_file(load_file(file), file, metadata={"perturbations": chains, "num_processes": "2"})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="lpg_hf"):
+            train(tmp_path, str(tmp_path / "checkpoint-4"), perturbations=perturbations)
+        return caplog.text
+
+    assert resume(["logit_clipping()"]) == ""
+    assert "written by 2 processes and this run has 1: lpg() depends on how a batch is split" in resume(["lpg()"])
+
+
+def test_evaluation_in_the_middle_of_training_changes_nothing(tmp_path):
+    batches = split(make_batch("resnet", 96), [8] * 12)
+    trainers = []
+    for strategy in ("no", "steps"):
+        trainer = make_trainer(
+            LPGTrainer,
+            make_model("resnet"),
+            batches,
+            tmp_path,
+            args={"eval_strategy": strategy, "eval_steps": 2, "per_device_eval_batch_size": 1},
+            perturbations=["auto", "logit_clipping(quantile=0.8)"],
+            class_counts=COUNTS,
+            eval_dataset=batches[:3],
+        )
+        trainer.train()
+        trainers.append(trainer)
+    first, second = map(state_of, trainers)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_push_to_the_hub_uploads_model_card_and_weights(tmp_path, monkeypatch):
+    """Everything but the upload, which would need the network."""
+    uploads = []
+
+    def upload(self, *, folder_path, **kwargs):
+        uploads.append({file.name for file in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: RepoUrl("https://hf.co/somebody/something"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    trainer = make_trainer(
+        LPGTrainer,
+        make_model("bert"),
+        split(make_batch("bert", 16), [8] * 2),
+        tmp_path,
+        args={"push_to_hub": True, "hub_strategy": "end"},
+        class_counts=COUNTS,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert {"README.md", "config.json", "model.safetensors"} <= uploads[-1]

@@ -22,6 +22,8 @@ class Perturbation(nn.Module, ABC):
 
     name: str
     space: str
+    #: Whether the delta depends on how a batch is split into micro-batches and processes.
+    depends_on_split = False
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self).__init__).parameters

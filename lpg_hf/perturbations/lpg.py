@@ -78,6 +78,7 @@ class LPG(ClassLevelPerturbation):
         self.norm = norm
         self.solver = solver
         self.sync = sync
+        self.depends_on_split = direction == "class"
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         signs, bounds = self.signs_and_bounds(statistics)

@@ -44,6 +44,7 @@ class LPL(ClassLevelPerturbation):
     """
 
     name = "lpl"
+    depends_on_split = True
 
     def __init__(
         self,

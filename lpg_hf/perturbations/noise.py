@@ -38,6 +38,7 @@ class LogitNoise(LogitPerturbation):
     """
 
     name = "logit_noise"
+    depends_on_split = True
 
     def __init__(self, sigma: float = 0.1, seed: int = 0):
         super().__init__()

@@ -44,6 +44,7 @@ class SAM(ParameterPerturbation):
     """
 
     name = "sam"
+    depends_on_split = True
 
     def __init__(self, rho: float = 0.05, adaptive: bool = False, interval: int = 1):
         super().__init__()

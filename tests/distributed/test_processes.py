@@ -19,18 +19,23 @@ OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
 
-def launch(job, processes, output_dir, launcher=None):
+def launch_all(jobs, processes, output_dir, launcher=None):
     output_dir.mkdir()
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command = torchrun if launcher is None else launcher
     done = subprocess.run(
-        [*command, str(SCRIPT), json.dumps(job), str(output_dir)],
+        [*command, str(SCRIPT), json.dumps(jobs), str(output_dir)],
         capture_output=True,
         text=True,
         timeout=WATCHDOG_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output_dir / "result.pt")
+    return torch.load(output_dir / "results.pt")
+
+
+def launch(job, processes, output_dir, launcher=None):
+    (result,) = launch_all([job], processes, output_dir, launcher)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -94,14 +99,30 @@ def test_ddp_options_do_not_change_the_training(args, tmp_path):
 
 
 def test_resume_on_two_processes_is_the_uninterrupted_run(tmp_path):
-    chain = ["auto", "logit_noise(sigma=0.05)", "sam(rho=0.05)", "gradient_noise(eta=0.0001)"]
-    args = SGD | {"save_strategy": "steps", "save_steps": 5, "logging_steps": 5, "max_grad_norm": 1.0}
-    job = {"model": "bert", "perturbations": chain, "sizes": [8] * 30, "args": args}
-    whole = launch(job, 2, tmp_path / "whole")
-    resumed = launch(job | {"resume": str(tmp_path / "whole" / "checkpoint-10")}, 2, tmp_path / "resumed")
-    assert torch.equal(resumed["parameters"], whole["parameters"])
-    assert torch.equal(resumed["running"], whole["running"])
-    assert resumed["losses"] == whole["losses"]
+    """Four chains, each interrupted after three different steps, one of them in a second epoch."""
+    chains = [
+        ["auto"],
+        ["lpg(epsilon=0.3)", "lpg(strategy='accuracy', sync=True)"],
+        ["logit_adjustment", "logit_noise(sigma=0.05)", "sam(rho=0.05)"],
+        ["logit_clipping(quantile=0.8)", "gradient_noise(eta=0.0001)"],
+    ]
+    args = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    jobs = [{"model": "bert", "perturbations": chain, "sizes": [8] * 12, "args": SGD | args} for chain in chains]
+    whole = launch_all(jobs, 2, tmp_path / "whole")
+    points = [(number, step) for number in range(len(chains)) for step in (1, 4, 8)]
+    resumed = launch_all(
+        [
+            jobs[number] | {"resume": str(tmp_path / "whole" / str(number) / f"checkpoint-{step}")}
+            for number, step in points
+        ],
+        2,
+        tmp_path / "resumed",
+    )
+    for (number, step), result in zip(points, resumed, strict=True):
+        assert result["steps"] == 12
+        for name in ("parameters", "running"):
+            assert torch.equal(result[name], whole[number][name]), (chains[number], step, name)
+        assert result["losses"] == whole[number]["losses"]
 
 
 def test_a_stream_that_one_process_reads_for_all(tmp_path):

@@ -55,9 +55,9 @@ def train(job: dict, output_dir: Path) -> dict:
 
 if __name__ == "__main__":
     output_dir = Path(sys.argv[2])
-    result = train(json.loads(sys.argv[1]), output_dir)
-    if result["is_main"]:
-        torch.save(result, output_dir / "result.pt")
+    results = [train(job, output_dir / str(number)) for number, job in enumerate(json.loads(sys.argv[1]))]
+    if results[0]["is_main"]:
+        torch.save(results, output_dir / "results.pt")
     # A process that leaves early makes gloo abort the others.
     state = PartialState()
     state.wait_for_everyone()
