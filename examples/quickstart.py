@@ -2,7 +2,7 @@
 Trainer against LPGTrainer where a fifth of the labels is wrong and the classes have a long tail.
 
     python examples/quickstart.py
-    torchrun --nproc_per_node 2 examples/quickstart.py  # the same batches, shared by two processes
+    accelerate launch --config_file examples/accelerate/cpu_ddp.yaml examples/quickstart.py  # on two processes
 
 Both train the same small ResNet on scikit-learn's digits, from the same weights, in the same order, with the same
 arguments. Leaves a plot and a model in `quickstart-output` and ends with a table. About two minutes on two CPU cores.

@@ -323,6 +323,37 @@ def test_sam_lets_a_schedule_free_optimizer_swap_weights_first(tmp_path):
     torch.testing.assert_close(flat_parameters(model), before, rtol=0, atol=1e-12)
 
 
+def test_sam_shifts_and_trains_the_adapters_alone(tmp_path):
+    """With LoRA the ascent is that of the adapters: a hand-written step over them gives the same weights."""
+    peft = pytest.importorskip("peft")
+
+    def lora():
+        model = make_model("bert", exact=True)
+        torch.manual_seed(1)
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2, init_lora_weights=False)
+        return peft.get_peft_model(model, config).double()
+
+    batches = split(make_batch("bert", 64), [16] * 4)
+    model = lora()
+    make_trainer(LPGTrainer, model, batches, tmp_path, args=SGD, perturbations=[SAM(0.5)]).train()
+
+    by_hand = lora().train()
+    trained = [parameter for parameter in by_hand.parameters() if parameter.requires_grad]
+    for batch in batches:
+        gradients = torch.autograd.grad(by_hand(**batch).loss, trained)
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        weights = [parameter.detach().clone() for parameter in trained]
+        with torch.no_grad():
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter += 0.5 * gradient / norm
+        gradients = torch.autograd.grad(by_hand(**batch).loss, trained)
+        with torch.no_grad():
+            for parameter, weight, gradient in zip(trained, weights, gradients, strict=True):
+                parameter.copy_(weight - SGD["learning_rate"] * gradient)
+    torch.testing.assert_close(flat_parameters(model), flat_parameters(by_hand), rtol=0, atol=1e-9)
+    assert (flat_parameters(model) - flat_parameters(lora())).abs().max() > 1e-3
+
+
 # Settings
 
 
