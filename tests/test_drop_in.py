@@ -354,6 +354,69 @@ def test_sam_shifts_and_trains_the_adapters_alone(tmp_path):
     assert (flat_parameters(model) - flat_parameters(lora())).abs().max() > 1e-3
 
 
+# Trainer's own options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dataloader_drop_last": True},
+        {"dataloader_num_workers": 1},
+        {"train_sampling_strategy": "group_by_length"},
+        {"include_num_input_tokens_seen": "all"},
+        {"eval_on_start": True, "eval_strategy": "epoch"},
+        {"eval_strategy": "epoch", "include_for_metrics": ["inputs", "loss"]},
+        {"logging_first_step": True, "logging_steps": 3},
+        {"torch_empty_cache_steps": 1},
+        {"max_steps": 3, "warmup_steps": 2},
+        {"full_determinism": True},
+        {"optim": "sgd", "learning_rate": 0.1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_chain_that_does_nothing_trains_and_logs_as_trainer(options, tmp_path):
+    """Random order, an unused column, padding by the default collator; the bound of the clipping is never reached."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(NUM_LABELS, (50,), generator=generator).tolist()
+    rows = {"input_ids": [[1, 2 + label, 3] for label in labels], "label": labels, "text": ["unused"] * 50}
+    dataset = Dataset.from_dict(rows)
+    seen = []
+
+    def metrics(prediction):
+        seen.append(sorted(vars(prediction)) if options.get("include_for_metrics") else None)
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    def run(trainer_class, **kwargs):
+        args = plain_args(tmp_path, **({"max_steps": -1, "num_train_epochs": 2, "logging_steps": 2} | options))
+        trainer = trainer_class(
+            model=make_model("bert"),
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=dataset.select(range(10)),
+            compute_metrics=metrics,
+            **kwargs,
+        )
+        trainer.train()
+        timeless = [
+            {key: value for key, value in log.items() if "runtime" not in key and "per_second" not in key}
+            for log in trainer.state.log_history
+        ]
+        ours = [{key: value for key, value in log.items() if not key.startswith("lpg/")} for log in timeless]
+        return flat_parameters(trainer.model), ours
+
+    try:
+        expected, expected_logs = run(Trainer)
+        parameters, logs = run(LPGTrainer, perturbations=["logit_clipping(max_norm=100.0)"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(parameters, expected, rtol=0, atol=2e-5)
+    assert [list(log) for log in logs] == [list(log) for log in expected_logs]
+    for log, expected_log in zip(logs, expected_logs, strict=True):
+        assert log == pytest.approx(expected_log, rel=1e-3, abs=1e-4)
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]
+
+
 # Settings
 
 
