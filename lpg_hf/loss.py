@@ -116,7 +116,7 @@ class LPGLoss(nn.Module):
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         # A step without a labelled sample has loss and gradient zero, and not 0 / 0.
-        divisor = torch.as_tensor(count, device=z.device).clamp(min=1)
+        divisor = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
         if not (self.training and torch.is_grad_enabled() and logits.requires_grad and len(self.perturbations) > 0):
             return self._values(z, labels).sum() / divisor
