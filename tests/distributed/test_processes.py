@@ -146,7 +146,7 @@ def test_accelerate_launch_with_the_ready_config(tmp_path):
     config = Path(__file__).parents[2] / "examples" / "accelerate" / "cpu_ddp.yaml"
     job = {"model": "bert", "perturbations": ["auto"]}
     alone = train(job | {"sizes": [16] * 10, "args": SGD}, tmp_path / "alone")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
     together = launch(job | {"sizes": [8] * 20, "args": SGD}, 2, tmp_path / "together", launcher)
     assert together["processes"] == 2
     torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
