@@ -276,7 +276,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_every_point_of_interruption_ends_in_the_same_place(chain, tmp_path):
-    """Six steps of two micro-batches in two epochs, interrupted after each of the first five."""
+    """Six steps of two micro-batches, interrupted after each of the first five."""
     options = {"save_steps": 1, "num_train_epochs": 1, "logging_steps": 1}
     whole = train(tmp_path, perturbations=CHAINS[chain], **options)
     expected, logs = state_of(whole), [log["loss"] for log in whole.state.log_history if "loss" in log]
