@@ -83,8 +83,8 @@ def reload_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """
     Loads the weights of a checkpoint by `from_pretrained` where the names in its file are not the model's.
 
-    transformers 5.23 saves some models (ViT and DeiT among them) under older names than it gives their parameters, and
-    its Trainer, which looks for the parameters' names, goes on with fresh weights after a warning.
+    transformers 5.23 saves some models (ViT among them) under older names than it gives their parameters, and its
+    Trainer, which looks for the parameters' names, goes on with fresh weights after a warning.
     """
     path = Path(checkpoint) / SAFE_WEIGHTS_NAME
     if not isinstance(model, PreTrainedModel) or not path.is_file():
