@@ -427,7 +427,8 @@ def _as_arrow_column(labels: np.ndarray, feature: object) -> pa.Array:
 
 def _copy_format(source: datasets.Dataset, target: datasets.Dataset) -> None:
     source_format = source.format
-    every_column = source_format["columns"] == source.column_names
+    # `select` sorts the names of the formatted columns.
+    every_column = set(source_format["columns"]) == set(source.column_names)
     target.set_format(
         type=source_format["type"],
         columns=None if every_column else source_format["columns"],

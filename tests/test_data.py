@@ -641,3 +641,12 @@ def test_long_tail_refuses_an_empty_class():
     dataset = dataset_of([0, 0, 2], feature=ClassLabel(names=["a", "b", "c"]))
     with pytest.raises(ValueError, match=r"no row of class 1 in column 'label' \(it has 3 classes\)"):
         make_long_tailed(dataset, 2)
+
+
+def test_noise_after_a_cast_and_a_long_tail_shows_the_clean_labels():
+    """A cast notes the formatted columns, and a selection sorts them: all of them are still all."""
+    dataset = Dataset.from_dict({"text": list("abcd") * 6, "label": [0, 0, 1, 1] * 6})
+    dataset = make_long_tailed(dataset.cast_column("label", ClassLabel(names=["x", "y"])), 3)
+    noisy = add_label_noise(dataset, 0.3)
+    assert noisy["clean_label"][:] == dataset["label"][:]
+    assert set(noisy[0]) == {"text", "label", "clean_label"}
