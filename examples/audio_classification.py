@@ -1,0 +1,147 @@
+r"""
+Fine-tunes a model on recordings with one label each.
+
+A model and a data set of the hub:
+
+    python examples/audio_classification.py --model_name_or_path facebook/wav2vec2-base \
+        --dataset_name superb/superb --dataset_config_name ks --do_train --do_eval --output_dir output
+
+A model and recordings on this machine (wav, flac, ogg, mp3), one folder per class:
+
+    python examples/audio_classification.py --model_name_or_path path/to/model --train_dir train \
+        --validation_dir test --do_train --do_eval --output_dir output
+
+On several GPUs put `accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml` in the place of `python`.
+Recordings are decoded by soundfile, and resampled to what the model was trained on. No ffmpeg is needed.
+"""
+
+import io
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from classification.arguments import FolderArguments
+from classification.data import TRAIN, check_columns, load_file
+from classification.training import ClassificationTask, run
+from datasets import Audio, Dataset, DatasetDict
+from scipy.signal import resample_poly
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedModel
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+
+
+SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()}
+
+
+@dataclass
+class AudioArguments(FolderArguments):
+    audio_column_name: str = field(
+        default="audio", metadata={"help": "Column of the recordings, or of paths to them."}
+    )
+    max_length_seconds: float = field(
+        default=20.0, metadata={"help": "Training takes a random part of so many seconds of longer recordings."}
+    )
+    freeze_feature_encoder: bool = field(
+        default=True, metadata={"help": "Whether the convolutions of a model like Wav2Vec2 keep their weights."}
+    )
+
+
+class AudioClassification(ClassificationTask):
+    name = "audio-classification"
+    data_class = AudioArguments
+    auto_model = AutoModelForAudioClassification
+    auto_processor = AutoFeatureExtractor
+
+    def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
+        return load_audio_folder(folder, cache_dir)
+
+    def check(self, splits: DatasetDict, data: AudioArguments) -> DatasetDict:
+        check_columns(splits, "audio_column_name", data.audio_column_name)
+        if data.max_length_seconds <= 0:
+            raise ValueError(f"`--max_length_seconds` is {data.max_length_seconds}, but must be above 0.")
+        # `datasets` decodes with torchcodec, which needs ffmpeg on the machine.
+        return splits.cast_column(data.audio_column_name, Audio(decode=False))
+
+    def prepare(
+        self, dataset: Dataset, split: str, processor: FeatureExtractionMixin, data: AudioArguments
+    ) -> Dataset:
+        rate = processor.sampling_rate
+        max_length = round(data.max_length_seconds * rate)
+
+        def to_inputs(batch: dict[str, list]) -> dict[str, list]:
+            waves = [decode(recording, rate) for recording in batch[data.audio_column_name]]
+            if split == TRAIN:
+                waves = [random_part(wave, max_length) for wave in waves]
+            inputs = processor(waves, sampling_rate=rate)
+            inputs = {name: list(values) for name, values in inputs.items()}
+            return inputs | ({"labels": batch["labels"]} if "labels" in batch else {})
+
+        return dataset.with_transform(to_inputs)
+
+    def adapt(self, model: PreTrainedModel, data: AudioArguments) -> None:
+        # Models on spectrograms have no such encoder.
+        if data.freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
+            model.freeze_feature_encoder()
+
+
+def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
+    """
+    Reads a folder with one folder per class, or with a `metadata.csv` (`.jsonl`, `.parquet`) that has `file_name`.
+
+    That is the layout of `load_dataset("audiofolder")`, which needs torchcodec to read it.
+
+    Raises:
+        OSError: If there are no recordings.
+    """
+    root = Path(folder)
+    for metadata in sorted(root.glob("metadata.*")):
+        rows = load_file(str(metadata), cache_dir)
+        paths = [str(root / name) for name in rows["file_name"][:]]
+        return rows.remove_columns("file_name").add_column("audio", paths)
+    files = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(
+            f"There are no recordings in {folder}/CLASS/ and there is no {folder}/metadata.csv. Make one folder per "
+            "class, with the recordings in it."
+        )
+    return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
+
+
+def decode(recording: dict | None, rate: int) -> np.ndarray:
+    """
+    The mean of the channels, resampled to `rate` per second, as float32 of shape `[T]`.
+
+    Raises:
+        ValueError: If it is no recording, damaged or empty; names the file.
+    """
+    if recording is None:
+        raise ValueError("A recording is missing (None). Remove its row.")
+    name = recording["path"] or f"without a file name, {len(recording['bytes'] or b'')} bytes"
+    source = recording["path"] if recording["bytes"] is None else io.BytesIO(recording["bytes"])
+    try:
+        samples, found_rate = soundfile.read(source, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"The recording {name} cannot be decoded ({error}). Repair or remove it.") from error
+    if len(samples) == 0:
+        raise ValueError(f"The recording {name} is empty (0 samples). Remove it.")
+    wave = samples.mean(axis=1)
+    if found_rate == rate:
+        return wave
+    ratio = Fraction(rate, found_rate)
+    return resample_poly(wave, ratio.numerator, ratio.denominator).astype(np.float32)
+
+
+def random_part(wave: np.ndarray, max_length: int) -> np.ndarray:
+    """PyTorch's generator decides, which the Trainer seeds and restores."""
+    start = torch.randint(max(1, len(wave) - max_length + 1), ()).item()
+    return wave[start : start + max_length]
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    return run(AudioClassification(), __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the classification examples share: arguments, data, model, and a run from arguments to metrics."""

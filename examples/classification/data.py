@@ -1,0 +1,240 @@
+"""From the arguments to `datasets`: loaded, with checked columns and class indices, cut, and stressed."""
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets.utils.logging import get_logger
+
+from lpg_hf.data import LABEL_COLUMNS, add_label_noise, class_counts, make_long_tailed
+
+from .arguments import Arguments, DataArguments, ModelArguments
+
+
+logger = get_logger(__name__)
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SHOWN = 5
+
+
+@contextmanager
+def explaining_what_is_missing(kind: str, name: str, argument: str, cure: str):
+    """
+    Says what to do where a model or a data set can be found neither on this machine nor on the hub.
+
+    Raises:
+        OSError: Instead of the one of the library that looked for it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(
+            f"`{argument}` is {name!r}: there is no such folder here, and the {kind} could not be fetched from the "
+            f"hub ({str(error).splitlines()[0]}). Check the name and the network. Without a network, {cure}"
+        ) from error
+
+
+def load_splits(
+    data: DataArguments, model: ModelArguments, load_folder: Callable[[str, str | None], Dataset] | None = None
+) -> DatasetDict:
+    """
+    Reads what the arguments name, as splits `train`, `validation` and `test`, those that there are.
+
+    Args:
+        data, model: The arguments; `model` for cache and token alone.
+        load_folder (`Callable`, *optional*): Reads a folder; given it and the cache.
+
+    Raises:
+        ValueError: If nothing is named, or both a data set and files, or a file of an unknown type.
+        OSError: If it does not exist, or cannot be fetched.
+    """
+    files = {TRAIN: data.train_file, VALIDATION: data.validation_file, TEST: data.test_file}
+    folders = {}
+    if load_folder is not None:
+        folders = {TRAIN: data.train_dir, VALIDATION: data.validation_dir, TEST: data.test_dir}
+    files = {split: file for split, file in files.items() if file is not None}
+    folders = {split: folder for split, folder in folders.items() if folder is not None}
+    if (data.dataset_name is None) == (not files and not folders):
+        what = "nothing to read" if data.dataset_name is None else f"{data.dataset_name!r} and local data as well"
+        local = "--train_file and --validation_file" + (" or --train_dir and --validation_dir" if load_folder else "")
+        raise ValueError(f"Found {what}: pass either --dataset_name, or {local}.")
+    if data.dataset_name is not None:
+        return load_named(data, model)
+    if both := files.keys() & folders.keys():
+        raise ValueError(f"Both a file and a folder were given for {', '.join(sorted(both))}: pass one of them.")
+    splits = {split: load_file(file, model.cache_dir) for split, file in files.items()}
+    splits |= {split: load_folder(folder, model.cache_dir) for split, folder in folders.items()}
+    return DatasetDict(splits)
+
+
+def load_named(data: DataArguments, model: ModelArguments) -> DatasetDict:
+    cure = "pass files (--train_file), or the folder of a data set that was saved or cloned before."
+    with explaining_what_is_missing("data set", data.dataset_name, "--dataset_name", cure):
+        found = load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=model.cache_dir, token=model.token)
+    names = {TRAIN: data.train_split_name, VALIDATION: data.validation_split_name, TEST: data.test_split_name}
+    defaults = {TRAIN, VALIDATION, TEST}
+    for split, name in names.items():
+        if name not in found and name not in defaults:
+            raise ValueError(
+                f"`--{split}_split_name` is {name!r}, but {data.dataset_name!r} has the splits {', '.join(found)}."
+            )
+    return DatasetDict({split: found[name] for split, name in names.items() if name in found})
+
+
+def load_file(pattern: str, cache_dir: str | None = None) -> Dataset:
+    suffix = Path(pattern).suffix.lower()
+    if suffix not in LOADERS:
+        raise ValueError(f"{pattern} ends with {suffix!r}, but files must be one of {', '.join(LOADERS)}.")
+    return load_dataset(LOADERS[suffix], data_files=pattern, split="train", cache_dir=cache_dir)
+
+
+def check_column(dataset: Dataset, split: str, argument: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: If there is no such column; lists those there.
+    """
+    if name not in dataset.column_names:
+        raise ValueError(
+            f"`--{argument}` is {name!r}, but the {split} data has the columns {', '.join(dataset.column_names)}. "
+            "Pass one of these."
+        )
+
+
+def check_columns(splits: DatasetDict, argument: str, name: str) -> None:
+    for split, dataset in splits.items():
+        check_column(dataset, split, argument, name)
+
+
+# Labels
+
+
+def encode_labels(
+    splits: DatasetDict, data: DataArguments, known_names: Iterable[str] | None = None
+) -> tuple[DatasetDict, list[str]]:
+    """
+    Gives every split a `ClassLabel` column `labels`, with the same names in the same order.
+
+    Other columns that a collator would take for the labels are removed. Test data may have no labels.
+
+    Args:
+        splits (`DatasetDict`): As loaded.
+        data ([`DataArguments`]): Names the columns.
+        known_names (`Iterable[str]`, *optional*): Defaults to those of the training data.
+
+    Returns:
+        The splits, and the names of the classes.
+
+    Raises:
+        ValueError: If the column is missing, has no labels, or names that the training data has not.
+    """
+    names = None if known_names is None else list(known_names)
+    source = "training data" if known_names is None else "model"
+    encoded = DatasetDict()
+    for split in (TRAIN, VALIDATION, TEST):
+        if split not in splits:
+            continue
+        dataset = splits[split]
+        column, argument = data.label_column_name, "label_column_name"
+        if split != TRAIN and data.eval_label_column_name is not None:
+            column, argument = data.eval_label_column_name, "eval_label_column_name"
+        if split == TEST and not has_labels(dataset, column):
+            encoded[split] = dataset.remove_columns([c for c in LABEL_COLUMNS if c in dataset.column_names])
+            continue
+        check_column(dataset, split, argument, column)
+        values = label_values(dataset, split, column)
+        found = label_names(dataset, column, values)
+        if names is None:
+            names = found
+        elif unknown := [name for name in found if name not in names]:
+            raise ValueError(
+                f"The {split} data has labels in column {column!r} that the {source} has not: {shorten(unknown)}. The "
+                f"{source} has: {shorten(names)}. Correct the names, or train on rows of these classes, too."
+            )
+        elif split == VALIDATION and len(found) < len(names):
+            missing = [name for name in names if name not in found]
+            logger.warning(f"The validation data has no labels {shorten(missing)}: they are not evaluated.")
+        index = {name: position for position, name in enumerate(names)}
+        dataset = dataset.remove_columns([c for c in {*LABEL_COLUMNS, column} if c in dataset.column_names])
+        indices = [index[value] for value in values]
+        encoded[split] = dataset.add_column("labels", indices, feature=ClassLabel(names=names))
+    if len(names) < 2:
+        raise ValueError(f"The labels name one class alone, {names[0]!r}: there is nothing to tell apart.")
+    return encoded, names
+
+
+def has_labels(dataset: Dataset, column: str) -> bool:
+    """Test sets of the hub have no label column, or one without a class (-1) in any row."""
+    if column not in dataset.column_names:
+        return False
+    return any(value not in (None, -1) for value in dataset[column][:])
+
+
+def label_values(dataset: Dataset, split: str, column: str) -> list[str]:
+    """The name of every row's class."""
+    feature = dataset.features[column]
+    values = dataset[column][:]
+    if unlabelled := [row for row, value in enumerate(values) if value is None or value == -1]:
+        raise ValueError(
+            f"Column {column!r} of the {split} data has no label in {len(unlabelled)} of {len(values)} rows (rows "
+            f"{shorten(unlabelled)}). Remove these rows."
+        )
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(values)
+    is_class = isinstance(feature, Value) and not feature.dtype.startswith(("float", "double"))
+    if not is_class:
+        raise ValueError(
+            f"Column {column!r} of the {split} data holds {feature}, but labels must be names or integers, one per "
+            "row. Pass another --label_column_name."
+        )
+    return [str(value) for value in values]
+
+
+def label_names(dataset: Dataset, column: str, values: list[str]) -> list[str]:
+    feature = dataset.features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    is_integer = isinstance(feature, Value) and "int" in feature.dtype
+    return sorted(set(values), key=int if is_integer else None)
+
+
+def shorten(values: list) -> str:
+    return ", ".join(map(str, values[:SHOWN])) + (f", ... ({len(values)} in all)" if len(values) > SHOWN else "")
+
+
+# Rows
+
+
+def choose_rows(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
+    """
+    Splits off validation rows where there are none, cuts every split to its largest size, and then stresses the
+    training rows: first the long tail, then the noise, which so is the same share of every class.
+    """
+    data, stress, seed = arguments.data, arguments.stress, arguments.training.seed
+    splits = DatasetDict(splits)
+    if TRAIN in splits and VALIDATION not in splits and arguments.training.do_eval:
+        splits |= split_off_validation(splits[TRAIN], data.train_val_split, seed)
+    limits = {TRAIN: data.max_train_samples, VALIDATION: data.max_eval_samples, TEST: data.max_predict_samples}
+    for split, limit in limits.items():
+        if split in splits and limit is not None and limit < len(splits[split]):
+            # Files are often sorted by class. Predictions keep the order of their file.
+            rows = splits[split] if split == TEST else splits[split].shuffle(seed=seed)
+            splits[split] = rows.select(range(limit))
+    if TRAIN in splits and stress.imbalance_ratio != 1:
+        splits[TRAIN] = make_long_tailed(splits[TRAIN], stress.imbalance_ratio, seed=seed)
+    if TRAIN in splits and stress.label_noise != 0:
+        splits[TRAIN] = add_label_noise(splits[TRAIN], stress.label_noise, seed=seed)
+    return splits
+
+
+def split_off_validation(train: Dataset, share: float, seed: int) -> dict[str, Dataset]:
+    """The same share of every class, unless one is too small for that."""
+    if not 0 < share < 1:
+        raise ValueError(f"`--train_val_split` is {share}, but must be a share of the training rows, in (0, 1).")
+    counts = class_counts(train)
+    can_stratify = min(count for count in counts if count) >= 2 and share * len(train) >= len(counts)
+    parts = train.train_test_split(share, seed=seed, stratify_by_column="labels" if can_stratify else None)
+    return {TRAIN: parts["train"], VALIDATION: parts["test"]}

@@ -1,0 +1,212 @@
+"""One run of an example: from its arguments to a trained, evaluated and saved model."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import transformers
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+
+from lpg_hf import LPGTrainer
+from lpg_hf.checkpoint import last_whole_checkpoint
+from lpg_hf.data import CLEAN_LABEL_COLUMN, class_counts
+from lpg_hf.metrics import make_compute_metrics
+
+from .arguments import Arguments, DataArguments, parse_arguments
+from .data import TEST, TRAIN, VALIDATION, choose_rows, encode_labels, load_splits
+from .model import add_lora, load_config, load_model, load_processor
+
+
+logger = logging.getLogger(__name__)
+
+
+class ClassificationTask:
+    """
+    What one kind of data needs of its own; each example script has its subclass.
+
+    Attributes:
+        name (`str`): Of the task on the hub.
+        data_class (`type`): [`DataArguments`] with the fields of the task.
+        auto_model, auto_processor (`type`): The classes of transformers that load model and processor.
+        peft_task_type (`str`, *optional*): Of `peft`, where it knows the task.
+        needs_all_columns (`bool`): Whether rows become inputs only when they are read, so that the Trainer must not
+            remove the columns that the model does not take.
+        load_folder (`Callable`, *optional*): Reads a folder, given it and the cache, where data comes in folders.
+    """
+
+    name: str
+    data_class: type[DataArguments]
+    auto_model: type
+    auto_processor: type
+    peft_task_type: str | None = None
+    needs_all_columns = True
+    load_folder: Callable[[str, str | None], Dataset] | None = None
+
+    def check(self, splits: DatasetDict, data: DataArguments) -> DatasetDict:
+        """The splits, with rows that cannot be used refused, and the column of the inputs as [`prepare`] needs it."""
+        raise NotImplementedError
+
+    def prepare(self, dataset: Dataset, split: str, processor, data: DataArguments) -> Dataset:
+        """A split whose rows are what the model takes."""
+        raise NotImplementedError
+
+    def adapt(self, model: PreTrainedModel, data: DataArguments) -> None:
+        """Changes a model that has just been loaded."""
+
+
+@dataclass
+class Prepared:
+    """Data and processor of a run, and the config of its model."""
+
+    splits: dict[str, Dataset]
+    class_counts: list[int] | None
+    processor: object
+    config: PretrainedConfig
+
+
+def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
+    """
+    Loads, checks, cuts and stresses the data, and gives the config its classes.
+
+    Raises:
+        ValueError, OSError: For arguments that fit neither each other nor data nor model.
+    """
+    args = arguments.training
+    # The first process writes what `datasets` keeps, the others find it.
+    with args.main_process_first(desc="preparing the data"):
+        config = load_config(arguments.model)
+        processor = load_processor(arguments.model, task.auto_processor)
+        splits = load_splits(arguments.data, arguments.model, task.load_folder)
+        check_splits(splits, arguments)
+        splits = task.check(splits, arguments.data)
+        # A model that is only evaluated knows its classes.
+        splits, label_names = encode_labels(splits, arguments.data, None if args.do_train else config.label2id)
+        splits = choose_rows(splits, arguments)
+        counts = count_classes(splits[TRAIN], arguments) if TRAIN in splits else None
+        inputs = {split: task.prepare(rows, split, processor, arguments.data) for split, rows in splits.items()}
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    return Prepared(inputs, counts, processor, config)
+
+
+def check_splits(splits: DatasetDict, arguments: Arguments) -> None:
+    args, there = arguments.training, ", ".join(splits)
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
+    if args.do_train and TRAIN not in splits:
+        raise ValueError(f"`--do_train` needs training data, but there is only: {there}. Pass --train_file.")
+    if args.do_eval and TRAIN not in splits and VALIDATION not in splits:
+        raise ValueError(f"`--do_eval` needs validation data, but there is only: {there}. Pass --validation_file.")
+    if args.do_predict and TEST not in splits:
+        raise ValueError(f"`--do_predict` needs test data, but there is only: {there}. Pass --test_file.")
+
+
+def count_classes(train: Dataset, arguments: Arguments) -> list[int]:
+    """The true sizes where they are known: wrong labels must not decide which classes are few-shot."""
+    counts = class_counts(train, label_column=CLEAN_LABEL_COLUMN if arguments.stress.label_noise else "labels")
+    logger.info(f"{len(train)} training rows, {min(counts)} to {max(counts)} of each of {len(counts)} classes.")
+    return counts
+
+
+def make_model(task: ClassificationTask, arguments: Arguments, config: PretrainedConfig) -> PreTrainedModel:
+    model = load_model(arguments.model, config, task.auto_model)
+    task.adapt(model, arguments.data)
+    return add_lora(model, arguments.model, task.peft_task_type) if arguments.model.use_lora else model
+
+
+def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs) -> LPGTrainer:
+    """An [`LPGTrainer`] on what was prepared; `kwargs` have the model or how to make it."""
+    arguments.training.remove_unused_columns &= not task.needs_all_columns
+    return LPGTrainer(
+        args=arguments.training,
+        train_dataset=prepared.splits.get(TRAIN),
+        eval_dataset=prepared.splits.get(VALIDATION),
+        processing_class=prepared.processor,
+        compute_metrics=make_compute_metrics(prepared.class_counts),
+        **kwargs,
+    )
+
+
+def set_up_logging(arguments: Arguments) -> None:
+    is_main = PartialState().is_main_process
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level="INFO" if is_main else "ERROR")
+    for library in (datasets, transformers):
+        library.utils.logging.set_verbosity_warning() if is_main else library.utils.logging.set_verbosity_error()
+
+
+def checkpoint_to_resume(arguments: Arguments) -> str | None:
+    """What was asked for, else the newest whole checkpoint in the output folder, if there is one."""
+    args = arguments.training
+    if args.resume_from_checkpoint is not None:
+        return args.resume_from_checkpoint
+    if not any(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        return None
+    try:
+        checkpoint = last_whole_checkpoint(args.output_dir)
+    except ValueError:
+        return None
+    logger.info(f"Resuming from {checkpoint}. To start anew, choose another --output_dir, or remove its checkpoints.")
+    return checkpoint
+
+
+def run(task: ClassificationTask, description: str, argv: list[str] | None = None) -> dict[str, float]:
+    """
+    Does what `--do_train`, `--do_eval` and `--do_predict` ask for.
+
+    Args:
+        task ([`ClassificationTask`]): The kind of data.
+        description (`str`): Of the script, for its help.
+        argv (`list[str]`, *optional*): Defaults to `sys.argv[1:]`.
+
+    Returns:
+        `dict[str, float]`: All metrics, which are also in `all_results.json` of the output folder.
+    """
+    (arguments,) = parse_arguments(task.data_class, description, argv)
+    args = arguments.training
+    set_up_logging(arguments)
+    set_seed(args.seed)
+    prepared = prepare(task, arguments)
+    # Fresh weights depend on the seed alone, not on what reading the data drew.
+    set_seed(args.seed)
+    trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared.config))
+
+    results = {}
+    if args.do_train:
+        results |= trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments)).metrics
+        results["train_samples"] = len(trainer.train_dataset)
+        trainer.save_model()
+        trainer.save_state()
+        report(trainer, "train", results)
+    if args.do_eval:
+        evaluation = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
+        report(trainer, "eval", evaluation)
+        results |= evaluation
+    if args.do_predict:
+        prediction = trainer.predict(prepared.splits[TEST], metric_key_prefix="predict")
+        report(trainer, "predict", prediction.metrics)
+        write_predictions(trainer, prediction, Path(args.output_dir) / "predictions.csv")
+        results |= prediction.metrics
+
+    if args.do_train:
+        card = {"finetuned_from": arguments.model.model_name_or_path, "tasks": task.name}
+        card["dataset"] = arguments.data.dataset_name
+        trainer.push_to_hub(**card) if args.push_to_hub else trainer.create_model_card(**card)
+    return results
+
+
+def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def write_predictions(trainer: Trainer, prediction: PredictionOutput, path: Path) -> None:
+    """One line per test row, in their order: its number and the name of the class."""
+    if trainer.is_world_process_zero():
+        names = [trainer.model.config.id2label[index] for index in prediction.predictions.argmax(-1)]
+        pd.DataFrame({"index": range(len(names)), "prediction": names}).to_csv(path, index=False)

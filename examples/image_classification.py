@@ -1,0 +1,120 @@
+r"""
+Fine-tunes a model on images with one label each.
+
+A model and a data set of the hub:
+
+    python examples/image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset_name AI-Lab-Makerere/beans --image_column_name image --label_column_name labels \
+        --do_train --do_eval --output_dir output
+
+A model and images on this machine, one folder per class:
+
+    python examples/image_classification.py --model_name_or_path path/to/model --train_dir train \
+        --validation_dir test --do_train --do_eval --output_dir output
+
+On several GPUs put `accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml` in the place of `python`.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from classification.arguments import FolderArguments
+from classification.data import TRAIN, check_columns
+from classification.training import ClassificationTask, run
+from datasets import Dataset, DatasetDict, Image, load_dataset
+from PIL import Image as PILImage
+from PIL import ImageOps
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+
+
+@dataclass
+class ImageArguments(FolderArguments):
+    image_column_name: str = field(default="image", metadata={"help": "Column of the images, or of paths to them."})
+    min_crop_area: float = field(
+        default=0.08,
+        metadata={
+            "help": "Training sees a random part of every image, of at least this share of its area; 1 for all of it."
+        },
+    )
+    random_flip: bool = field(
+        default=True, metadata={"help": "Whether training mirrors every other image, left to right."}
+    )
+
+
+class ImageClassification(ClassificationTask):
+    name = "image-classification"
+    data_class = ImageArguments
+    auto_model = AutoModelForImageClassification
+    auto_processor = AutoImageProcessor
+
+    def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
+        return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+
+    def check(self, splits: DatasetDict, data: ImageArguments) -> DatasetDict:
+        check_columns(splits, "image_column_name", data.image_column_name)
+        if not 0 < data.min_crop_area <= 1:
+            raise ValueError(f"`--min_crop_area` is {data.min_crop_area}, but must be in (0, 1].")
+        # Decoded here rather than by `datasets`, whose error does not say which image it is.
+        return splits.cast_column(data.image_column_name, Image(decode=False))
+
+    def prepare(self, dataset: Dataset, split: str, processor: BaseImageProcessor, data: ImageArguments) -> Dataset:
+        def to_inputs(batch: dict[str, list]) -> dict[str, list]:
+            images = [decode(image) for image in batch[data.image_column_name]]
+            if split == TRAIN:
+                images = [augment(image, data) for image in images]
+            inputs = dict(processor(images, return_tensors="pt"))
+            return inputs | ({"labels": batch["labels"]} if "labels" in batch else {})
+
+        return dataset.with_transform(to_inputs)
+
+
+def decode(image: dict) -> PILImage.Image:
+    """
+    Raises:
+        ValueError: If it is no image, or damaged; names the file.
+    """
+    try:
+        return Image(mode="RGB").decode_example(image)
+    except (OSError, ValueError, TypeError, SyntaxError, PILImage.DecompressionBombError) as error:
+        name = describe(image)
+        raise ValueError(f"{name} cannot be decoded ({error}). Repair or remove it.") from error
+
+
+def describe(image: dict | None) -> str:
+    if image is None:
+        return "A missing image (None)"
+    size = "" if image["bytes"] is None else f" of {len(image['bytes'])} bytes"
+    return f"The image {image['path'] or 'without a file name'}{size}"
+
+
+def augment(image: PILImage.Image, data: ImageArguments) -> PILImage.Image:
+    """A random part of the image with sides of at most 4 : 3, mirrored in every other case."""
+    image = image.crop(random_box(*image.size, data.min_crop_area))
+    return ImageOps.mirror(image) if data.random_flip and torch.rand(()) < 0.5 else image
+
+
+def random_box(width: int, height: int, min_area: float) -> tuple[int, int, int, int]:
+    """
+    Left, top, right, bottom of a part of the image: its share of the area uniform in `[min_area, 1]`, the ratio of its
+    sides log-uniform in `[3 / 4, 4 / 3]`, its position uniform. The whole image where ten draws do not fit in it.
+
+    PyTorch's generator decides, which the Trainer seeds and restores.
+    """
+    for _ in range(10 if min_area < 1 else 0):
+        share, ratio, x, y = torch.rand(4).tolist()
+        area = (min_area + (1 - min_area) * share) * width * height
+        root = math.exp((2 * ratio - 1) * math.log(4 / 3) / 2)
+        w, h = max(1, round(math.sqrt(area) * root)), max(1, round(math.sqrt(area) / root))
+        if w <= width and h <= height:
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            return left, top, left + w, top + h
+    return 0, 0, width, height
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    return run(ImageClassification(), __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

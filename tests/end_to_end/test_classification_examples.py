@@ -1,0 +1,325 @@
+"""The classification examples from files to a saved model, against the same steps by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from example_data import (
+    EVAL_ROWS,
+    NAMES,
+    TRAIN_ROWS,
+    audio_model,
+    image_model,
+    text_model,
+    text_rows,
+    write_csv,
+    write_images,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import audio_classification  # noqa: E402
+import image_classification  # noqa: E402
+import make_tones  # noqa: E402
+import soundfile  # noqa: E402
+import text_classification  # noqa: E402
+from classification import training  # noqa: E402
+
+
+QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
+FAST = [*QUIET, "--per_device_train_batch_size", "12", "--learning_rate", "0.02", "--save_strategy", "no"]
+DO = ["--do_train", "--do_eval"]
+
+
+def words(*values):
+    return list(map(str, values))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    text_model(folder / "model")
+    write_csv(folder / "train.csv", text_rows(TRAIN_ROWS))
+    write_csv(folder / "validation.csv", text_rows(EVAL_ROWS, seed=1))
+    write_csv(folder / "test.csv", [{"text": row["text"]} for row in text_rows(EVAL_ROWS, seed=2)])
+    return folder
+
+
+def text_arguments(texts, output_dir, *more):
+    return words(
+        *("--model_name_or_path", texts / "model", "--train_file", texts / "train.csv"),
+        *("--validation_file", texts / "validation.csv", "--output_dir", output_dir, *FAST, *more),
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    image_model(folder / "model")
+    write_images(folder / "train", TRAIN_ROWS)
+    write_images(folder / "validation", EVAL_ROWS)
+    return folder
+
+
+def image_arguments(images, output_dir, *more):
+    return words(
+        *("--model_name_or_path", images / "model", "--train_dir", images / "train"),
+        *("--validation_dir", images / "validation", "--output_dir", output_dir, *FAST, *more),
+    )
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tones")
+    audio_model(folder / "model")
+    make_tones.main(words("--output_dir", folder, "--train_samples", 48, "--test_samples", 16))
+    return folder
+
+
+def audio_arguments(tones, output_dir, *more):
+    return words(
+        *("--model_name_or_path", tones / "model", "--train_dir", tones / "train"),
+        *("--validation_dir", tones / "test", "--output_dir", output_dir, *FAST, *more),
+    )
+
+
+# From files to metrics
+
+
+@torch.no_grad()
+def predict_texts(model, tokenizer, rows):
+    """One text at a time, without any padding."""
+    return [
+        model.config.id2label[model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax().item()]
+        for row in rows
+    ]
+
+
+def test_texts_from_csv_to_predictions(texts, tmp_path):
+    more = ["--do_predict", "--test_file", texts / "test.csv", "--num_train_epochs", 20]
+    results = text_classification.main(text_arguments(texts, tmp_path, *DO, *more))
+    model = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    rows = text_rows(EVAL_ROWS, seed=1)
+    right = [name == row["label"] for name, row in zip(predict_texts(model, tokenizer, rows), rows, strict=True)]
+    assert results["eval_accuracy"] == pytest.approx(np.mean(right)) == 1.0
+    assert model.config.label2id == {name: index for index, name in enumerate(NAMES)}
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert table["index"].tolist() == list(range(EVAL_ROWS))
+    assert table["prediction"].tolist() == predict_texts(model, tokenizer, text_rows(EVAL_ROWS, seed=2))
+    assert json.loads((tmp_path / "all_results.json").read_text())["eval_accuracy"] == results["eval_accuracy"]
+    assert (tmp_path / "README.md").exists()
+
+
+def test_a_saved_model_keeps_its_classes_when_it_is_only_evaluated(texts, tmp_path):
+    text_classification.main(text_arguments(texts, tmp_path / "a", *DO, "--num_train_epochs", 20))
+    # Two of the three classes: names taken from these rows would be other indices.
+    rows = [row for row in text_rows(EVAL_ROWS) if row["label"] != "blue"]
+    write_csv(tmp_path / "two.csv", rows)
+    results = text_classification.main(
+        words(
+            *("--model_name_or_path", tmp_path / "a", "--validation_file", tmp_path / "two.csv", "--do_eval"),
+            *("--output_dir", tmp_path / "b", *QUIET),
+        )
+    )
+    assert results["eval_accuracy"] == 1.0 and results["eval_samples"] == len(rows)
+
+
+def test_without_perturbations_it_is_the_trainer(texts, tmp_path):
+    """The same steps by hand: `ClassLabel`, tokenizer, model, Trainer."""
+    argv = text_arguments(texts, tmp_path / "a", "--do_train", "--perturbations", "none", "--max_steps", 5)
+    text_classification.main([*argv, "--seed", "3"])
+    tokenizer = AutoTokenizer.from_pretrained(texts / "model")
+    dataset = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=NAMES))
+    dataset = dataset.map(lambda row: tokenizer(row["text"]))
+    set_seed(3)
+    args = TrainingArguments(
+        tmp_path / "b",
+        seed=3,
+        max_steps=5,
+        per_device_train_batch_size=12,
+        learning_rate=0.02,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    model = BertForSequenceClassification.from_pretrained(texts / "model", num_labels=3)
+    trainer = Trainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    saved = load_file(tmp_path / "a" / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_images_from_folders(images, tmp_path):
+    results = image_classification.main(image_arguments(images, tmp_path, *DO, "--num_train_epochs", 6))
+    model = ResNetForImageClassification.from_pretrained(tmp_path).eval()
+    right = []
+    for path in sorted((images / "validation").glob("*/*.png")):
+        small = Image.open(path).resize((16, 16), Image.Resampling.BILINEAR)
+        pixels = torch.tensor(np.asarray(small), dtype=torch.float32).permute(2, 0, 1) / 127.5 - 1
+        with torch.no_grad():
+            index = model(pixel_values=pixels[None]).logits.argmax().item()
+        right.append(model.config.id2label[index] == path.parent.name)
+    assert results["eval_accuracy"] == pytest.approx(np.mean(right)) == 1.0
+
+
+def test_images_from_paths_in_a_csv(images, tmp_path):
+    rows = [{"image": str(path), "label": path.parent.name} for path in (images / "train").glob("*/*.png")]
+    write_csv(tmp_path / "train.csv", rows)
+    argv = words(
+        *("--model_name_or_path", images / "model", "--train_file", tmp_path / "train.csv", "--max_steps", 1),
+        *("--train_val_split", 0.25, *DO, *FAST, "--output_dir", tmp_path / "out"),
+    )
+    results = image_classification.main(argv)
+    assert (results["train_samples"], results["eval_samples"]) == (27, 9)
+
+
+def test_recordings_from_folders(tones, tmp_path):
+    results = audio_classification.main(
+        audio_arguments(tones, tmp_path, *DO, "--num_train_epochs", 20, "--learning_rate", 0.005)
+    )
+    model = ASTForAudioClassification.from_pretrained(tmp_path).eval()
+    extractor = ASTFeatureExtractor.from_pretrained(tmp_path)
+    right = []
+    for path in sorted((tones / "test").glob("*/*.wav")):
+        wave, rate = soundfile.read(path, dtype="float32")
+        with torch.no_grad():
+            index = model(**extractor(wave, sampling_rate=rate, return_tensors="pt")).logits.argmax().item()
+        right.append(model.config.id2label[index] == path.parent.name)
+    assert results["eval_accuracy"] == pytest.approx(np.mean(right))
+    assert results["eval_loss"] < 0.9 * np.log(8), "eight classes, of which it has learned something"
+
+
+def test_recordings_from_a_metadata_file_and_from_parquet(tones, tmp_path):
+    paths = sorted((tones / "train").glob("*/*.wav"))
+    write_csv(
+        tones / "train" / "metadata.csv",
+        [{"file_name": p.relative_to(tones / "train"), "label": p.parent.name} for p in paths],
+    )
+    listed = audio_classification.load_audio_folder(str(tones / "train"))
+    (tones / "train" / "metadata.csv").unlink()
+    found = audio_classification.load_audio_folder(str(tones / "train"))
+    assert listed["audio"][:] == found["audio"][:] == list(map(str, paths)) and listed["label"][:] == found["label"][:]
+
+    recordings = [{"audio": {"bytes": path.read_bytes(), "path": None}, "label": path.parent.name} for path in paths]
+    Dataset.from_list(recordings).to_parquet(tmp_path / "train.parquet")
+    argv = words(
+        *("--model_name_or_path", tones / "model", "--train_file", tmp_path / "train.parquet", "--max_steps", 2),
+        *("--do_train", *FAST, "--output_dir"),
+    )
+    audio_classification.main([*argv, str(tmp_path / "a")])
+    audio_classification.main(audio_arguments(tones, tmp_path / "b", "--do_train", "--max_steps", 2))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Stress, LoRA, resume, processes
+
+
+def test_noise_and_tail_change_the_training_rows_alone(texts, tmp_path, monkeypatch):
+    seen = {}
+    original = training.prepare
+
+    def spy(*args):
+        seen["prepared"] = original(*args)
+        return seen["prepared"]
+
+    monkeypatch.setattr(training, "prepare", spy)
+    more = ["--label_noise", 0.4, "--imbalance_ratio", 6, "--seed", 5, "--max_steps", 1]
+    text_classification.main(text_arguments(texts, tmp_path, *DO, *more))
+    prepared = seen["prepared"]
+    rows = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=NAMES))
+    expected = add_label_noise(make_long_tailed(rows, 6, seed=5), 0.4, seed=5)
+    assert prepared.splits["train"]["labels"][:] == expected["label"][:] != expected["clean_label"][:]
+    assert prepared.class_counts == class_counts(expected, label_column="clean_label") == [12, 4, 2]
+    names = [NAMES[index] for index in prepared.splits["validation"]["labels"]]
+    assert names == [row["label"] for row in text_rows(EVAL_ROWS, seed=1)]
+
+
+def test_lora_trains_adapters_and_head_and_reloads(texts, tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+
+    argv = text_arguments(texts, tmp_path, *DO, "--use_lora", "--lora_r", 4, "--num_train_epochs", 20)
+    results = text_classification.main(argv)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.split(".")[-2] for name in saved} == {"lora_A", "lora_B", "classifier"}
+    assert {name.split(".")[-3] for name in saved if "lora_A" in name} == {"query", "key", "value", "dense"}
+    model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    tokenizer, rows = AutoTokenizer.from_pretrained(tmp_path), text_rows(EVAL_ROWS, seed=1)
+    with torch.no_grad():
+        indices = [model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax().item() for row in rows]
+    right = [NAMES[index] == row["label"] for index, row in zip(indices, rows, strict=True)]
+    assert results["eval_accuracy"] == pytest.approx(np.mean(right))
+    assert results["eval_accuracy"] > 0.5
+
+
+def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplog):
+    """With random crops and flips: the generator's state is part of the checkpoint. Three steps are an epoch."""
+    argv = ["--do_train", "--max_steps", 9, "--save_strategy", "steps", "--save_steps", 3]
+    image_classification.main(image_arguments(images, tmp_path, *argv))
+    whole = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    # Killed while it saved for the third time.
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    with caplog.at_level("INFO"):
+        image_classification.main(image_arguments(images, tmp_path, *argv))
+    assert f"Resuming from {tmp_path / 'checkpoint-6'}" in caplog.text
+    resumed = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", pytest.param("image", marks=pytest.mark.slow), pytest.param("audio", marks=pytest.mark.slow)]
+)
+def test_two_processes_train_like_one(kind, request, tmp_path):
+    """With batches of half the size, and SGD, which does not blow up rounding as Adam does."""
+    fixture = {"text": "texts", "image": "images", "audio": "tones"}[kind]
+    make = {"text": text_arguments, "image": image_arguments, "audio": audio_arguments}[kind]
+    module = {"text": text_classification, "image": image_classification, "audio": audio_classification}[kind]
+    data = request.getfixturevalue(fixture)
+    same = [*DO, "--optim", "sgd", "--learning_rate", 0.1, "--max_steps", 4, "--perturbations", "logit_adjustment"]
+    if kind == "image":
+        same += ["--min_crop_area", 1, "--random_flip", "false"]
+    alone = module.main(make(data, tmp_path / "alone", *same))
+    config = EXAMPLES / "accelerate" / "cpu_ddp.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
+    argv = make(data, tmp_path / "together", *same, "--per_device_train_batch_size", 6)
+    done = subprocess.run([*launcher, module.__file__, *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "together"))
+    # BatchNorm sees half of a batch on each process.
+    names = [name for name in one if kind != "image"]
+    for name in names:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
+    results = json.loads((tmp_path / "together" / "all_results.json").read_text())
+    assert results["epoch"] == alone["epoch"] and results["eval_samples"] == alone["eval_samples"]

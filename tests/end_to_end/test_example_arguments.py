@@ -1,0 +1,423 @@
+"""Help, config files and bad input of the classification examples."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset
+from example_data import image_model, text_model, text_rows, write_csv, write_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import audio_classification  # noqa: E402
+import compare  # noqa: E402
+import hyperparameter_search  # noqa: E402
+import image_classification  # noqa: E402
+import make_tones  # noqa: E402
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+import text_classification  # noqa: E402
+from classification.arguments import OUR_HEADING, TRAINING_HEADING, parse_arguments  # noqa: E402
+
+
+SCRIPTS = [text_classification, image_classification, audio_classification]
+QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
+every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+
+
+def words(*values):
+    return list(map(str, values))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {"text": text_model(folder / "text"), "image": image_model(folder / "image")}
+
+
+@pytest.fixture
+def train_csv(tmp_path):
+    return write_csv(tmp_path / "train.csv", text_rows(12))
+
+
+def run_text(models, output_dir, *more, train, model="text"):
+    base = ["--model_name_or_path", models[model], "--train_file", train, "--do_train", "--max_steps", 1, *QUIET]
+    return text_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
+
+
+def run_image(models, output_dir, *more):
+    base = ["--model_name_or_path", models["image"], "--do_train", "--max_steps", 1, *QUIET]
+    return image_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
+
+
+# Help and config files
+
+
+def sections(text):
+    """The options under each heading of a help text."""
+    found = {}
+    for line in text.splitlines():
+        if re.match(r"^\S.*:$", line):
+            heading = line[:-1]
+        elif match := re.match(r"^  (--\w+)", line):
+            found.setdefault(heading, []).append(match[1])
+    return found
+
+
+@every_script
+def test_no_arguments_print_a_short_help(script, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        script.main([])
+    assert exit_.value.code == 2
+    text = capsys.readouterr().out
+    assert f"python examples/{script.__name__}.py --model_name_or_path" in text
+    assert list(sections(text)) == ["model", "data", OUR_HEADING]
+    assert "--learning_rate" not in text, "not the hundred arguments of the Trainer"
+
+
+@every_script
+def test_help_has_our_arguments_under_one_heading(script, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--help"])
+    assert exit_.value.code == 0
+    found = sections(capsys.readouterr().out)
+    ours = [name for names in found.values() for name in names if "lpg" in name or "perturbations" in name]
+    assert found[OUR_HEADING] == ["--label_noise", "--imbalance_ratio", *ours]
+    assert {"--learning_rate", "--output_dir", "--seed"} < set(found[TRAINING_HEADING])
+    assert not {"--learning_rate", "--output_dir"} & set(found["model"] + found["data"])
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_config_file_is_the_command_line(suffix, tmp_path):
+    config = {
+        "model_name_or_path": "m",
+        "text_column_names": ["a", "b"],
+        "learning_rate": "1e-3",
+        "use_lora": True,
+        "disable_tqdm": True,
+        "seed": None,
+        "perturbations": ["logit_clipping(max_norm=0.5)", "lpg"],
+        "lpg_epsilon": 0.3,
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "output_dir": str(tmp_path),
+        "report_to": "none",
+    }
+    path = tmp_path / f"config{suffix}"
+    path.write_text(json.dumps(config) if suffix == ".json" else yaml.safe_dump(config))
+    (arguments,) = parse_arguments(text_classification.TextArguments, "", [str(path), "--lpg_epsilon", "0.4"])
+    assert (arguments.model.model_name_or_path, arguments.model.use_lora) == ("m", True)
+    assert arguments.data.text_column_names == ["a", "b"]
+    assert arguments.training.learning_rate == 1e-3 and arguments.training.seed == 42
+    assert arguments.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert arguments.training.chain() == ["logit_clipping(max_norm=0.5)", "lpg(epsilon=0.4)"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--do_train"], "required: --output_dir"),
+        (["--output_dir", "o", "--text_colum_name", "a"], "Did you mean --text_column_name"),
+        (["missing.yaml"], r"No such file .*missing\.yaml"),
+    ],
+)
+def test_arguments_that_do_not_parse(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        text_classification.main(argv)
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n"])
+def test_config_files_that_are_none(content, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(SystemExit):
+        text_classification.main([str(tmp_path / "config.yaml")])
+    assert "config.yaml" in capsys.readouterr().err
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--text_column_names", "txt"], r"`--text_column_names` is 'txt', but the train data has the columns text, "),
+        (["--label_column_name", "lab"], r"`--label_column_name` is 'lab', but the train data has the columns text, "),
+        (["--text_column_names", "label", "text", "x"], r"must be one column or two"),
+        (["--dataset_name", "some/data"], r"'some/data' and local data as well"),
+        (["--do_predict"], r"`--do_predict` needs test data, but there is only: train"),
+        (["--validation_file", "a.xlsx"], r"ends with '\.xlsx'"),
+        (["--do_eval", "--train_val_split", "2"], r"`--train_val_split` is 2\.0"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_data(more, message, models, train_csv, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_text(models, tmp_path, *more, train=train_csv)
+
+
+def test_columns_of_images_and_recordings(models, tmp_path):
+    write_images(tmp_path / "train", 6)
+    with pytest.raises(ValueError, match=r"`--image_column_name` is 'img', but the train data has the columns image"):
+        run_image(models, tmp_path, "--train_dir", tmp_path / "train", "--image_column_name", "img")
+
+
+def test_nothing_to_do_and_nothing_to_read(models, train_csv, tmp_path):
+    base = words("--model_name_or_path", models["text"], "--output_dir", tmp_path / "out", *QUIET)
+    with pytest.raises(ValueError, match=r"pass --do_train, --do_eval or --do_predict"):
+        text_classification.main([*base, "--train_file", str(train_csv)])
+    with pytest.raises(ValueError, match=r"pass either --dataset_name, or --train_file and --validation_file\."):
+        text_classification.main([*base, "--do_train"])
+    with pytest.raises(ValueError, match=r"or --train_dir and --validation_dir"):
+        run_image(models, tmp_path)
+
+
+def test_label_names_that_differ(models, train_csv, tmp_path):
+    rows = [*text_rows(6), {"text": "a rose", "label": "pink"}]
+    validation = write_csv(tmp_path / "validation.csv", rows)
+    with pytest.raises(ValueError, match=r"validation data has labels .* that the training data has not: pink\. The"):
+        run_text(models, tmp_path, "--validation_file", validation, "--do_eval", train=train_csv)
+
+
+def test_label_names_in_another_order_are_mapped(models, tmp_path):
+    """The integers of a `ClassLabel` mean names: here 0 is blue in one file and red in the other."""
+    rows = text_rows(12)
+    files = []
+    for name, order in (("train", ["red", "green", "blue"]), ("validation", ["blue", "red", "green"])):
+        path = tmp_path / f"{name}.parquet"
+        Dataset.from_list(rows).cast_column("label", ClassLabel(names=order)).to_parquet(path)
+        files += [f"--{name}_file", path]
+    more = ["--do_eval", "--num_train_epochs", 30, "--max_steps", -1, "--learning_rate", 0.02, *files]
+    results = run_text(models, tmp_path, *more, train="unused")
+    assert results["eval_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(None, r"no label in 1 of 13 rows \(rows 12\)"), (0.5, r"holds Value\('float64'\), but labels must be names")],
+)
+def test_labels_that_are_none(label, message, models, tmp_path):
+    rows = text_rows(13)
+    rows = [row | {"label": 1 if isinstance(label, float) else row["label"]} for row in rows[:12]]
+    path = tmp_path / "train.parquet"
+    Dataset.from_list([*rows, {"text": "a sky", "label": label}]).to_parquet(path)
+    with pytest.raises(ValueError, match=message):
+        run_text(models, tmp_path, train=path)
+
+
+def test_one_class_alone(models, tmp_path):
+    path = write_csv(tmp_path / "train.csv", [row | {"label": "red"} for row in text_rows(6)])
+    with pytest.raises(ValueError, match=r"one class alone, 'red'"):
+        run_text(models, tmp_path, train=path)
+
+
+def test_empty_texts(models, tmp_path):
+    rows = text_rows(12)
+    rows[4]["text"], rows[7]["text"] = "", "  "
+    path = write_csv(tmp_path / "train.csv", rows)
+    with pytest.raises(ValueError, match=r"Column 'text' of the train data has 2 empty texts \(rows 4, 7, counted"):
+        run_text(models, tmp_path, train=path)
+
+
+def test_texts_that_are_numbers(models, tmp_path):
+    path = write_csv(tmp_path / "train.csv", [{"text": row, "label": row % 2} for row in range(6)])
+    with pytest.raises(ValueError, match=r"Column 'text' of the train data holds Value\('int64'\), not texts"):
+        run_text(models, tmp_path, train=path)
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated"])
+def test_images_that_do_not_decode(damage, models, tmp_path):
+    folder = write_images(tmp_path / "train", 6)
+    victim = sorted(folder.glob("*/*.png"))[2]
+    victim.write_bytes(b"no image" if damage == "text" else victim.read_bytes()[:60])
+    with pytest.raises(ValueError, match=rf"The image .*{victim.name}.* cannot be decoded"):
+        run_image(models, tmp_path, "--train_dir", folder)
+
+
+def test_recordings_that_do_not_decode(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"no recording")
+    with pytest.raises(ValueError, match=r"The recording .*a\.wav cannot be decoded"):
+        audio_classification.decode({"path": str(tmp_path / "a.wav"), "bytes": None}, 16_000)
+    soundfile.write(tmp_path / "b.wav", np.zeros(0), 8_000)
+    with pytest.raises(ValueError, match=r"The recording .*b\.wav is empty"):
+        audio_classification.decode({"path": str(tmp_path / "b.wav"), "bytes": None}, 16_000)
+    with pytest.raises(ValueError, match=r"missing"):
+        audio_classification.decode(None, 16_000)
+    with pytest.raises(OSError, match=r"one folder per class"):
+        audio_classification.load_audio_folder(str(tmp_path))
+
+
+def test_a_model_without_such_a_head(models, train_csv, tmp_path):
+    with pytest.raises(ValueError, match=r"is a 'resnet' model .*no classification head .*bert"):
+        run_text(models, tmp_path, "--processor_name", models["text"], train=train_csv, model="image")
+
+
+def test_a_head_for_other_classes(models, tmp_path):
+    path = write_csv(tmp_path / "train.csv", [row | {"label": row["label"][0]} for row in text_rows(12)][:2])
+    with pytest.raises(ValueError, match=r"other classes than the 2 of this data\. Pass --ignore_mismatched_sizes"):
+        run_text(models, tmp_path, train=path)
+    run_text(models, tmp_path, "--ignore_mismatched_sizes", train=path)
+
+
+def test_lora_on_fresh_weights(models, train_csv, tmp_path):
+    argv = ["--config_name", models["text"], "--train_file", train_csv, "--do_train", "--use_lora", *QUIET]
+    with pytest.raises(ValueError, match=r"`--use_lora` adapts a pretrained model"):
+        text_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def test_a_model_of_the_hub_without_a_network(offline, models, train_csv, tmp_path):
+    models = {"text": "some-organisation/some-model"}
+    message = r"`--model_name_or_path` is 'some-organisation/some-model'.* no such folder .* hub .*pass a folder"
+    with pytest.raises(OSError, match=message):
+        run_text(models, tmp_path, train=train_csv)
+
+
+def test_a_data_set_of_the_hub_without_a_network(offline, models, tmp_path):
+    argv = ["--model_name_or_path", models["text"], "--dataset_name", "some-organisation/some-data", "--do_train"]
+    with pytest.raises(OSError, match=r"`--dataset_name` is 'some-organisation/some-data'.* hub .*--train_file"):
+        text_classification.main(words(*argv, *QUIET, "--output_dir", tmp_path / "out"))
+
+
+# Crops, resampling
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    min_area=st.floats(0.01, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_random_boxes_lie_in_the_image(width, height, min_area, seed):
+    torch.manual_seed(seed)
+    left, top, right, bottom = image_classification.random_box(width, height, min_area)
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    if min_area == 1:
+        assert (left, top, right, bottom) == (0, 0, width, height)
+
+
+def test_random_boxes_have_the_promised_distribution():
+    """A square of 1,000: shares of up to 3 / 4 always fit, whatever the ratio of the sides."""
+    torch.manual_seed(0)
+    boxes = np.array([image_classification.random_box(1000, 1000, 0.1) for _ in range(4000)])
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    shares, ratios = w * h / 1e6, np.log(w / h) / np.log(4 / 3)
+    fits = shares < 0.75
+    assert shares.min() > 0.099
+    assert stats.kstest(shares[fits], stats.uniform(0.1, 0.65).cdf).pvalue > 1e-3
+    assert stats.kstest(ratios[fits], stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert stats.kstest(boxes[fits, 0] / (1000 - w[fits]), stats.uniform.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 16_000])
+def test_recordings_are_resampled(rate, tmp_path):
+    """A sine of 440 Hz on two channels of other loudness is their mean at the new rate, away from the ends."""
+
+    def sine(per_second):
+        return np.sin(2 * np.pi * 440 * np.arange(per_second // 2) / per_second)
+
+    soundfile.write(tmp_path / "a.wav", np.stack([0.2 * sine(rate), 0.6 * sine(rate)], axis=1), rate, subtype="FLOAT")
+    wave = audio_classification.decode({"path": str(tmp_path / "a.wav"), "bytes": None}, 16_000)
+    assert wave.dtype == np.float32 and len(wave) == 8_000
+    np.testing.assert_allclose(wave[500:-500], 0.4 * sine(16_000)[500:-500], atol=1e-3)
+
+
+def test_long_recordings_are_cut_at_random():
+    torch.manual_seed(0)
+    wave = np.arange(10, dtype=np.float32)
+    starts = set()
+    for _ in range(100):
+        part = audio_classification.random_part(wave, 8)
+        assert (part == np.arange(part[0], part[0] + 8)).all()
+        starts.add(part[0])
+    assert starts == {0, 1, 2}
+    assert (audio_classification.random_part(wave, 20) == wave).all()
+
+
+def test_tones_sound_as_they_are_labelled(tmp_path):
+    make_tones.main(words("--output_dir", tmp_path, "--train_samples", 16, "--test_samples", 8))
+    paths = sorted((tmp_path / "train").glob("*/*.wav"))
+    assert len(paths) == 16 and len({path.parent.name for path in paths}) == 8
+    loudness = {"steady": [], "trembling": []}
+    for path in paths:
+        wave, rate = soundfile.read(path)
+        assert (len(wave), rate) == (8_000, 16_000)
+        parts = np.abs(wave).reshape(40, 200).mean(axis=1)
+        loudness[path.parent.name.split("_")[0]].append(parts.std() / parts.mean())
+    assert max(loudness["steady"]) < min(loudness["trembling"])
+
+
+# Comparison and search
+
+
+def test_comparison_reports_the_mean_of_the_pairs(models, train_csv, tmp_path):
+    argv = ["text_classification", "--seeds", 0, 1, "--output_dir", tmp_path / "out", "--num_train_epochs", 2, *QUIET]
+    argv += ["--model_name_or_path", models["text"], "--train_file", train_csv, "--validation_file", train_csv]
+    text = compare.main(words(*argv, "--learning_rate", 0.01, "--imbalance_ratio", 2))
+    accuracy = {}
+    for name, chain in (("Trainer", []), ("LPGTrainer", ["auto"])):
+        folders = [tmp_path / "out" / f"{name}-seed-{seed}" for seed in (0, 1)]
+        runs = [json.loads((folder / "eval_results.json").read_text()) for folder in folders]
+        accuracy[name] = 100 * np.array([run["eval_accuracy"] for run in runs])
+        args = torch.load(folders[1] / "training_args.bin", weights_only=False)
+        assert args.seed == 1 and args.perturbations == (chain or ["none"])
+    rows = [line.split("|")[1:-1] for line in text.splitlines()]
+    assert [cell.strip() for cell in rows[0][1:3]] == ["accuracy", "balanced"]
+    differences = accuracy["LPGTrainer"] - accuracy["Trainer"]
+    for row, values, sign in ((2, accuracy["Trainer"], ""), (3, accuracy["LPGTrainer"], ""), (4, differences, "+")):
+        expected = f"{values.mean():{sign}.1f} ± {stats.sem(values):.1f}"
+        assert rows[row][1].strip() == expected
+    assert (tmp_path / "out" / "comparison.md").read_text().strip() == text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/eval_results.json")}
+    assert compare.main(words(*argv)) == text
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/eval_results.json")}
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_search_writes_a_config_that_the_example_takes(models, train_csv, tmp_path):
+    import optuna
+
+    base = ["--model_name_or_path", models["text"], "--train_file", train_csv, "--validation_file", train_csv, *QUIET]
+    argv = words("text_classification", *base, "--n_trials", 2, "--max_steps", 2, "--output_dir", tmp_path / "search")
+    hyperparameter_search.main(argv)
+    best = hyperparameter_search.main(argv)
+    study = optuna.load_study(study_name="lpg", storage=f"sqlite:///{tmp_path / 'search' / 'study.db'}")
+    assert len(study.trials) == 4
+    assert len({trial.params["lpg_epsilon"] for trial in study.trials}) == 4
+    top = max(trial.value for trial in study.trials)
+    assert best.objective == top and best.hyperparameters in [t.params for t in study.trials if t.value == top]
+    config = tmp_path / "search" / "best.yaml"
+    argv = words(config, *base, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out")
+    (arguments,) = parse_arguments(text_classification.TextArguments, "", argv)
+    found = {name: getattr(arguments.training, name) for name in best.hyperparameters}
+    assert found == best.hyperparameters and arguments.training.perturbations == ["lpg"]
+    text_classification.main(argv)
+
+
+def test_search_without_a_script_prints_how(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        hyperparameter_search.main([])
+    assert exit_.value.code == 2 and "hyperparameter_search.py text_classification" in capsys.readouterr().out
