@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from classification.arguments import FolderArguments
+from classification.arguments import Arguments, FolderArguments
 from classification.data import TRAIN, check_columns, load_file
 from classification.training import ClassificationTask, run
 from datasets import Audio, Dataset, DatasetDict
@@ -44,7 +44,8 @@ class AudioArguments(FolderArguments):
         default=20.0, metadata={"help": "Training takes a random part of so many seconds of longer recordings."}
     )
     freeze_feature_encoder: bool = field(
-        default=True, metadata={"help": "Whether the convolutions of a model like Wav2Vec2 keep their weights."}
+        default=True,
+        metadata={"help": "Whether the convolutions of a pretrained model like Wav2Vec2 keep their weights."},
     )
 
 
@@ -80,9 +81,10 @@ class AudioClassification(ClassificationTask):
 
         return dataset.with_transform(to_inputs)
 
-    def adapt(self, model: PreTrainedModel, data: AudioArguments) -> None:
+    def adapt(self, model: PreTrainedModel, arguments: Arguments, processor: FeatureExtractionMixin) -> None:
+        is_pretrained = arguments.model.model_name_or_path is not None
         # Models on spectrograms have no such encoder.
-        if data.freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
+        if is_pretrained and arguments.data.freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
             model.freeze_feature_encoder()
 
 

@@ -42,13 +42,23 @@ def parse(argv: list[str] | None) -> tuple:
 
 
 def results_of(script: str, perturbations: list[str], seed: int, folder: Path, arguments: list[str]) -> dict:
-    path = folder / "eval_results.json"
-    if not path.exists():
-        own = ["--seed", str(seed), "--output_dir", str(folder), "--perturbations", *perturbations]
-        defaults = ["--do_train", "--do_eval", "--save_strategy", "no", "--report_to", "none"]
-        importlib.import_module(script).main([*defaults, *arguments, *own])
+    """
+    The evaluation of one training, which is done if it is not there.
+
+    Raises:
+        ValueError: If what is there was trained with other arguments.
+    """
+    results, command = folder / "eval_results.json", folder / "command.json"
+    argv = ["--do_train", "--do_eval", "--save_strategy", "no", "--report_to", "none", *arguments]
+    argv += ["--seed", str(seed), "--output_dir", str(folder), "--perturbations", *perturbations]
+    if not results.exists():
+        importlib.import_module(script).main(argv)
+        if PartialState().is_main_process:
+            command.write_text(json.dumps([script, *argv]))
         PartialState().wait_for_everyone()
-    return json.loads(path.read_text())
+    elif json.loads(command.read_text()) != [script, *argv]:
+        raise ValueError(f"{folder} was trained with other arguments ({command}). Choose another --output_dir.")
+    return json.loads(results.read_text())
 
 
 def table(results: dict[str, list[dict]]) -> str:

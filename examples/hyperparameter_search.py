@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> BestRun | None:
     args.save_strategy = SaveStrategy.NO
     if args.perturbations == ["auto"]:
         args.perturbations = ["lpg"]
-    set_up_logging(arguments)
+    set_up_logging()
     prepared = prepare(task, arguments)
-    trainer = make_trainer(task, arguments, prepared, model_init=partial(make_model, task, arguments, prepared.config))
+    trainer = make_trainer(task, arguments, prepared, model_init=partial(make_model, task, arguments, prepared))
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

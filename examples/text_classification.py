@@ -16,11 +16,11 @@ On several GPUs put `accelerate launch --config_file examples/accelerate/multi_g
 
 from dataclasses import dataclass, field
 
-from classification.arguments import DataArguments
+from classification.arguments import Arguments, DataArguments
 from classification.data import check_columns, shorten
 from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Value
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -58,6 +58,8 @@ class TextClassification(ClassificationTask):
     def prepare(
         self, dataset: Dataset, split: str, processor: PreTrainedTokenizerBase, data: TextArguments
     ) -> Dataset:
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
         max_length = min(data.max_seq_length, processor.model_max_length)
         padding = "max_length" if data.pad_to_max_length else False
 
@@ -66,6 +68,11 @@ class TextClassification(ClassificationTask):
             return processor(*texts, padding=padding, max_length=max_length, truncation=True)
 
         return dataset.map(tokenize, batched=True, desc=f"Tokenizing the {split} data")
+
+    def adapt(self, model: PreTrainedModel, arguments: Arguments, processor: PreTrainedTokenizerBase) -> None:
+        # Decoders look for the last token that is no padding, and come without a token for it.
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
 
 
 def check_texts(dataset: Dataset, split: str, column: str) -> None:

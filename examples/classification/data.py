@@ -1,18 +1,19 @@
 """From the arguments to `datasets`: loaded, with checked columns and class indices, cut, and stressed."""
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
-from datasets.utils.logging import get_logger
 
 from lpg_hf.data import LABEL_COLUMNS, add_label_noise, class_counts, make_long_tailed
+from lpg_hf.loss import IGNORE_INDEX
 
 from .arguments import Arguments, DataArguments, ModelArguments
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -34,7 +35,7 @@ def explaining_what_is_missing(kind: str, name: str, argument: str, cure: str):
             raise
         raise OSError(
             f"`{argument}` is {name!r}: there is no such folder here, and the {kind} could not be fetched from the "
-            f"hub ({str(error).splitlines()[0]}). Check the name and the network. Without a network, {cure}"
+            f"hub ({str(error).partition(chr(10))[0]}). Check the name and the network. Without a network, {cure}"
         ) from error
 
 
@@ -170,14 +171,15 @@ def has_labels(dataset: Dataset, column: str) -> bool:
     """Test sets of the hub have no label column, or one without a class (-1) in any row."""
     if column not in dataset.column_names:
         return False
-    return any(value not in (None, -1) for value in dataset[column][:])
+    return any(value not in (None, IGNORE_INDEX, -1) for value in dataset[column][:])
 
 
 def label_values(dataset: Dataset, split: str, column: str) -> list[str]:
     """The name of every row's class."""
     feature = dataset.features[column]
     values = dataset[column][:]
-    if unlabelled := [row for row, value in enumerate(values) if value is None or value == -1]:
+    no_label = (None, IGNORE_INDEX, -1) if isinstance(feature, ClassLabel) else (None, IGNORE_INDEX)
+    if unlabelled := [row for row, value in enumerate(values) if value in no_label]:
         raise ValueError(
             f"Column {column!r} of the {split} data has no label in {len(unlabelled)} of {len(values)} rows (rows "
             f"{shorten(unlabelled)}). Remove these rows."

@@ -56,7 +56,7 @@ class ClassificationTask:
         """A split whose rows are what the model takes."""
         raise NotImplementedError
 
-    def adapt(self, model: PreTrainedModel, data: DataArguments) -> None:
+    def adapt(self, model: PreTrainedModel, arguments: Arguments, processor) -> None:
         """Changes a model that has just been loaded."""
 
 
@@ -114,9 +114,9 @@ def count_classes(train: Dataset, arguments: Arguments) -> list[int]:
     return counts
 
 
-def make_model(task: ClassificationTask, arguments: Arguments, config: PretrainedConfig) -> PreTrainedModel:
-    model = load_model(arguments.model, config, task.auto_model)
-    task.adapt(model, arguments.data)
+def make_model(task: ClassificationTask, arguments: Arguments, prepared: Prepared) -> PreTrainedModel:
+    model = load_model(arguments.model, prepared.config, task.auto_model)
+    task.adapt(model, arguments, prepared.processor)
     return add_lora(model, arguments.model, task.peft_task_type) if arguments.model.use_lora else model
 
 
@@ -133,9 +133,11 @@ def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepa
     )
 
 
-def set_up_logging(arguments: Arguments) -> None:
+def set_up_logging() -> None:
+    """What the scripts tell, and warnings of the libraries, on the first process; errors on the others."""
     is_main = PartialState().is_main_process
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level="INFO" if is_main else "ERROR")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger(__package__).setLevel("INFO" if is_main else "ERROR")
     for library in (datasets, transformers):
         library.utils.logging.set_verbosity_warning() if is_main else library.utils.logging.set_verbosity_error()
 
@@ -169,12 +171,10 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
     """
     (arguments,) = parse_arguments(task.data_class, description, argv)
     args = arguments.training
-    set_up_logging(arguments)
-    set_seed(args.seed)
+    set_up_logging()
     prepared = prepare(task, arguments)
-    # Fresh weights depend on the seed alone, not on what reading the data drew.
     set_seed(args.seed)
-    trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared.config))
+    trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))
 
     results = {}
     if args.do_train:
@@ -208,5 +208,8 @@ def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
 def write_predictions(trainer: Trainer, prediction: PredictionOutput, path: Path) -> None:
     """One line per test row, in their order: its number and the name of the class."""
     if trainer.is_world_process_zero():
-        names = [trainer.model.config.id2label[index] for index in prediction.predictions.argmax(-1)]
+        # Some models return more than logits.
+        is_tuple = isinstance(prediction.predictions, tuple)
+        logits = prediction.predictions[0] if is_tuple else prediction.predictions
+        names = [trainer.model.config.id2label[index] for index in logits.argmax(-1)]
         pd.DataFrame({"index": range(len(names)), "prediction": names}).to_csv(path, index=False)

@@ -29,6 +29,8 @@ from transformers import (
     ASTForAudioClassification,
     AutoTokenizer,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     ResNetForImageClassification,
     Trainer,
     TrainingArguments,
@@ -180,6 +182,27 @@ def test_without_perturbations_it_is_the_trainer(texts, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
+def test_a_decoder_without_a_padding_token(texts, tmp_path):
+    """Its logits are those of the last token that is no padding, in a batch as alone."""
+    tokenizer = AutoTokenizer.from_pretrained(texts / "model", pad_token=None, eos_token="[PAD]")
+    assert tokenizer.pad_token is None
+    tokenizer.save_pretrained(tmp_path / "model")
+    set_seed(0)
+    config = GPT2Config(vocab_size=9, n_embd=16, n_layer=1, n_head=2, n_positions=16, num_labels=3)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    rows = [row | {"text": row["text"] + " a" * (number % 4)} for number, row in enumerate(text_rows(EVAL_ROWS))]
+    write_csv(tmp_path / "validation.csv", rows)
+    more = ["--model_name_or_path", tmp_path / "model", "--validation_file", tmp_path / "validation.csv"]
+    results = text_classification.main(text_arguments(texts, tmp_path / "out", *DO, *more, "--num_train_epochs", 8))
+    model = GPT2ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        losses = [
+            model(**tokenizer(row["text"], return_tensors="pt"), labels=torch.tensor([NAMES.index(row["label"])])).loss
+            for row in rows
+        ]
+    assert results["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+
 def test_images_from_folders(images, tmp_path):
     results = image_classification.main(image_arguments(images, tmp_path, *DO, "--num_train_epochs", 6))
     model = ResNetForImageClassification.from_pretrained(tmp_path).eval()
@@ -294,8 +317,12 @@ def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplo
     with caplog.at_level("INFO"):
         image_classification.main(image_arguments(images, tmp_path, *argv))
     assert f"Resuming from {tmp_path / 'checkpoint-6'}" in caplog.text
-    resumed = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # The third run finds that all is done.
+    for _ in range(2):
+        resumed = load_file(tmp_path / "model.safetensors")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        results = image_classification.main(image_arguments(images, tmp_path, *argv, "--do_eval"))
+    assert results["epoch"] == 3 and results["eval_samples"] == EVAL_ROWS
 
 
 @pytest.mark.parametrize(

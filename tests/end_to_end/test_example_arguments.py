@@ -209,6 +209,17 @@ def test_label_names_in_another_order_are_mapped(models, tmp_path):
     assert results["eval_accuracy"] == 1.0
 
 
+def test_minus_one_is_a_name_among_integers_and_no_label_in_a_class_label(models, tmp_path):
+    rows = [{"text": row["text"], "label": -1 if row["label"] == "red" else 1} for row in text_rows(12)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "integers.parquet")
+    run_text(models, tmp_path, "--ignore_mismatched_sizes", train=tmp_path / "integers.parquet")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label2id"] == {"-1": 0, "1": 1}
+    features = datasets.Features({"text": datasets.Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "names.parquet")
+    with pytest.raises(ValueError, match=r"no label in 4 of 12 rows \(rows 0, 3, 6, 9\)"):
+        run_text(models, tmp_path, train=tmp_path / "names.parquet")
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [(None, r"no label in 1 of 13 rows \(rows 12\)"), (0.5, r"holds Value\('float64'\), but labels must be names")],
@@ -376,7 +387,8 @@ def test_tones_sound_as_they_are_labelled(tmp_path):
 def test_comparison_reports_the_mean_of_the_pairs(models, train_csv, tmp_path):
     argv = ["text_classification", "--seeds", 0, 1, "--output_dir", tmp_path / "out", "--num_train_epochs", 2, *QUIET]
     argv += ["--model_name_or_path", models["text"], "--train_file", train_csv, "--validation_file", train_csv]
-    text = compare.main(words(*argv, "--learning_rate", 0.01, "--imbalance_ratio", 2))
+    argv += ["--learning_rate", 0.01, "--imbalance_ratio", 2]
+    text = compare.main(words(*argv))
     accuracy = {}
     for name, chain in (("Trainer", []), ("LPGTrainer", ["auto"])):
         folders = [tmp_path / "out" / f"{name}-seed-{seed}" for seed in (0, 1)]
@@ -394,6 +406,8 @@ def test_comparison_reports_the_mean_of_the_pairs(models, train_csv, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/eval_results.json")}
     assert compare.main(words(*argv)) == text
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/eval_results.json")}
+    with pytest.raises(ValueError, match=r"Trainer-seed-0 was trained with other arguments"):
+        compare.main(words(*argv, "--weight_decay", 0.1))
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
