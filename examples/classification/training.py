@@ -83,10 +83,10 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
         config = load_config(arguments.model)
         processor = load_processor(arguments.model, task.auto_processor)
         splits = load_splits(arguments.data, arguments.model, task.load_folder)
-        check_splits(splits, arguments)
-        splits = task.check(splits, arguments.data)
+        splits = task.check(needed_splits(splits, arguments), arguments.data)
         # A model that is only evaluated knows its classes.
-        splits, label_names = encode_labels(splits, arguments.data, None if args.do_train else config.label2id)
+        known_names = None if args.do_train else [config.id2label[index] for index in range(config.num_labels)]
+        splits, label_names = encode_labels(splits, arguments.data, known_names)
         splits = choose_rows(splits, arguments)
         counts = count_classes(splits[TRAIN], arguments) if TRAIN in splits else None
         inputs = {split: task.prepare(rows, split, processor, arguments.data) for split, rows in splits.items()}
@@ -95,7 +95,11 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
     return Prepared(inputs, counts, processor, config)
 
 
-def check_splits(splits: DatasetDict, arguments: Arguments) -> None:
+def needed_splits(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
+    """
+    Raises:
+        ValueError: If one is not there, or there is nothing to do.
+    """
     args, there = arguments.training, ", ".join(splits)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
@@ -105,6 +109,12 @@ def check_splits(splits: DatasetDict, arguments: Arguments) -> None:
         raise ValueError(f"`--do_eval` needs validation data, but there is only: {there}. Pass --validation_file.")
     if args.do_predict and TEST not in splits:
         raise ValueError(f"`--do_predict` needs test data, but there is only: {there}. Pass --test_file.")
+    is_needed = {
+        TRAIN: args.do_train or (args.do_eval and VALIDATION not in splits),
+        VALIDATION: args.do_eval,
+        TEST: args.do_predict,
+    }
+    return DatasetDict({split: dataset for split, dataset in splits.items() if is_needed[split]})
 
 
 def count_classes(train: Dataset, arguments: Arguments) -> list[int]:
@@ -182,14 +192,14 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
         results["train_samples"] = len(trainer.train_dataset)
         trainer.save_model()
         trainer.save_state()
-        report(trainer, "train", results)
+        log_and_save(trainer, "train", results)
     if args.do_eval:
         evaluation = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
-        report(trainer, "eval", evaluation)
+        log_and_save(trainer, "eval", evaluation)
         results |= evaluation
     if args.do_predict:
         prediction = trainer.predict(prepared.splits[TEST], metric_key_prefix="predict")
-        report(trainer, "predict", prediction.metrics)
+        log_and_save(trainer, "predict", prediction.metrics)
         write_predictions(trainer, prediction, Path(args.output_dir) / "predictions.csv")
         results |= prediction.metrics
 
@@ -200,7 +210,7 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
     return results
 
 
-def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+def log_and_save(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
 

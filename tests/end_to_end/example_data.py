@@ -74,6 +74,7 @@ def text_model(folder: Path, **config) -> Path:
         "intermediate_size": 32,
         "max_position_embeddings": 16,
         "hidden_dropout_prob": 0.0,
+        "initializer_range": 0.3,
         "attention_probs_dropout_prob": 0.0,
         "num_labels": 3,
     }

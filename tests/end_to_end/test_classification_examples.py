@@ -143,7 +143,11 @@ def test_texts_from_csv_to_predictions(texts, tmp_path):
 
 
 def test_a_saved_model_keeps_its_classes_when_it_is_only_evaluated(texts, tmp_path):
-    text_classification.main(text_arguments(texts, tmp_path / "a", *DO, "--num_train_epochs", 20))
+    names = ["red", "green", "blue"]  # not in the order of the alphabet, in which a config is saved
+    train = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=names))
+    train.to_parquet(tmp_path / "train.parquet")
+    more = ["--train_file", tmp_path / "train.parquet", "--num_train_epochs", 20]
+    text_classification.main(text_arguments(texts, tmp_path / "a", *DO, *more))
     # Two of the three classes: names taken from these rows would be other indices.
     rows = [row for row in text_rows(EVAL_ROWS) if row["label"] != "blue"]
     write_csv(tmp_path / "two.csv", rows)
@@ -154,6 +158,9 @@ def test_a_saved_model_keeps_its_classes_when_it_is_only_evaluated(texts, tmp_pa
         )
     )
     assert results["eval_accuracy"] == 1.0 and results["eval_samples"] == len(rows)
+    more = ["--test_file", tmp_path / "two.csv", "--do_predict", "--output_dir", tmp_path / "c", *QUIET]
+    text_classification.main(words("--model_name_or_path", tmp_path / "a", *more))
+    assert pd.read_csv(tmp_path / "c" / "predictions.csv")["prediction"].tolist() == [row["label"] for row in rows]
 
 
 def test_without_perturbations_it_is_the_trainer(texts, tmp_path):
