@@ -24,6 +24,8 @@ from example_data import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.signal import resample_poly
+from tiny import WAV2VEC2
 from transformers import (
     ASTFeatureExtractor,
     ASTForAudioClassification,
@@ -34,6 +36,9 @@ from transformers import (
     ResNetForImageClassification,
     Trainer,
     TrainingArguments,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
     set_seed,
 )
 
@@ -248,6 +253,37 @@ def test_recordings_from_folders(tones, tmp_path):
         right.append(model.config.id2label[index] == path.parent.name)
     assert results["eval_accuracy"] == pytest.approx(np.mean(right))
     assert results["eval_loss"] < 0.9 * np.log(8), "eight classes, of which it has learned something"
+
+
+def test_recordings_of_other_lengths_and_rates(tmp_path):
+    """Padded and masked in batches, each has the loss that it has alone; convolutions of a pretrained model stay."""
+    rng = np.random.default_rng(0)
+    for row in range(8):
+        path = tmp_path / "train" / "ab"[row % 2] / f"{row}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, rng.normal(0, 0.1 * (1 + row % 2), 1000 + 150 * row), 8_000)
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    extractor.save_pretrained(tmp_path / "model")
+    set_seed(0)
+    config = Wav2Vec2Config(**WAV2VEC2, feat_extract_norm="layer", num_labels=2, hidden_dropout=0.0, final_dropout=0.0)
+    before = Wav2Vec2ForSequenceClassification(config)
+    before.save_pretrained(tmp_path / "model")
+    argv = ["--model_name_or_path", tmp_path / "model", "--train_dir", tmp_path / "train", *DO, *FAST]
+    more = ["--validation_dir", tmp_path / "train", "--max_steps", 3, "--learning_rate", 0.005]
+    results = audio_classification.main(words(*argv, *more, "--output_dir", tmp_path / "out"))
+
+    model = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    losses = []
+    for path in sorted((tmp_path / "train").glob("*/*.wav")):
+        wave, rate = soundfile.read(path, dtype="float32")
+        inputs = extractor(resample_poly(wave, 2, 1), sampling_rate=2 * rate, return_tensors="pt")
+        with torch.no_grad():
+            losses.append(model(**inputs, labels=torch.tensor(["ab".index(path.parent.name)])).loss)
+    assert results["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    after = model.state_dict()
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after[name])}
+    assert any("encoder.layers" in name for name in moved)
+    assert not any("feature_extractor" in name for name in moved)
 
 
 def test_recordings_from_a_metadata_file_and_from_parquet(tones, tmp_path):
