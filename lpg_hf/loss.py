@@ -7,14 +7,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from .functional import logit_gradient
+from .batch import IGNORE_INDEX, Batch, cross_entropy
+from .functional import zero_ignored_
 from .perturbations import LogitPerturbation, Perturbation, build_chain
 from .statistics import ClassStatistics
-
-
-IGNORE_INDEX = -100
 
 
 class LPGLoss(nn.Module):
@@ -55,7 +52,7 @@ class LPGLoss(nn.Module):
     >>> loss = loss_fn(logits, torch.tensor([1]))
     >>> loss.backward()
     >>> loss  # cross-entropy
-    tensor(4.0360, grad_fn=<_ReplaceGradientBackward>)
+    tensor(4.0360, grad_fn=<DivBackward0>)
     >>> logits.grad.norm()
     tensor(0.5000)
 
@@ -123,9 +120,12 @@ class LPGLoss(nn.Module):
 
         if self.base_loss is None:
             z = z.detach()
-            loss = self._values(z, labels).sum() / divisor
-            perturbed = self.perturb(logit_gradient(z, labels), z, labels)
-            return replace_gradient(loss, logits, perturbed / divisor)
+            batch = Batch(z, labels)
+            total = torch.where(batch.labelled, -batch.own_log_probability, 0.0).sum()
+            self.statistics.share(batch)
+            perturbed = self.perturb(batch.gradient, z, labels)
+            # Divided last, where it costs no pass over the matrix.
+            return replace_gradient(total, logits, perturbed) / divisor
 
         # The base loss keeps its own graph (it may have parameters), the delta joins it at the logits.
         values = self._values(z, labels)
@@ -148,29 +148,31 @@ class LPGLoss(nn.Module):
             `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
         """
         self._match(logits)
-        labelled = labels != IGNORE_INDEX
-        telemetry = torch.zeros_like(self._telemetry) if self._is_frozen else self._telemetry
-        telemetry[0] += torch.stack([labelled.sum(), gradient.norm(dim=-1).sum()])
-        self._record_first_bad_step(telemetry, gradient)
-        for row, method in enumerate(self.perturbations, start=1):
+        batch = self.statistics.batch(logits, labels)
+        self.statistics.share(batch)
+        norm = gradient.norm(dim=-1)
+        rows = [torch.ones_like(norm), norm]
+        for method in self.perturbations:
             delta = method.delta(gradient, logits, labels, self.statistics)
             if delta.shape != gradient.shape:
                 raise ValueError(
                     f"`{method!r}` returned a delta of shape {list(delta.shape)} for a gradient of shape "
                     f"{list(gradient.shape)}: `delta` must keep the shape."
                 )
-            delta = torch.where(labelled[:, None], delta, 0.0)
-            telemetry[row, 0] += delta.norm(dim=-1).sum()
-            if method.rescales:
-                telemetry[row, 1] += torch.where(labelled, _weight(gradient, delta), 0.0).sum()
             if not self._is_frozen:
                 method.update(gradient, labels)
-            gradient = gradient + delta
+            gradient = zero_ignored_(gradient + delta, labels)
+            before, norm = norm, gradient.norm(dim=-1)
+            weight = torch.where(before > 0, norm / before, 1.0) if method.rescales else torch.zeros_like(norm)
+            rows += [delta.norm(dim=-1), weight]
 
         if not self._is_frozen:
+            # Nothing that is said of ignored samples counts.
+            self._record(torch.where(batch.labelled, torch.stack(rows), 0.0))
             self.statistics.update(logits, labels)
             if self.fold_every_call:
                 self.fold()
+        self.statistics.share(None)
         return gradient
 
     @contextmanager
@@ -244,13 +246,7 @@ class LPGLoss(nn.Module):
     def _values(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Base loss of each sample, `[N]`; 0 for ignored ones."""
         if self.base_loss is None:
-            try:
-                return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-            except IndexError as error:
-                raise ValueError(
-                    f"`labels` must lie in [0, {self.num_labels}) or be {IGNORE_INDEX}: {error} Check `num_labels` of "
-                    "the model and the label column."
-                ) from error
+            return cross_entropy(logits, labels)
         labelled = labels != IGNORE_INDEX
         values = self.base_loss(logits, torch.where(labelled, labels, 0))
         if values.shape != labels.shape:
@@ -270,10 +266,14 @@ class LPGLoss(nn.Module):
                 module.to(device=logits.device, dtype=dtype)
             self._telemetry = state.to(device=logits.device, dtype=dtype)
 
-    def _record_first_bad_step(self, telemetry: Tensor, gradient: Tensor) -> None:
-        first = telemetry[-1, 0]
-        is_first = (first == 0) & ~gradient.isfinite().all()
-        telemetry[-1, 0] = torch.where(is_first, self.statistics.steps + 1, first)
+    def _record(self, rows: Tensor) -> None:
+        """Adds a micro-batch to the telemetry: a pair of rows `[N]` for g and for each method."""
+        sums = rows.sum(-1)
+        self._telemetry[:-1].add_(sums.view(-1, 2))
+        # The sum of the norms of g is finite if and only if all of g is (unless it is too large to sum up).
+        first = self._telemetry[-1, 0]
+        is_first = (first == 0) & ~sums[1].isfinite()
+        self._telemetry[-1, 0] = torch.where(is_first, self.statistics.steps + 1, first)
 
     def _head_and_tail_accuracy(self) -> dict[str, float]:
         counts = self.statistics.class_counts.tolist()
@@ -320,10 +320,3 @@ class _ReplaceGradient(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (grad_output * gradient).to(ctx.logits_dtype), None, None
-
-
-def _weight(gradient: Tensor, delta: Tensor) -> Tensor:
-    """The factor w of each sample with `gradient + delta = w gradient`, `[N]`; 1 where the gradient is zero."""
-    squared = gradient.square().sum(-1)
-    is_zero = squared == 0
-    return 1 + torch.where(is_zero, 0.0, (gradient * delta).sum(-1) / torch.where(is_zero, 1.0, squared))

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch
+
 
 # Running means give a step's n samples of a class the weight n / (n + INERTIA).
 MEAN_INERTIA = 20
@@ -63,8 +65,11 @@ class ClassStatistics(nn.Module):
         self.register_buffer("class_counts", torch.as_tensor(counts, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_running", torch.zeros(4, num_labels))
+        inertia = [[MEAN_INERTIA]] * 3 + [[CONTRADICTION_INERTIA]]
+        self.register_buffer("_inertia", torch.tensor(inertia, dtype=torch.float32), persistent=False)
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(5, num_labels), persistent=False)
+        self._batch: Batch | None = None
 
     @property
     def num_labels(self) -> int:
@@ -83,7 +88,11 @@ class ClassStatistics(nn.Module):
 
     @property
     def accuracy(self) -> Tensor:
-        """Running training accuracy of each class, `[C]`, measured before the step that learns from the sample."""
+        """
+        Running training accuracy of each class, `[C]`, measured before the step that learns from the sample.
+
+        A sample is predicted right if no logit is larger than its label's: ties favour no class over another.
+        """
         return self._running[0]
 
     @property
@@ -101,22 +110,31 @@ class ClassStatistics(nn.Module):
         """Running share of samples with `p_{i,c} < max_j p_ij / 5` and `max_j p_ij > 1/2`, `[C]`."""
         return self._running[3]
 
+    def batch(self, logits: Tensor, labels: Tensor) -> Batch:
+        """
+        What the logits `[N, C]` of a micro-batch say: the one that [`~ClassStatistics.share`] was given, if it is of
+        these very tensors, else computed.
+        """
+        shared = self._batch
+        if shared is not None and shared.logits is logits and shared.labels is labels:
+            return shared
+        return Batch(logits, labels)
+
+    def share(self, batch: Batch | None) -> None:
+        """Keeps a batch for all who ask for it during a step; `None` lets it go."""
+        self._batch = batch
+
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Adds a micro-batch (logits `[N, C]`, labels `[N]`, -100 ignored) to the pending sums."""
-        labelled = labels >= 0
-        classes = labels.clamp(min=0)
-        log_probabilities = logits.log_softmax(-1)
-        own = log_probabilities.gather(-1, classes[:, None])[:, 0]
-        largest, predicted = log_probabilities.max(-1)
-        relative = (own - largest).exp()
-        contradicted = (relative < 0.2) & (largest.exp() > 0.5)
-        rows = torch.stack(
-            [torch.ones_like(own), (predicted == classes).to(own), own.exp(), relative, contradicted.to(own)]
-        )
+        batch = self.batch(logits, labels)
+        relative = batch.margin.exp()
+        is_contradicted = (relative < 0.2) & (batch.largest_probability > 0.5)
+        own = batch.own_log_probability.exp()
+        rows = torch.stack([torch.ones_like(own), batch.margin == 0, own, relative, is_contradicted])
         # `where` and not a product: an ignored sample may have logits that are not finite.
-        rows = torch.where(labelled, rows, 0.0)
-        self._pending.index_add_(1, classes, rows.to(self._pending.dtype))
+        rows = torch.where(batch.labelled, rows, 0.0)
+        self._pending.index_add_(1, labels.clamp(min=0), rows.to(self._pending.dtype))
 
     @torch.no_grad()
     def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -129,9 +147,7 @@ class ClassStatistics(nn.Module):
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
         means = pending[1:] / counts.clamp(min=1)
-        distance = means - self._running
-        self._running[:3] += counts / (counts + MEAN_INERTIA) * distance[:3]
-        self._running[3] += counts / (counts + CONTRADICTION_INERTIA) * distance[3]
+        self._running.lerp_(means, counts / (counts + self._inertia))
         if not self.counts_are_given:
             self.class_counts += counts.long()
         self.steps += 1

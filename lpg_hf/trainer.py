@@ -273,7 +273,8 @@ class LPGTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._step_items = None
             if self._is_classifier and self._has_logit_methods:
-                self.lpg_loss.fold(partial(self.accelerator.reduce, reduction="sum"))
+                is_alone = self.accelerator.num_processes == 1
+                self.lpg_loss.fold(None if is_alone else partial(self.accelerator.reduce, reduction="sum"))
             if self._parameter_methods:
                 self._perturb_gradients()
         return loss

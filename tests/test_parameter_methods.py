@@ -834,8 +834,13 @@ def test_the_users_objects_learn_nothing_and_every_training_starts_anew(tmp_path
     [
         (lambda: SAM(-0.1), r"`rho` must be at least 0; found -0\.1"),
         (lambda: SAM(math.nan), r"`rho` must be at least 0; found nan"),
+        (lambda: SAM(math.inf), r"`rho` must be finite; found inf"),
+        (lambda: SAM(interval=1.5), r"`interval` must be a whole number; found 1\.5"),
+        (lambda: SAM(interval=math.inf), r"`interval` must be a whole number; found inf"),
         (lambda: SAM(interval=0), r"`interval` must be at least 1; found 0"),
         (lambda: GradientNoise(-0.1), r"`eta` must be at least 0; found -0\.1"),
+        (lambda: GradientNoise(math.inf), r"`eta` must be finite; found inf"),
+        (lambda: GradientNoise(gamma=math.inf), r"`gamma` must be finite; found inf"),
         (lambda: GradientNoise(gamma=-0.1), r"`gamma` must be at least 0; found -0\.1"),
         (lambda: GradientClipping(0.0), r"`max_norm` must be positive; found 0\.0"),
         (lambda: GradientClipping(max_value=-1.0), r"`max_value` must be positive; found -1\.0"),

@@ -580,6 +580,7 @@ def test_arguments_that_are_not_the_methods_are_refused(text, message):
     [
         (LPG, {"strategy": "rare"}, r"`strategy` must be one of 'frequency', 'accuracy', 'fixed'; found 'rare'"),
         (LPG, {"epsilon": -0.1}, r"`epsilon` must be at least 0; found -0.1"),
+        (LPG, {"epsilon": float("inf")}, r"`epsilon` must be finite; found inf"),
         (LPG, {"epsilon": float("nan")}, r"`epsilon` must be at least 0; found nan"),
         (LPG, {"max_dampening": 0.0}, r"`max_dampening` must be in \(0, 1\]; found 0.0"),
         (LPG, {"max_dampening": 1.1}, r"`max_dampening` must be in \(0, 1\]; found 1.1"),

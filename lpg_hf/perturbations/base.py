@@ -1,8 +1,10 @@
 """What a method is: a delta, a name, and a `repr` that is also how it is written on the command line."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import numpy as np
 from torch import Tensor, nn
@@ -128,6 +130,16 @@ def check(condition: bool, argument: str, value: object, expected: str) -> None:
     """Raises a `ValueError` that names the argument, the value found and what is expected."""
     if not condition:
         raise ValueError(f"`{argument}` must be {expected}; found {value!r}.")
+
+
+def check_not_negative(argument: str, value: float) -> None:
+    check(value >= 0, argument, value, "at least 0")
+    check(value < math.inf, argument, value, "finite")
+
+
+def check_count(argument: str, value: int) -> None:
+    check(value >= 1, argument, value, "at least 1")
+    check(isinstance(value, Integral), argument, value, "a whole number")
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

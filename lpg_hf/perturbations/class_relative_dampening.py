@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..functional import relative_dampening_delta, relative_dampening_weight
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check
+from .base import LogitPerturbation, check, check_not_negative
 
 
 class ClassRelativeDampening(LogitPerturbation):
@@ -30,7 +30,7 @@ class ClassRelativeDampening(LogitPerturbation):
             Share of a class that the model confidently contradicts: where the second gate starts to open, and is open.
 
     Raises:
-        ValueError: If `power` is negative or an interval is not increasing within [0, 1].
+        ValueError: If `power` is negative or infinite, or an interval is not increasing within [0, 1].
 
     Example:
 
@@ -51,7 +51,7 @@ class ClassRelativeDampening(LogitPerturbation):
         contradicted: tuple[float, float] = (0.02, 0.08),
     ):
         super().__init__()
-        check(power >= 0, "power", power, "at least 0")
+        check_not_negative("power", power)
         for argument, interval in (("learned", learned), ("contradicted", contradicted)):
             check(
                 len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,

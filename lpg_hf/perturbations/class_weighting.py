@@ -29,7 +29,7 @@ class ClassWeighting(LogitPerturbation):
         beta (`float`, *optional*, defaults to 0.999): For `"effective"`, in [0, 1).
 
     Raises:
-        ValueError: If a weight is negative, `beta` out of range, or names or length don't fit the classes.
+        ValueError: If a weight is negative or infinite, `beta` out of range, or names or length don't fit the classes.
 
     Example:
 
@@ -52,6 +52,7 @@ class ClassWeighting(LogitPerturbation):
         else:
             values = list(weights.values() if isinstance(weights, Mapping) else weights)
             check(all(value >= 0 for value in values), "weights", weights, "at least 0 for each class")
+            check(all(value < math.inf for value in values), "weights", weights, "finite for each class")
         check(0 <= beta < 1, "beta", beta, "in [0, 1)")
         self.weights = weights
         self.beta = beta

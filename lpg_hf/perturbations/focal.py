@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..functional import focal_delta
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check
+from .base import LogitPerturbation, check_not_negative
 
 
 class FocalLoss(LogitPerturbation):
@@ -23,7 +23,7 @@ class FocalLoss(LogitPerturbation):
         gamma (`float`, *optional*, defaults to 2.0): How fast samples fade, at least 0; 0 switches the method off.
 
     Raises:
-        ValueError: If `gamma` is negative.
+        ValueError: If `gamma` is negative or infinite.
 
     Example:
 
@@ -39,8 +39,9 @@ class FocalLoss(LogitPerturbation):
 
     def __init__(self, gamma: float = 2.0):
         super().__init__()
-        check(gamma >= 0, "gamma", gamma, "at least 0")
+        check_not_negative("gamma", gamma)
         self.gamma = gamma
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return focal_delta(gradient, logits, labels, self.gamma)
+        log_p = statistics.batch(logits, labels).own_log_probability
+        return focal_delta(gradient, logits, labels, self.gamma, log_p)

@@ -42,4 +42,5 @@ class GeneralizedCrossEntropy(LogitPerturbation):
         self.q = q
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return gce_delta(gradient, logits, labels, self.q)
+        log_p = statistics.batch(logits, labels).own_log_probability
+        return gce_delta(gradient, logits, labels, self.q, log_p)

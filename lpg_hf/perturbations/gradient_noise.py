@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
-from .base import GradientPerturbation, check, draw_seed
+from .base import GradientPerturbation, check_not_negative, draw_seed
 
 
 class GradientNoise(GradientPerturbation):
@@ -25,7 +25,7 @@ class GradientNoise(GradientPerturbation):
         seed (`int`, *optional*, defaults to 0): The noise of a step depends on the seed and the step alone.
 
     Raises:
-        ValueError: If `eta` or `gamma` is negative.
+        ValueError: If `eta` or `gamma` is negative or infinite.
 
     Example:
 
@@ -40,8 +40,8 @@ class GradientNoise(GradientPerturbation):
 
     def __init__(self, eta: float = 0.01, gamma: float = 0.55, seed: int = 0):
         super().__init__()
-        check(eta >= 0, "eta", eta, "at least 0")
-        check(gamma >= 0, "gamma", gamma, "at least 0")
+        check_not_negative("eta", eta)
+        check_not_negative("gamma", gamma)
         self.eta = eta
         self.gamma = gamma
         self.seed = seed

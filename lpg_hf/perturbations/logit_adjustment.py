@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..functional import logit_adjustment_delta
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check
+from .base import LogitPerturbation, check, check_not_negative
 
 
 class LogitAdjustment(LogitPerturbation):
@@ -25,7 +25,7 @@ class LogitAdjustment(LogitPerturbation):
             Acts only where the largest class is more than this many times as large as the smallest one present.
 
     Raises:
-        ValueError: If `tau` is negative or `min_imbalance` below 1.
+        ValueError: If `tau` is negative or infinite, or `min_imbalance` below 1.
 
     Example:
 
@@ -40,7 +40,7 @@ class LogitAdjustment(LogitPerturbation):
 
     def __init__(self, tau: float = 1.0, min_imbalance: float = 1.0):
         super().__init__()
-        check(tau >= 0, "tau", tau, "at least 0")
+        check_not_negative("tau", tau)
         check(min_imbalance >= 1, "min_imbalance", min_imbalance, "at least 1")
         self.tau = tau
         self.min_imbalance = min_imbalance
@@ -49,4 +49,4 @@ class LogitAdjustment(LogitPerturbation):
         prior = statistics.prior
         smallest = torch.where(prior > 0, prior, torch.inf).min()
         tau = self.tau * (prior.max() > self.min_imbalance * smallest)
-        return logit_adjustment_delta(logits, labels, prior, tau)
+        return logit_adjustment_delta(logits, labels, prior, tau, statistics.batch(logits, labels).gradient)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..functional import lpl_delta
 from ..statistics import ClassStatistics
-from .base import check
+from .base import check_count
 from .strategy import ClassLevelPerturbation
 
 
@@ -56,8 +56,10 @@ class LPL(ClassLevelPerturbation):
         bounds: Sequence[float] | None = None,
     ):
         super().__init__(strategy, epsilon, warmup_steps, signs, bounds)
-        check(steps >= 1, "steps", steps, "at least 1")
+        check_count("steps", steps)
         self.steps = steps
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return lpl_delta(logits, labels, *self.signs_and_bounds(statistics), self.steps)
+        signs, bounds = self.signs_and_bounds(statistics)
+        gradient = statistics.batch(logits, labels).gradient
+        return lpl_delta(logits, labels, signs, bounds, self.steps, base_gradient=gradient)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..functional import noise_delta
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check, draw_seed
+from .base import LogitPerturbation, check_not_negative, draw_seed
 from .processes import process_index
 
 
@@ -26,7 +26,7 @@ class LogitNoise(LogitPerturbation):
             The noise of a micro-batch depends on the seed, its number in the training, and the process.
 
     Raises:
-        ValueError: If `sigma` is negative.
+        ValueError: If `sigma` is negative or infinite.
 
     Example:
 
@@ -42,7 +42,7 @@ class LogitNoise(LogitPerturbation):
 
     def __init__(self, sigma: float = 0.1, seed: int = 0):
         super().__init__()
-        check(sigma >= 0, "sigma", sigma, "at least 0")
+        check_not_negative("sigma", sigma)
         self.sigma = sigma
         self.seed = seed
         # On the host, and a tensor, which `torch.compile` needs to see the counter go up.

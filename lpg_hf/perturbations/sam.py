@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
-from .base import ParameterPerturbation, check
+from .base import ParameterPerturbation, check_count, check_not_negative
 
 
 class SAM(ParameterPerturbation):
@@ -32,7 +32,7 @@ class SAM(ParameterPerturbation):
         interval (`int`, *optional*, defaults to 1): Only every `interval`-th optimizer step takes the second pass.
 
     Raises:
-        ValueError: If `rho` is negative or `interval` below 1.
+        ValueError: If `rho` is negative or infinite, or `interval` no whole number or below 1.
 
     Example:
 
@@ -48,8 +48,8 @@ class SAM(ParameterPerturbation):
 
     def __init__(self, rho: float = 0.05, adaptive: bool = False, interval: int = 1):
         super().__init__()
-        check(rho >= 0, "rho", rho, "at least 0")
-        check(interval >= 1, "interval", interval, "at least 1")
+        check_not_negative("rho", rho)
+        check_count("interval", interval)
         self.rho = rho
         self.adaptive = adaptive
         self.interval = interval

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check, check_choice
+from .base import LogitPerturbation, check, check_choice, check_not_negative
 
 
 class ClassLevelPerturbation(LogitPerturbation):
@@ -33,7 +33,7 @@ class ClassLevelPerturbation(LogitPerturbation):
     ):
         super().__init__()
         check_choice("strategy", strategy, ("frequency", "accuracy", "fixed"))
-        check(0 <= epsilon < math.inf, "epsilon", epsilon, "at least 0")
+        check_not_negative("epsilon", epsilon)
         check(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0")
         if strategy == "fixed":
             check(signs is not None, "signs", signs, "given, one per class, with strategy='fixed'")

@@ -1,0 +1,242 @@
+"""What a step costs, without a clock: nothing waits for the device, and matrices and operations are counted."""
+
+import operator
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lpg_hf import LPGLoss
+from lpg_hf.perturbations import METHODS, GradientClipping, LogitPerturbation
+
+
+N, C = 6, 40
+COUNTS = list(range(1, C + 1))
+SIGNS = [1, -1] * (C // 2)
+CHAINS = [
+    "auto",
+    *(f"lpg('{strategy}')" for strategy in ("frequency", "accuracy")),
+    f"lpg('fixed', signs={SIGNS})",
+    *(f"lpg(direction={d!r}, norm={n!r})" for d in ("class", "sample") for n in ("l2", "linf")),
+    "lpg(solver='pgd', warmup_steps=1)",
+    "lpl",
+    "class_relative_dampening",
+    "logit_clipping",
+    "logit_clipping(quantile=0.9)",
+    "logit_noise",
+    "label_smoothing",
+    "class_weighting('balanced')",
+    "class_weighting('effective')",
+    f"class_weighting({[2.0] * C})",
+    "logit_adjustment",
+    "focal_loss",
+    "generalized_cross_entropy",
+]
+
+
+def test_every_method_at_the_logits_is_looked_at():
+    names = {chain.partition("(")[0] for chain in CHAINS}
+    assert names >= {name for name, method in METHODS.items() if issubclass(method, LogitPerturbation)}
+
+
+# Nothing waits for the device.
+
+
+class HostDeviceTrafficError(AssertionError):
+    pass
+
+
+class NoCopies(TorchFunctionMode):
+    """Refuses tensors that are made on the device from values of the host, which dispatch modes do not see."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        makes_tensor = function in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+        if makes_tensor and result.device.type == "meta" and result is not args[0]:
+            raise HostDeviceTrafficError(f"{function.__name__} copies {args[-1]!r} to the device")
+        return result
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """
+    Refuses operations that make the host wait for the device, for which the device "meta" stands: its tensors have no
+    values, so that torch itself refuses `item`, `bool`, `nonzero`, `unique` and the like.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        # A scalar of the host is an argument of the kernel.
+        devices = {tensor.device.type for tensor in tensors if tensor.device.type == "meta" or tensor.ndim > 0}
+        aten = torch.ops.aten
+        is_index = function.overloadpacket in (
+            torch.ops.aten.index,
+            torch.ops.aten.index_put,
+            torch.ops.aten.index_put_,
+        )
+        if is_index and any(tensor.dtype == torch.bool for tensor in tree_leaves(args[1]) if tensor is not None):
+            raise HostDeviceTrafficError(f"{function} with a mask looks for its entries")
+        result = function(*args, **kwargs)
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if tensors and len(devices | {tensor.device.type for tensor in results}) > 1:
+            raise HostDeviceTrafficError(f"{function} copies between host and device")
+        return result
+
+
+def steps_without_synchronisation(loss_fn, dtype=torch.float32):
+    """Micro-batches, a second look as in SAM, and the end of the optimizer step, on a device without values."""
+    logits = torch.empty(N, C, dtype=dtype, device="meta", requires_grad=True)
+    labels = torch.empty(N, dtype=torch.int64, device="meta")
+    loss_fn.fold_every_call = False
+    loss_fn(logits, labels).backward()  # moves the state to the device, once
+    with NoCopies(), NoSynchronisation():
+        loss_fn(logits, labels).backward()
+        loss_fn(logits, labels, num_items_in_batch=2 * N).backward()
+        with loss_fn.frozen():
+            loss_fn(logits, labels, num_items_in_batch=torch.empty((), dtype=torch.int64, device="meta")).backward()
+        loss_fn.fold()
+        loss_fn.fold(reduce=lambda tensor: tensor + tensor)
+    return logits
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS], ids=["counting", "counts"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_step_never_waits_for_the_device(chain, counts):
+    logits = steps_without_synchronisation(LPGLoss(C, [chain, "label_smoothing"], counts))
+    assert logits.grad.shape == (N, C)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_step_in_other_dtypes_never_waits_for_the_device(dtype):
+    assert steps_without_synchronisation(LPGLoss(C, "auto", COUNTS), dtype).grad.dtype == dtype
+
+
+def test_a_step_with_a_users_loss_never_waits_for_the_device():
+    def squared_error(logits, labels):
+        return (logits.softmax(-1) - F.one_hot(labels, C)).square().sum(-1)
+
+    steps_without_synchronisation(LPGLoss(C, "auto", COUNTS, base_loss=squared_error))
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"max_value": 1.0}])
+def test_gradient_clipping_never_waits_for_the_device(options):
+    parameter = torch.nn.Parameter(torch.empty(3, 2, device="meta"))
+    parameter.grad = torch.empty_like(parameter)
+    method = GradientClipping(**options)
+    method.perturb_([parameter])
+    with NoCopies(), NoSynchronisation():
+        method.perturb_([parameter])
+
+
+SYNCHRONISING = {
+    "item": lambda gradient, labels: gradient * gradient.sum().item(),
+    "tolist": lambda gradient, labels: gradient * sum(labels.tolist()),
+    "bool": lambda gradient, labels: gradient if gradient.sum() > 0 else -gradient,
+    "cpu": lambda gradient, labels: gradient * gradient.sum().cpu(),
+    "to the device": lambda gradient, labels: gradient * torch.ones(C).to(gradient),
+    "new tensor": lambda gradient, labels: gradient * torch.tensor([2.0], device=gradient.device),
+    "as tensor": lambda gradient, labels: gradient * torch.as_tensor([2.0] * C, device=gradient.device),
+    "nonzero": lambda gradient, labels: gradient * len(labels.nonzero()),
+    "mask": lambda gradient, labels: gradient * gradient[labels > 0].sum(),
+    "assignment by mask": lambda gradient, labels: gradient.index_put((labels > 0,), gradient.sum()),
+    "unique": lambda gradient, labels: gradient * len(labels.unique()),
+    "index on the host": lambda gradient, labels: gradient[torch.arange(N)],
+    "repeat": lambda gradient, labels: gradient.repeat_interleave(labels, dim=0),
+}
+
+
+@pytest.mark.parametrize("delta", SYNCHRONISING.values(), ids=SYNCHRONISING)
+def test_the_test_sees_a_method_that_waits_for_the_device(delta):
+    class Waiting(LogitPerturbation):
+        name = "waiting"
+
+        def delta(self, gradient, logits, labels, statistics):
+            # Not in the first call, whose step is not looked at.
+            self.calls = getattr(self, "calls", 0) + 1
+            return delta(gradient, labels) if self.calls > 1 else gradient
+
+    with pytest.raises((HostDeviceTrafficError, RuntimeError, NotImplementedError, TypeError)):
+        steps_without_synchronisation(LPGLoss(C, Waiting()))
+
+
+# Matrices and operations.
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations, those of them that read or write a whole matrix `[N, C]`, and the matrices they make."""
+
+    operations = passes = matrices = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view or function.overloadpacket == torch.ops.aten.detach:
+            return result
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        self.operations += 1
+        self.passes += any(tensor.numel() == N * C for tensor in inputs + outputs)
+        self.matrices += sum(t.numel() == N * C and t.untyped_storage()._cdata not in known for t in outputs)
+        return result
+
+
+def count(function):
+    function()  # whatever is done once
+    with Counter() as counter:
+        function()
+    return counter.operations, counter.passes, counter.matrices
+
+
+def a_batch(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(N, C, generator=generator).to(dtype).requires_grad_()
+    return logits, torch.randint(C, (N,), generator=generator)
+
+
+BALANCED = [5] * C
+
+
+@pytest.mark.parametrize(
+    ("chain", "counts", "operations", "passes", "matrices"),
+    [
+        ("auto", BALANCED, 103, 17, 4),
+        ("auto", COUNTS, 141, 28, 7),
+        ("lpg", COUNTS, 140, 20, 6),
+        ("logit_clipping", COUNTS, 85, 16, 4),
+        ("focal_loss", COUNTS, 99, 15, 4),
+        ("label_smoothing", COUNTS, 86, 19, 4),
+        ("lpl", COUNTS, 307, 95, 25),
+    ],
+)
+def test_a_step_takes_no_more_operations_and_matrices_than_it_did(chain, counts, operations, passes, matrices):
+    loss_fn = LPGLoss(C, chain, counts)
+    logits, labels = a_batch()
+
+    def step():
+        logits.grad = None
+        loss_fn(logits, labels).backward()
+
+    found = count(step)
+    assert all(map(operator.le, found, (operations, passes, matrices))), found
+
+
+@pytest.mark.parametrize(("chain", "matrices"), [("auto", 4.1), ("lpg", 4.1), ("lpl", 6.1), ("logit_clipping", 4.1)])
+def test_a_step_holds_few_matrices_at_once(chain, matrices):
+    """The one that is the logits' gradient included."""
+    num_samples, num_classes = 64, 2000
+    logits = torch.randn(num_samples, num_classes, requires_grad=True)
+    labels = torch.randint(num_classes, (num_samples,), generator=torch.Generator().manual_seed(0))
+    loss_fn = LPGLoss(num_classes, chain, list(range(1, num_classes + 1)))
+    loss_fn(logits, labels).backward()
+    logits.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as measured:
+        loss_fn(logits, labels).backward()
+    events = sorted(measured.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"])
+    assert held[-1] >= logits.nbytes  # the gradient is seen
+    assert held.max() <= matrices * logits.nbytes
