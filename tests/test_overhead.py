@@ -74,11 +74,7 @@ class NoSynchronisation(TorchDispatchMode):
         # A scalar of the host is an argument of the kernel.
         devices = {tensor.device.type for tensor in tensors if tensor.device.type == "meta" or tensor.ndim > 0}
         aten = torch.ops.aten
-        is_index = function.overloadpacket in (
-            torch.ops.aten.index,
-            torch.ops.aten.index_put,
-            torch.ops.aten.index_put_,
-        )
+        is_index = function.overloadpacket in (aten.index, aten.index_put, aten.index_put_)
         if is_index and any(tensor.dtype == torch.bool for tensor in tree_leaves(args[1]) if tensor is not None):
             raise HostDeviceTrafficError(f"{function} with a mask looks for its entries")
         result = function(*args, **kwargs)
