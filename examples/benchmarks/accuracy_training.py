@@ -1,0 +1,240 @@
+"""One run of the benchmark: a method on a cell with a seed, trained by LPGTrainer (or Trainer itself)."""
+
+import gc
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from accuracy_data import DataSpec, Source, Split, load_source, make_split, parse_regime, trim
+from accuracy_methods import METHODS, REFERENCE
+from accuracy_models import OPTIMIZERS, Recipe, build_model
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+import lpg_hf
+from lpg_hf import LPGTrainer, statistics
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods of a cell share beside the regime: data, model and the way it is trained."""
+
+    data: str
+    model: str
+    optimizer: str
+    pace: str
+    spec: DataSpec
+    model_name: str
+    recipe: Recipe
+    validation_share: float = 0.2
+    augment: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the results."""
+
+    setting: Setting
+    regime: str
+    method: str
+    value: str
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        setting = self.setting
+        names = (setting.data, setting.model, setting.optimizer, setting.pace, self.regime, self.method, self.value)
+        return (*names, str(self.seed))
+
+
+class InMemoryDataset(torch.utils.data.Dataset):
+    """Rows of tensors; hands out a whole batch at a time, which saves most of a data loader's cost."""
+
+    def __init__(self, inputs: dict[str, Tensor], rows: np.ndarray, labels: np.ndarray):
+        rows = torch.from_numpy(rows)
+        self.columns = {name: value[rows] for name, value in inputs.items()}
+        self.columns["labels"] = torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {name: value[rows] for name, value in self.columns.items()}
+
+
+class CropAndFlip:
+    """The usual augmentation of small images: a crop after padding by an eighth, half of the time a mirror image."""
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images = batch["pixel_values"]
+        count, _, height, width = images.shape
+        padding = height // 8
+        padded = nn.functional.pad(images, (padding,) * 4)
+        top, left = torch.randint(0, 2 * padding + 1, (2, count, 1, 1))
+        flip = torch.rand(count, 1, 1) < 0.5
+        columns = torch.arange(width).expand(count, 1, width)
+        columns = torch.where(flip, width - 1 - columns, columns) + left
+        rows = torch.arange(height)[:, None] + top
+        cropped = padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+        return batch | {"pixel_values": cropped}
+
+
+class ValidationCallback(TrainerCallback):
+    """Scores the (noisy) validation rows after each epoch, and keeps the weights of the best one."""
+
+    def __init__(self, source: Source, split: Split, device: torch.device):
+        self.inputs = {name: value[torch.from_numpy(split.validation)] for name, value in source.inputs.items()}
+        self.labels = split.noisy[split.validation]
+        self.device = device
+        self.scores: list[float] = []
+        self.best_weights: dict[str, Tensor] = {}
+
+    def on_epoch_end(self, args, state, control, model, **kwargs):
+        score = balanced_accuracy(predict(model, self.inputs, self.device), self.labels)
+        if not self.scores or score > max(self.scores):
+            self.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.scores.append(score)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> np.ndarray:
+    """Predicted classes; the model is left in training mode."""
+    model.eval()
+    # Vectors in one batch; what has a length or a size costs memory.
+    batch_size = 4096 if "features" in inputs else 256
+    count = len(next(iter(inputs.values())))
+    predictions = []
+    for start in range(0, count, batch_size):
+        batch = trim({name: value[start : start + batch_size] for name, value in inputs.items()})
+        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        predictions.append(logits.argmax(-1).cpu())
+    model.train()
+    return torch.cat(predictions).numpy()
+
+
+def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Mean recall over the classes that occur in `labels`."""
+    sizes = np.bincount(labels)
+    hits = np.bincount(labels[predictions == labels], minlength=len(sizes))
+    return float(np.mean(hits[sizes > 0] / sizes[sizes > 0]))
+
+
+@lru_cache(maxsize=8)
+def cached_split(spec: DataSpec, regime: str, seed: int, validation_share: float) -> Split:
+    return make_split(load_source(spec), parse_regime(regime), seed, validation_share)
+
+
+def prepare_process() -> None:
+    """Once per process: one thread, since models are small, and nothing old for the garbage collector to look at."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+def make_trainer(run: Run, source: Source, split: Split, output_dir: str, **kwargs) -> Trainer:
+    """The trainer of a run. What depends on the method is the chain alone (and, for the reference, the labels)."""
+    setting, method = run.setting, METHODS[run.method]
+    labels = split.clean if method.role == REFERENCE else split.noisy
+    train = InMemoryDataset(source.inputs, split.train, labels[split.train])
+    arguments = {
+        "learning_rate": setting.recipe.learning_rate,
+        "num_train_epochs": setting.recipe.epochs,
+        "per_device_train_batch_size": setting.recipe.batch_size,
+        "optim": OPTIMIZERS[setting.optimizer],
+        "optim_args": "momentum=0.9" if setting.optimizer == "sgd" else None,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    collator = CropAndFlip() if setting.augment else trim
+    common = {
+        "model": build_model(setting.model_name, source, setting.recipe.hidden_size, run.seed),
+        "args": TrainingArguments(output_dir, **(arguments | kwargs)),
+        "train_dataset": train,
+        "data_collator": collator,
+    }
+    if method.is_plain:
+        trainer = Trainer(**common)
+    else:
+        counts = split.class_counts(source.num_labels)
+        chain = method.perturbations(run.value, counts)
+        trainer = LPGTrainer(**common, perturbations=chain, class_counts=counts)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train_run(run: Run) -> dict[str, str]:
+    """
+    Trains, and scores the last epoch and the one that the validation rows picked on the test rows.
+
+    Returns:
+        `dict[str, str]`: The columns of the results beside the key.
+    """
+    start = time.process_time()
+    setting, method = run.setting, METHODS[run.method]
+    source = load_source(setting.spec)
+    split = cached_split(setting.spec, run.regime, run.seed, setting.validation_share)
+    diverged = False
+    with tempfile.TemporaryDirectory() as output_dir, ExitStack() as stack:
+        for name, constant in method.constants.items():
+            stack.enter_context(patch.object(statistics, name, constant))
+        trainer = make_trainer(run, source, split, output_dir)
+        validation = ValidationCallback(source, split, trainer.args.device)
+        trainer.add_callback(validation)
+        try:
+            trainer.train()
+        except FloatingPointError:
+            # A result, too: predictions from logits that are not finite.
+            diverged = True
+
+    model, device = trainer.model, trainer.args.device
+    test = {name: value[torch.from_numpy(split.test)] for name, value in source.inputs.items()}
+    test_labels = split.clean[split.test]
+    last = balanced_accuracy(predict(model, test, device), test_labels)
+    picked_epoch = int(np.argmax(validation.scores))
+    model.load_state_dict(validation.best_weights)
+    picked = balanced_accuracy(predict(model, test, device), test_labels)
+    chain = [] if method.is_plain else method.perturbations(run.value, split.class_counts(source.num_labels))
+    columns = {
+        "test_last": f"{last:.6f}",
+        "test_picked": f"{picked:.6f}",
+        "validation_last": f"{validation.scores[-1]:.6f}",
+        "validation_picked": f"{validation.scores[picked_epoch]:.6f}",
+        "picked_epoch": picked_epoch + 1,
+        "validation_by_epoch": " ".join(f"{score:.4f}" for score in validation.scores),
+        "epochs": len(validation.scores),
+        "steps": trainer.state.global_step,
+        "train_rows": len(split.train),
+        "noise_rate": f"{split.noise_rate:.4f}",
+        "diverged": diverged,
+        "chain": " + ".join(map(repr, chain)),
+        "version": lpg_hf.__version__,
+        "seconds": f"{time.process_time() - start:.2f}",
+    }
+    return {name: str(value) for name, value in columns.items()}
+
+
+def describe(setting: Setting) -> dict[str, object]:
+    """What must be the same for two runs to be compared, paths aside; written beside the results."""
+    source = load_source(setting.spec)
+    return {
+        "recipe": asdict(setting.recipe),
+        "validation_share": setting.validation_share,
+        "augment": setting.augment,
+        "rows": len(source.labels),
+        "classes": source.num_labels,
+        "fingerprint": source.fingerprint(),
+    }
