@@ -21,11 +21,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import torch
 from accuracy_data import REGIMES, DataSpec, load_source, make_split, parse_regime
 from accuracy_methods import ABLATIONS, BENCHMARK, METHODS, REFERENCE, check_methods
 from accuracy_models import MLP, OPTIMIZERS, PACES, feed_of, recipe
 from accuracy_results import Results
+from accuracy_statistics import CELL, tuned_value
 from accuracy_summary import summarize
 from accuracy_timing import measure_step_times
 from accuracy_training import Run, Setting, describe, prepare_process, train_run
@@ -75,6 +77,10 @@ class BenchmarkArguments:
     )
     ablation: bool = field(default=False, metadata={"help": "Compare `auto` with variants of itself instead."})
     tune: bool = field(default=True, metadata={"help": "Run the whole grid of each method, not only its usual value."})
+    tuning_seeds: int = field(
+        default=3,
+        metadata={"help": "Seeds that choose the value of a grid in each cell; the other seeds run the chosen one."},
+    )
     seeds: int = field(default=10, metadata={"help": "Repetitions, each with its own split, noise, weights, order."})
     first_seed: int = field(default=0, metadata={"help": "The number of the first seed."})
     workers: int | None = field(
@@ -150,14 +156,27 @@ def short_name(path: str) -> str:
 def make_runs(arguments: BenchmarkArguments, settings: list[Setting]) -> list[Run]:
     """The grid. Whole seeds first, so that what an interrupted benchmark leaves can be compared."""
     return [
-        Run(setting, regime, name, value, seed)
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+        Run(setting, regime, name, value, arguments.first_seed + number)
+        for number in range(arguments.seeds)
         for setting in settings
         for regime in arguments.regimes
         for name in arguments.methods
         if METHODS[name].role != REFERENCE or parse_regime(regime).is_noisy
-        for value in METHODS[name].values(arguments.tune)
+        for value in METHODS[name].values(arguments.tune and number < arguments.tuning_seeds)
     ]
+
+
+def with_chosen_values(runs: list[Run], frame: pd.DataFrame) -> list[Run]:
+    """The runs of the grid that `frame` has no chosen value for yet: each cell's best value, on the seeds left."""
+    chosen = {key: tuned_value(group) for key, group in frame.groupby([*CELL, "method"])}
+    usual = [run for run in runs if run.value == METHODS[run.method].usual_value]
+    return [replace(run, value=chosen[key]) for run in usual if (key := run.key[:6]) in chosen]
+
+
+def share_of(runs: list[Run], rank: int, num_processes: int) -> list[Run]:
+    """The runs of one of several processes. All runs of a method in a cell stay together, for the tuning."""
+    groups: dict[tuple[str, ...], int] = {}
+    return [run for run in runs if groups.setdefault(run.key[:6], len(groups)) % num_processes == rank]
 
 
 def check_data(arguments: BenchmarkArguments, settings: list[Setting]) -> None:
@@ -199,6 +218,24 @@ def finished(runs: list[Run], workers: int) -> Iterator[tuple[Run, dict[str, str
                 yield future.result()
 
 
+def work(results: Results, runs: list[Run], workers: int, description: str) -> None:
+    """Trains what is not in the results yet; each run is on the disk before the next one counts as done."""
+    done = results.keys()
+    left = [run for run in runs if run.key not in done]
+    failures = 0
+    with tqdm(
+        total=len(runs), initial=len(runs) - len(left), unit="run", smoothing=0.01, desc=description
+    ) as progress:
+        for run, values, error in finished(left, workers):
+            if values is None:
+                failures += 1
+                results.append_failure(run.key, error)
+                progress.set_postfix(failed=failures)
+            else:
+                results.append(run.key, values)
+            progress.update()
+
+
 def take_share_of_launcher() -> tuple[int, int]:
     """
     Rank and number of the processes that a launcher started; (0, 1) without one.
@@ -235,20 +272,10 @@ def main() -> None:
         results.check_settings({"/".join([s.data, s.model, s.optimizer, s.pace]): describe(s) for s in settings})
         if arguments.redo and rank == 0:
             print(f"{results.set_aside(arguments.redo)} rows set aside.")
-        done = results.keys()
-        runs = make_runs(arguments, settings)[rank::num_processes]
-        left = [run for run in runs if run.key not in done]
+        runs = share_of(make_runs(arguments, settings), rank, num_processes)
         workers = arguments.workers or (1 if torch.cuda.is_available() or num_processes > 1 else os.cpu_count())
-        failures = 0
-        with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", smoothing=0.01) as progress:
-            for run, values, error in finished(left, workers):
-                if values is None:
-                    failures += 1
-                    results.append_failure(run.key, error)
-                    progress.set_postfix(failed=failures)
-                else:
-                    results.append(run.key, values)
-                progress.update()
+        work(results, runs, workers, "grid")
+        work(results, with_chosen_values(runs, results.frame()), workers, "chosen values")
         if arguments.timing_rounds and rank == 0:
             measure_step_times(settings[0], arguments.methods, arguments.timing_rounds, results.folder)
     print(summarize(results))

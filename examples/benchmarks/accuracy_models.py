@@ -40,10 +40,10 @@ class Recipe:
 # Found on training-side data of the digits and banking77 (README.md): `memorise` fits a good part of 40 % wrong
 # labels, `slow` hardly begins to.
 RECIPES = {
-    (MLP, "sgd", "memorise"): Recipe(0.3, 40, 64, 256),
-    (MLP, "sgd", "slow"): Recipe(0.03, 20, 64, 64),
-    (MLP, "adamw", "memorise"): Recipe(3e-3, 30, 64, 256),
-    (MLP, "adamw", "slow"): Recipe(5e-4, 20, 64, 64),
+    (MLP, "sgd", "memorise"): Recipe(0.3, 20, 128, 256),
+    (MLP, "sgd", "slow"): Recipe(0.1, 10, 128, 64),
+    (MLP, "adamw", "memorise"): Recipe(1e-2, 20, 128, 256),
+    (MLP, "adamw", "slow"): Recipe(3e-3, 10, 128, 64),
     (RESNET, "sgd", "memorise"): Recipe(0.1, 40, 64),
     (RESNET, "sgd", "slow"): Recipe(0.02, 10, 64),
     (RESNET, "adamw", "memorise"): Recipe(2e-3, 40, 64),

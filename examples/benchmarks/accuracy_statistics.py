@@ -14,9 +14,8 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
     """
     One score per cell, method, choice and seed, in points of balanced accuracy on the test rows.
 
-    `usual` takes the usual value and the last epoch. `tuned` takes, in each cell, the value of the grid whose
-    validation score (of the epoch that it picks) is best on average over the seeds, and of each run the epoch that the
-    validation rows picked. Only values that have all the seeds of the usual one take part.
+    `usual` takes the usual value and the last epoch. `tuned` takes the value that [`tuned_value`] finds for the cell,
+    and of each run the epoch that the validation rows picked.
 
     Args:
         runs (`pandas.DataFrame`): Rows of the results file.
@@ -30,13 +29,25 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
         if usual.empty:
             continue
         parts.append(usual.assign(choice=USUAL, score=100 * usual["test_last"]))
-        seeds = set(usual["seed"])
-        by_value = {value: rows for value, rows in group.groupby("value", sort=False) if set(rows["seed"]) >= seeds}
-        best = max(by_value, key=lambda value: by_value[value]["validation_picked"].mean())
-        tuned = by_value[best]
+        tuned = group[group["value"] == tuned_value(group)]
         parts.append(tuned.assign(choice=TUNED, score=100 * tuned["test_picked"]))
     frame = pd.concat(parts) if parts else runs.assign(choice="", score=0.0)
     return frame[[*CELL, "method", "choice", "value", "seed", "score"]].reset_index(drop=True)
+
+
+def tuned_value(runs: pd.DataFrame) -> str:
+    """
+    The value of a method's grid with the best validation score, that of the epoch it picks, on average over the seeds
+    that all values have.
+
+    Args:
+        runs (`pandas.DataFrame`): Rows of one method in one cell.
+    """
+    method = METHODS[runs["method"].iloc[0]]
+    table = runs.pivot(index="seed", columns="value", values="validation_picked").dropna()
+    # In the order of the table of methods, so that a tie does not depend on which run ended first.
+    values = [value for value in method.values(tune=True) if value in table.columns]
+    return max(values, key=lambda value: table[value].mean()) if values and len(table) else method.usual_value
 
 
 def paired(scored: pd.DataFrame, method: str, choice: str, other: str, other_choice: str) -> pd.DataFrame:
@@ -161,14 +172,14 @@ def won_back(scored: pd.DataFrame) -> pd.DataFrame:
         `lost` (what the noise took from Trainer, in points), `gain` and `share` (NaN where less than a point was
         lost).
     """
-    reference = scored[(scored["method"] == "clean_labels") & (scored["choice"] == USUAL)]
-    trainer = scored[(scored["method"] == "ce") & (scored["choice"] == USUAL)]
-    means = scored.groupby([*CELL, "method", "choice"], sort=False)["score"].mean().rename("score").reset_index()
+    usual = scored[scored["choice"] == USUAL]
+    means = scored.groupby([*CELL, "method", "choice"], sort=False, as_index=False)["score"].mean()
     clean, noisy = (
-        frame.groupby(CELL)["score"].mean().rename(name) for frame, name in ((reference, "clean"), (trainer, "noisy"))
+        usual[usual["method"] == name].groupby(CELL, as_index=False)["score"].mean().rename(columns={"score": column})
+        for name, column in (("clean_labels", "clean"), ("ce", "noisy"))
     )
     frame = means.merge(clean, on=CELL).merge(noisy, on=CELL)
-    frame = frame[[METHODS[name].role not in (BASELINE, REFERENCE) for name in frame["method"]]]
+    frame = frame[~frame["method"].isin(roles(scored, BASELINE, REFERENCE))]
     frame = frame.assign(lost=frame["clean"] - frame["noisy"], gain=frame["score"] - frame["noisy"])
     frame["share"] = (frame["gain"] / frame["lost"]).where(frame["lost"] >= 1)
     return frame[[*CELL, "method", "choice", "lost", "gain", "share"]].reset_index(drop=True)
