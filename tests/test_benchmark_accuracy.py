@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 import accuracy
 import accuracy_statistics as statistics
 import accuracy_training as training
+from accuracy_claims import check_claims
 from accuracy_data import DataSpec, Source, load_source, make_split, parse_regime
 from accuracy_methods import ABLATIONS, BENCHMARK, METHODS, check_methods
 from accuracy_models import Recipe
@@ -416,7 +417,7 @@ def test_every_role_reaches_the_summary(monkeypatch, tmp_path):
     )
     text = (tmp_path / "summary.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert len(headings) == 7
+    assert len(headings) == 8
     runs = Results(tmp_path).frame()
     assert tuple(runs.columns) == COLUMNS and len(runs) == 2 * (2 * 6 + 1)
     assert (runs[runs["method"] == "auto"]["chain"] == "class_relative_dampening()").all()
@@ -548,6 +549,40 @@ def test_share_won_back_and_plug_in_gain():
     assert (row["share"].isna().item()) if lost < 1 else row["share"].item() == pytest.approx(gain / lost)
     gains = statistics.plug_in_gains(scored).set_index("regime")
     assert gains.loc["symmetric_40", "mean"] == pytest.approx(mean["auto_on_focal_loss"] - mean["focal_loss"])
+
+
+def test_claims_are_held_against_the_worst_cell():
+    scores = random_scores(4)
+    tail = {("long_tail_50", *key[1:]): value for key, value in random_scores(5).items() if key[1] != "clean_labels"}
+    runs = make_runs(scores | {key: value for key, value in tail.items() if key[0] == "long_tail_50"})
+    claims = check_claims(statistics.scores(runs), runs).set_index("claim")
+
+    def difference(scores, regime, method, other):
+        return np.mean(
+            [
+                reference_score(scores, regime, method, seed) - reference_score(scores, regime, other, seed)
+                for seed in range(5)
+            ]
+        )
+
+    expected = {
+        "auto - Trainer, balanced": (difference(scores, "balanced", "auto", "ce"), -0.2),
+        "auto - Trainer, long tail 50": (difference(tail, "long_tail_50", "auto", "ce"), 3.0),
+        "auto on focal_loss - focal_loss, noisy or long-tailed": (
+            min(
+                difference(scores, "symmetric_40", "auto_on_focal_loss", "focal_loss"),
+                difference(tail, "long_tail_50", "auto_on_focal_loss", "focal_loss"),
+            ),
+            0.0,
+        ),
+    }
+    for claim, (found, bound) in expected.items():
+        row = claims.loc[claim]
+        assert row["found"] == pytest.approx(found) and row["met"] == (found >= bound)
+    assert claims.loc["auto on focal_loss - focal_loss, noisy or long-tailed", "cells"] == 2
+    # Without a cell there is no claim.
+    assert "auto - Trainer, long tail with noise" not in claims.index
+    assert "auto - logit adjustment, long tail 50" not in claims.index
 
 
 def test_a_value_is_chosen_on_the_seeds_that_all_values_have():

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from accuracy_claims import check_claims
 from accuracy_data import parse_regime
 from accuracy_methods import ABLATION, AUTO, BASELINE, METHODS, OURS, PLUG_IN, RIVAL
 from accuracy_results import Results
@@ -52,6 +53,8 @@ def summarize(results: Results) -> str:
     folder = results.folder
     differences.to_csv(folder / "differences.csv", index=False, float_format="%.4f")
     rivals.to_csv(folder / "best_rival.csv", index=False, float_format="%.4f")
+    claims = check_claims(scored, runs)
+    claims.to_csv(folder / "claims.csv", index=False, float_format="%.4f")
     back.to_csv(folder / "won_back.csv", index=False, float_format="%.4f")
     with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         if not rivals.empty:
@@ -63,6 +66,7 @@ def summarize(results: Results) -> str:
         part
         for part in (
             _heading(results, runs),
+            claims_table(claims),
             main_table(scored, times),
             *(setting_table(differences, setting) for setting in _settings(runs)),
             rival_table(rivals),
@@ -131,6 +135,30 @@ def _label(name: str, choice: str) -> str:
     if choice == TUNED:
         return f"{method.label}, tuned"
     return method.label
+
+
+def claims_table(claims: pd.DataFrame) -> str:
+    """What is claimed of `auto`, and the worst cell of each claim."""
+    if claims.empty:
+        return ""
+    rows = [
+        [
+            row["claim"],
+            f"{row['bound']:g}",
+            f"{row['found']:.2f}",
+            row["where"],
+            str(row["cells"]),
+            _verdict(row["met"]),
+        ]
+        for _, row in claims.iterrows()
+    ]
+    header = ["claim", "at least", "worst", "where", "cells", ""]
+    note = "Differences in points of balanced accuracy, `auto` untuned and at its last epoch."
+    return f"## Claims\n\n{note}\n\n{_markdown(header, rows)}"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**not met**"
 
 
 def main_table(scored: pd.DataFrame, times: dict[str, float]) -> str:
