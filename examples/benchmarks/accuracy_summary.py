@@ -142,23 +142,12 @@ def claims_table(claims: pd.DataFrame) -> str:
     if claims.empty:
         return ""
     rows = [
-        [
-            row["claim"],
-            f"{row['bound']:g}",
-            f"{row['found']:.2f}",
-            row["where"],
-            str(row["cells"]),
-            _verdict(row["met"]),
-        ]
-        for _, row in claims.iterrows()
+        [claim, f"{bound:g}", f"{found:.2f}", where, str(cells), "met" if met else "**not met**"]
+        for claim, bound, found, where, cells, met in claims.itertuples(index=False)
     ]
     header = ["claim", "at least", "worst", "where", "cells", ""]
     note = "Differences in points of balanced accuracy, `auto` untuned and at its last epoch."
     return f"## Claims\n\n{note}\n\n{_markdown(header, rows)}"
-
-
-def _verdict(met: bool) -> str:
-    return "met" if met else "**not met**"
 
 
 def main_table(scored: pd.DataFrame, times: dict[str, float]) -> str:
