@@ -276,11 +276,11 @@ def test_balanced_accuracy(pairs):
 
 def test_crops_and_mirror_images():
     images = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
-    torch.manual_seed(0)
-    crop = training.CropAndFlip()({"pixel_values": images, "labels": torch.tensor([0, 1])})
-    torch.manual_seed(0)
-    top, left = torch.randint(0, 3, (2, 2, 1, 1)).flatten(2).squeeze(-1)
-    flip = torch.rand(2, 1, 1).flatten() < 0.5
+    crop = training.CropAndFlip(seed=1)({"pixel_values": images, "labels": torch.tensor([0, 1])})
+    generator = torch.Generator().manual_seed(1)
+    top, left = torch.randint(0, 3, (2, 2), generator=generator)
+    flip = torch.rand(2, generator=generator) < 0.5
+    assert flip.tolist() != [flip[0].item()] * 2  # both cases
     for number in range(2):
         padded = torch.nn.functional.pad(images[number], (1, 1, 1, 1))
         expected = padded[:, top[number] : top[number] + 8, left[number] : left[number] + 8]

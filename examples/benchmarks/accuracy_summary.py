@@ -311,27 +311,38 @@ def ablation_table(scored: pd.DataFrame, times: dict[str, float]) -> str:
 
 
 def plot_regimes(differences: pd.DataFrame, path: Path) -> None:
-    """A row of dots per method and a panel per regime: its mean difference to Trainer in each setting."""
-    part = differences[(differences["choice"] == USUAL)]
-    names = roles(part, RIVAL, OURS, AUTO)
+    """A panel per regime, a row per method: its mean difference to Trainer in each setting, and their mean."""
+    part = differences[differences["choice"] == USUAL]
+    names = roles(part, RIVAL, OURS, AUTO)[::-1]
     regimes = list(part["regime"].unique())
     figure, panels = plt.subplots(
-        1, len(regimes), figsize=(2 + 1.7 * len(regimes), 1.2 + 0.28 * len(names)), sharey=True, layout="constrained"
+        1,
+        len(regimes),
+        figsize=(2 + 1.7 * len(regimes), 1.2 + 0.28 * len(names)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axes, regime in zip(np.atleast_1d(panels), regimes, strict=True):
-        for height, name in enumerate(reversed(names)):
-            means = part[(part["method"] == name) & (part["regime"] == regime)]["mean"]
+    # A method that breaks down must not flatten the others.
+    low, high = max(part["mean"].min(), -12), min(part["mean"].max(), 40)
+    for axes, regime in zip(panels[0], regimes, strict=True):
+        for height, name in enumerate(names):
+            means = part[(part["method"] == name) & (part["regime"] == regime)]["mean"].to_numpy()
             color = {AUTO: "tab:blue", OURS: "tab:cyan"}.get(METHODS[name].role, "tab:gray")
-            axes.scatter(means, np.full(len(means), height), s=10, color=color, alpha=0.5, linewidths=0)
-            axes.plot(means.mean(), height, marker="|", markersize=11, markeredgewidth=2, color=color)
+            inside = means[means >= low]
+            axes.scatter(inside, np.full(len(inside), height), s=12, color=color, alpha=0.5, linewidths=0)
+            if len(inside) < len(means):
+                axes.plot(low, height, marker="<", markersize=5, color=color, clip_on=False)
+            if len(means) and means.mean() >= low:
+                axes.plot(means.mean(), height, marker="|", markersize=11, markeredgewidth=2, color=color)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_title(_regime_label(regime), fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
-        # A method that breaks down must not flatten the others.
-        axes.set_xlim(-12, None if part["mean"].max() < 30 else 30)
-    first = np.atleast_1d(panels)[0]
-    first.set_yticks(range(len(names)), [METHODS[name].label for name in reversed(names)], fontsize=8)
-    figure.supxlabel("points of balanced accuracy above Trainer; a dot per setting, | their mean", fontsize=9)
+        axes.set_xlim(low - 1, high + 1)
+    panels[0, 0].set_yticks(range(len(names)), [METHODS[name].label for name in names], fontsize=8)
+    explanation = "a dot per setting, | their mean, < settings further left"
+    figure.supxlabel(f"points of balanced accuracy above Trainer; {explanation}", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -71,13 +71,17 @@ class InMemoryDataset(torch.utils.data.Dataset):
 class CropAndFlip:
     """The usual augmentation of small images: a crop after padding by an eighth, half of the time a mirror image."""
 
+    def __init__(self, seed: int):
+        # Its own, since dropout may draw more often for one method than for another.
+        self.generator = torch.Generator().manual_seed(seed)
+
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images = batch["pixel_values"]
         count, _, height, width = images.shape
         padding = height // 8
         padded = nn.functional.pad(images, (padding,) * 4)
-        top, left = torch.randint(0, 2 * padding + 1, (2, count, 1, 1))
-        flip = torch.rand(count, 1, 1) < 0.5
+        top, left = torch.randint(0, 2 * padding + 1, (2, count, 1, 1), generator=self.generator)
+        flip = torch.rand(count, 1, 1, generator=self.generator) < 0.5
         columns = torch.arange(width).expand(count, 1, width)
         columns = torch.where(flip, width - 1 - columns, columns) + left
         rows = torch.arange(height)[:, None] + top
@@ -162,7 +166,7 @@ def make_trainer(run: Run, source: Source, split: Split, output_dir: str, **kwar
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
-    collator = CropAndFlip() if setting.augment else trim
+    collator = CropAndFlip(run.seed) if setting.augment else trim
     common = {
         "model": build_model(setting.model_name, source, setting.recipe.hidden_size, run.seed),
         "args": TrainingArguments(output_dir, **(arguments | kwargs)),
