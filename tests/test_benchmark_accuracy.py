@@ -401,6 +401,15 @@ def test_bad_input_fails_before_any_training(monkeypatch, tmp_path, options, mes
         main(monkeypatch, tmp_path, *options)
 
 
+def test_two_data_sets_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.csv").touch()
+    arguments = accuracy.BenchmarkArguments(data=[str(tmp_path / folder / "rows.csv") for folder in ("a", "b")])
+    with pytest.raises(ValueError, match=r"go by the name 'rows/mlp/sgd/memorise'"):
+        accuracy.make_settings(arguments)
+
+
 def test_arguments_from_a_file(tmp_path, monkeypatch):
     (tmp_path / "settings.yaml").write_text(f"output_dir: {tmp_path}\nmethods: [ce, autoo]\n")
     monkeypatch.setattr(sys, "argv", ["accuracy.py", str(tmp_path / "settings.yaml")])

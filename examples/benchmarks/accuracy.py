@@ -87,7 +87,8 @@ class BenchmarkArguments:
         default=None, metadata={"help": "Processes side by side; one per core when left out, one on a GPU."}
     )
     redo: list[str] = field(
-        default_factory=list, metadata={"help": "Methods to run anew; their old rows go to results-set-aside-N.csv."}
+        default_factory=list,
+        metadata={"help": "Methods to run anew; old rows go to results-set-aside-N.csv. Not for a resume."},
     )
     timing_rounds: int = field(default=5, metadata={"help": "Rounds of the interleaved timing of steps; 0 for none."})
     summary_only: bool = field(default=False, metadata={"help": "Train nothing, write tables and figures anew."})
@@ -144,6 +145,13 @@ def make_settings(arguments: BenchmarkArguments) -> list[Setting]:
                             augment=arguments.augment,
                         )
                     )
+    specs: dict[str, DataSpec] = {}
+    for setting in settings:
+        if specs.setdefault(setting.name, setting.spec) != setting.spec:
+            raise ValueError(
+                f"Two data sets or models go by the name {setting.name!r} in the results: {arguments.data} with "
+                f"{arguments.model}. Rename a folder, or run them into different `output_dir`s."
+            )
     return settings
 
 
@@ -269,8 +277,10 @@ def main() -> None:
     if not arguments.summary_only:
         settings = make_settings(arguments)
         check_data(arguments, settings)
-        results.check_settings({"/".join([s.data, s.model, s.optimizer, s.pace]): describe(s) for s in settings})
-        if arguments.redo and rank == 0:
+        results.check_settings({setting.name: describe(setting) for setting in settings})
+        if arguments.redo:
+            if num_processes > 1:
+                raise ValueError(f"`redo` works in one process; found {num_processes}. Leave the launcher out.")
             print(f"{results.set_aside(arguments.redo)} rows set aside.")
         runs = share_of(make_runs(arguments, settings), rank, num_processes)
         workers = arguments.workers or (1 if torch.cuda.is_available() or num_processes > 1 else os.cpu_count())

@@ -71,6 +71,9 @@ def measure_step_times(setting: Setting, names: Sequence[str], rounds: int, fold
             medians[name].append(np.median(clock.seconds[WARMUP_STEPS:]))
     reference = np.array(medians["ce"])
     ratios = {name: float(np.median(np.array(values) / reference)) for name, values in medians.items()}
-    frame = pd.DataFrame({"method": list(ratios), "ratio": list(ratios.values())})
-    frame.to_csv(folder / "step_times.csv", index=False, float_format="%.3f")
+    path = folder / "step_times.csv"
+    # What was measured before of methods that are not part of this run stays.
+    before = dict(pd.read_csv(path).itertuples(index=False)) if path.exists() else {}
+    frame = pd.DataFrame((before | ratios).items(), columns=["method", "ratio"])
+    frame.to_csv(path, index=False, float_format="%.3f")
     return frame

@@ -35,6 +35,10 @@ class Setting:
     validation_share: float = 0.2
     augment: bool = False
 
+    @property
+    def name(self) -> str:
+        return "/".join([self.data, self.model, self.optimizer, self.pace])
+
 
 @dataclass(frozen=True)
 class Run:
