@@ -1,6 +1,7 @@
 """The benchmark of all methods: its data, its fairness, its bookkeeping and its statistics."""
 
 import csv
+import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -294,6 +295,9 @@ def main(monkeypatch, output_dir, *options):
     command = ["accuracy.py", "--output_dir", str(output_dir), "--timing_rounds", "0", "--workers", "1"]
     grid = ["--optimizer", "sgd", "--pace", "slow", "--epochs", "1", "--seeds", "2", "--regimes", "balanced"]
     monkeypatch.setattr(sys, "argv", [*command, *grid, *options])
+    # What these two change is the whole process's, and other tests run in it.
+    monkeypatch.setattr(accuracy, "initialize_worker", lambda: None)
+    monkeypatch.setattr(accuracy, "take_share_of_launcher", lambda: (0, 1))
     accuracy.main()
 
 
@@ -384,6 +388,24 @@ def test_processes_share_the_runs_without_tearing_a_tuning_apart():
     assert all(not a & b for a, b in pairwise([*groups, groups[0]]))
 
 
+def test_a_process_of_a_launcher_trains_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    assert accuracy.take_share_of_launcher() == (5, 8)
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"} & os.environ.keys()
+    assert accuracy.take_share_of_launcher() == (0, 1)
+    for devices, expected in ((None, "1"), ("2,3", "3")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if devices is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        accuracy.take_share_of_launcher()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -413,6 +435,7 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path):
 def test_arguments_from_a_file(tmp_path, monkeypatch):
     (tmp_path / "settings.yaml").write_text(f"output_dir: {tmp_path}\nmethods: [ce, autoo]\n")
     monkeypatch.setattr(sys, "argv", ["accuracy.py", str(tmp_path / "settings.yaml")])
+    monkeypatch.setattr(accuracy, "initialize_worker", lambda: None)
     with pytest.raises(ValueError, match=r"unknown 'autoo'"):
         accuracy.main()
 
