@@ -39,6 +39,8 @@ class LPGLoss(nn.Module):
         fold_every_call (`bool`):
             Whether each call is a whole optimizer step for the statistics. [`LPGTrainer`] sets it to `False` and folds
             once per step, over all micro-batches and processes.
+        observer (`Callable[[Tensor], None]` or `None`):
+            Is handed the sum of all deltas, `[N, C]` in per-sample units, whenever there is one.
 
     Raises:
         ValueError: If `num_labels` is below 2, a perturbation is unknown, or `class_counts` doesn't fit.
@@ -81,6 +83,7 @@ class LPGLoss(nn.Module):
             method.setup(num_labels)
         self.base_loss = base_loss
         self.fold_every_call = True
+        self.observer = None
         self._is_frozen = False
         # Sums since the last report. Row 0: samples, norm of g; a row per method: norm of its delta, weight; last row:
         # the first step with values that are not finite.
@@ -148,6 +151,7 @@ class LPGLoss(nn.Module):
             `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
         """
         self._match(logits)
+        unperturbed = gradient
         batch = self.statistics.batch(logits, labels)
         self.statistics.share(batch)
         norm = gradient.norm(dim=-1)
@@ -173,6 +177,8 @@ class LPGLoss(nn.Module):
             if self.fold_every_call:
                 self.fold()
         self.statistics.share(None)
+        if self.observer is not None:
+            self.observer(gradient - unperturbed)
         return gradient
 
     @contextmanager

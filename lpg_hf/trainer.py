@@ -31,6 +31,7 @@ from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
 from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
+from .pac_bayes import PathLength
 from .perturbations import (
     SAM,
     GradientPerturbation,
@@ -141,6 +142,8 @@ class LPGTrainer(Trainer):
             copy.deepcopy(method) for method in methods if isinstance(method, ParameterPerturbation)
         )
         self._sam = self._check_parameter_methods()
+        self._path_length = self._find_path_length()
+        self._is_ascent = False
         # Of each parameter method, since the last log: how often its delta was measured, and the sum of the norms.
         self._parameter_telemetry = torch.zeros(len(self._parameter_methods), 2, device=self.args.device)
         self._telemetry: dict[str, float] = {}
@@ -172,6 +175,18 @@ class LPGTrainer(Trainer):
                     f"found `{name}` with use_reentrant=True. Set it to False."
                 )
         return sams[0] if sams else None
+
+    def _find_path_length(self) -> PathLength | None:
+        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, PathLength)]
+        if not found:
+            return None
+        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise ValueError(
+                f"PathLength needs whole parameters on every process, but {self.accelerator.distributed_type} shards "
+                "them. Use DDP, or leave it out."
+            )
+        found[0].reset()
+        return found[0]
 
     def _declared_num_labels(self) -> int | None:
         """The number of classes, where the model's own loss takes it from its config; else the first batch tells."""
@@ -288,7 +303,9 @@ class LPGTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+            self._is_ascent = True
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch).mean()
+            self._is_ascent = False
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         scale = self._loss_scale()
         # Only the direction matters, but under fp16 the unscaled gradient would underflow.
@@ -367,6 +384,8 @@ class LPGTrainer(Trainer):
         elif self.args.average_tokens_across_devices:
             # The count is that of all processes, over which the gradients will be averaged.
             num_copies = self.accelerator.num_processes // self.get_tp_size()
+        measures = self._path_length is not None and self._path_length.is_due and not self._is_ascent
+        self.lpg_loss.observer = partial(self._observe_delta, logits, num_items, num_copies) if measures else None
         if self.compute_loss_func is None:
             return self.lpg_loss(logits, labels, num_items) * num_copies
 
@@ -382,6 +401,10 @@ class LPGTrainer(Trainer):
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels.reshape(-1).long())
         return loss + replace_gradient(torch.zeros_like(loss), logits, (perturbed - gradient) * weight)
+
+    def _observe_delta(self, logits: Tensor, num_items: Tensor | int, num_copies: int, delta: Tensor) -> None:
+        weight = num_copies / torch.as_tensor(num_items).to(delta).clamp(min=1)
+        self._path_length.add_perturbation(logits, weight * delta, self._loss_scale())
 
     # The classifier rule
 
@@ -481,6 +504,8 @@ class LPGTrainer(Trainer):
             if count > 0:
                 telemetry[f"lpg/{name}/delta_norm"] = norm / count
         self._parameter_telemetry.zero_()
+        if self._path_length is not None:
+            telemetry |= self._path_length.report()
         return telemetry
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -509,6 +534,8 @@ class LPGTrainer(Trainer):
             modules["loss"], chains["loss"] = self.lpg_loss, self.lpg_loss.perturbations
         if self._parameter_methods:
             modules["parameters"] = chains["parameters"] = self._parameter_methods
+        if self._path_length is not None:
+            modules["path_length"] = self._path_length
         if modules and self.args.should_save:
             reprs = {prefix: list(map(repr, chain)) for prefix, chain in chains.items()}
             save_state(output_dir, modules, reprs, self.accelerator.num_processes)
@@ -537,6 +564,8 @@ class LPGTrainer(Trainer):
                     "state (class statistics, counters) starts anew."
                 )
             return
+        if self._path_length is not None:
+            saved.restore(self._path_length, "path_length")
         self._check_chain(saved, "parameters", self._parameter_methods)
         saved.restore(self._parameter_methods, "parameters")
         if not self._has_logit_methods:

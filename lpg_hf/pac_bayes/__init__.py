@@ -36,6 +36,7 @@ from .bounds import kl_inverse
 from .certificate import Certificate, ErrorBound, ScaleChoice
 from .certification import DEFAULT_SIGMA_GRID, certify
 from .gibbs import GibbsError, gibbs_error
+from .path_length import PathLength
 from .rows import split_for_certificate
 
 
@@ -44,6 +45,7 @@ __all__ = [
     "Certificate",
     "ErrorBound",
     "GibbsError",
+    "PathLength",
     "ScaleChoice",
     "certify",
     "gibbs_error",

@@ -146,7 +146,7 @@ def certify(
     with evaluating(model):
         class_counts = count_labels(model, loader)
         check_independent_rows(loader.collate_fn, prior_dataset)
-        rows = loader.collate_fn.rows
+        rows = loader.collate_fn.take_rows()
         num_labels, num_samples = len(class_counts), int(class_counts.sum())
         check_draws_suffice(num_draws, num_labels, draw_level)
         check_label_noise(label_noise, num_labels)
@@ -156,11 +156,11 @@ def certify(
             wrong = count_wrong(noise, loader, num_labels, sigma_grid, num_selection_draws, SELECTION, disable_tqdm)
             errors = (wrong.sum(-1) / num_samples).mean(-1).tolist()
             selection = _weigh_scales(sigma_grid, errors, squared_distance, num_samples, sample_level)
+            check_same_rows(rows, loader.collate_fn.take_rows())
         sigma = min(selection, key=lambda choice: choice.bound).sigma if selection else sigma_grid[0]
 
-        loader.collate_fn.forget()
         wrong = count_wrong(noise, loader, num_labels, [sigma], num_draws, CERTIFICATION, disable_tqdm)[0]
-        check_same_rows(rows, loader.collate_fn.rows)
+        check_same_rows(rows, loader.collate_fn.take_rows())
 
     kl = squared_distance / (2 * sigma**2)
     counts = class_counts.long().tolist()

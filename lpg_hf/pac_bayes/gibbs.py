@@ -150,8 +150,10 @@ class FingerprintingCollator:
         names = self.columns - set(LABEL_COLUMNS)
         return row_fingerprint({name: value for name, value in row.items() if name in names})
 
-    def forget(self) -> None:
-        self.inputs, self.rows = [], []
+    def take_rows(self) -> list[str]:
+        """Fingerprints of the rows since the last call, labels included."""
+        rows, self.rows, self.inputs = self.rows, [], []
+        return rows
 
 
 def make_loader(model: nn.Module, dataset: Dataset, collator: Callable | None, batch_size: int) -> DataLoader:
