@@ -32,7 +32,7 @@ Where this differs from what is usually written, and why:
   sampling without replacement is the milder case), oversampled rows are not, and copies are refused.
 """
 
-from .bounds import kl_inverse
+from .bounds import clean_error_bound, kl_inverse
 from .certificate import Certificate, ErrorBound, ScaleChoice
 from .certification import DEFAULT_SIGMA_GRID, certify
 from .gibbs import GibbsError, gibbs_error
@@ -48,6 +48,7 @@ __all__ = [
     "PathLength",
     "ScaleChoice",
     "certify",
+    "clean_error_bound",
     "gibbs_error",
     "kl_inverse",
     "split_for_certificate",
