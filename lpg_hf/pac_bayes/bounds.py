@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 _BISECTIONS = 64
 _ROUNDING = 16 * np.finfo(np.float64).eps
 _SMALLEST_ERROR = 1e-300
+_BELOW_ONE = np.nextafter(1.0, 0.0)
 
 
 def bernoulli_kl(q: ArrayLike, p: ArrayLike) -> np.ndarray:
@@ -22,15 +23,14 @@ def bernoulli_kl(q: ArrayLike, p: ArrayLike) -> np.ndarray:
     Written with `log1p` in `p - q`, which keeps it accurate where the two are close.
     """
     q, p = np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64)
-    return _kl_of_step(q, p - q)
+    return _kl_of_step(q, p - q, 1 - p)
 
 
-def _kl_of_step(q: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """`kl(q || q + step)`; infinite where `q + step` is 1 and q is not."""
+def _kl_of_step(q: np.ndarray, step: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """`kl(q || q + step)`, `rest` being what is left of 1; infinite where nothing is and q is not 1."""
     q = np.maximum(q, _SMALLEST_ERROR)
-    rest = 1 - q
     with np.errstate(divide="ignore", invalid="ignore"):
-        right = np.where(rest > 0, -rest * np.log1p(-np.minimum(step / rest, 1.0)), 0.0)
+        right = np.where(q < 1, (1 - q) * np.log1p(step / rest), 0.0)
     return np.maximum(right - q * np.log1p(step / q), 0.0)
 
 
@@ -70,7 +70,7 @@ def kl_inverse(q: ArrayLike, bound: ArrayLike) -> float | np.ndarray:
     low, high = np.zeros_like(q), 1 - q
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        is_allowed = _kl_of_step(q, middle) <= bound
+        is_allowed = _kl_of_step(q, middle, (1 - q) - middle) <= bound
         low, high = np.where(is_allowed, middle, low), np.where(is_allowed, high, middle)
     upper = np.where(bound == 0, q, np.minimum(q + high + _ROUNDING, 1.0))
     return float(upper) if upper.ndim == 0 else upper
@@ -165,8 +165,9 @@ def _balanced_dual(multiplier: float, errors: np.ndarray, counts: np.ndarray, bu
     root = np.sqrt((1 - a) ** 2 + 4 * a * errors)
     with np.errstate(divide="ignore", invalid="ignore"):
         rates = np.where(a < 1, ((1 - a) + root) / 2, 2 * a * errors / ((a - 1) + root))
-    # Where all is zero there is nothing to gain: no error was seen and the multiplier is too dear.
-    rates = np.clip(np.nan_to_num(rates), errors, 1.0)
+    # Where the form is 0 / 0 no error was seen and the multiplier is too dear. Where a rate below 1 rounds to 1 its
+    # divergence would be infinite, and the dual far below its true value.
+    rates = np.maximum(errors, np.minimum(np.nan_to_num(rates), _BELOW_ONE))
     divergence = np.where(counts > 0, bernoulli_kl(errors, rates), 0.0)
     return rates.mean() - multiplier * (counts @ divergence - budget)
 

@@ -6,15 +6,15 @@ from collections.abc import Hashable, Mapping, Sequence
 import datasets
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from torch import Tensor
+from transformers.utils import logging
 
 from ..data import CLEAN_LABEL_COLUMN, LABEL_COLUMNS
 
 
-logger = get_logger(__name__)
+logger = logging.get_logger(__name__)
 
 
 def split_for_certificate(
