@@ -112,19 +112,21 @@ def draws_upper_limit(errors: ArrayLike, level: float) -> float | np.ndarray:
     return float(limit) if limit.ndim == 0 else limit
 
 
-def error_bound(error: float, kl: float, num_samples: int, num_events: int, level: float) -> float:
+def error_bound(
+    error: ArrayLike, kl: ArrayLike, num_samples: int, num_events: int, level: float
+) -> float | np.ndarray:
     """
     PAC-Bayes-kl bound on the true Gibbs error (Maurer, 2004).
 
     Args:
-        error (`float`): (Upper limit of the) Gibbs error on the certificate set.
-        kl (`float`): Divergence of posterior from prior, in nats.
+        error (`float` or array): (Upper limit of the) Gibbs error on the certificate set.
+        kl (`float` or array): Divergence of posterior from prior, in nats.
         num_samples (`int`): Samples that the error was taken on.
         num_events (`int`): Bounds that must hold at once: scales in the grid, times classes where there are several.
         level (`float`): Probability, over the certificate set, with which any of them may fail.
 
     Returns:
-        `float`: The bound, in [`error`, 1].
+        `float` or array: The bound, in [`error`, 1].
     """
     return kl_inverse(error, (kl + log_xi(num_samples) + math.log(num_events / level)) / num_samples)
 
@@ -156,7 +158,7 @@ def balanced_error_bound(
         method="bounded",
         options={"xatol": 1e-10},
     )
-    return min(1.0, float(best.fun) + _ROUNDING)
+    return min(1.0, float(best.fun + _ROUNDING))
 
 
 def _balanced_dual(multiplier: float, errors: np.ndarray, counts: np.ndarray, budget: float) -> float:

@@ -234,7 +234,7 @@ def _certify_balanced(per_class: Sequence[ErrorBound], kl: float, num_events: in
     bounds = [1.0 if count == 0 else entry.bound for entry, count in zip(per_class, counts, strict=True)]
     num_empty = counts.count(0)
     return ErrorBound(
-        min(joint, float(np.mean(bounds))),
+        float(min(joint, np.mean(bounds))),
         float(np.mean([entry.error for entry in per_class])),
         float(np.mean(limits)),
         sum(counts),

@@ -167,7 +167,8 @@ def make_loader(model: nn.Module, dataset: Dataset, collator: Callable | None, b
         raise ValueError("The data set is empty. Check its split and filters.")
     columns = [*inspect.signature(pretrained_model(model).forward).parameters, *LABEL_COLUMNS]
     collator = FingerprintingCollator(default_data_collator if collator is None else collator, columns)
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    # Without a generator of its own a loader takes a number from the global random state at every pass.
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
 
 
 def split_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

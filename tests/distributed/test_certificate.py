@@ -1,0 +1,36 @@
+"""Draws that several processes share give the certificate of one process, and the path is that of the whole batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from certify_exact import run
+
+from lpg_hf.pac_bayes import Certificate
+
+
+SCRIPT = Path(__file__).parent / "certify_exact.py"
+WATCHDOG_SECONDS = 300
+
+
+def test_two_processes_certify_like_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(SCRIPT)]
+    done = subprocess.run(
+        [*command, ",".join(["8"] * 12), str(tmp_path)], capture_output=True, text=True, timeout=WATCHDOG_SECONDS
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, lengths = run([16] * 6, tmp_path / "alone")
+    first, second = (Certificate.load(tmp_path / f"certificate_{rank}.json") for rank in range(2))
+    assert first == second
+    # Training differs in the last bits, and no draw is so close to another answer.
+    assert first.kl == pytest.approx(expected.kl, rel=1e-9)
+    for ours, theirs in zip((first.overall, *first.per_class), (expected.overall, *expected.per_class), strict=True):
+        assert (ours.error, ours.error_limit) == (theirs.error, theirs.error_limit)
+        assert ours.bound == pytest.approx(theirs.bound, abs=1e-9)
+    assert [c.error for c in first.selection] == [c.error for c in expected.selection]
+    assert torch.load(tmp_path / "lengths.pt") == pytest.approx(lengths, abs=1e-9)
