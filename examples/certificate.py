@@ -6,7 +6,7 @@ A certificate for what LPGTrainer trained: how wrong it can be at most, beside h
 Scikit-learn's digits: a small network is trained on half of the training rows (the prior), then goes on with
 LPGTrainer on all of them (the posterior), and the other half certifies it. Once with the labels as they are, once with
 40 % of them wrong and the certificate on the error under the true labels. Ends with two tables and a picture of the
-bound against the noise on the weights and against the size of the perturbations. Two minutes on two CPU cores.
+bound against the noise on the weights and against the size of the perturbations. A minute on two CPU cores.
 """
 
 import copy
@@ -278,7 +278,7 @@ def plot_scales(axes: Axes, experiment: Experiment) -> None:
     axes.scatter([certificate.sigma], [overall], color="black", zorder=3, label=f"certificate: {overall:.3f}")
     axes.axhline(experiment.gibbs_test.overall, color="0.6", linestyle=":", label="randomised test error")
     axes.set(xscale="log", title="Bound and its parts", xlabel="standard deviation of the noise", ylim=(0, 1))
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.53, 1))
 
 
 def plot_epsilons(axes: Axes, points: list[EpsilonPoint]) -> None:
@@ -288,8 +288,9 @@ def plot_epsilons(axes: Axes, points: list[EpsilonPoint]) -> None:
         axes.plot(epsilons, [p.certificate.overall.bound for p in chosen], color=color, marker="o", label=label)
         errors = [p.certificate.overall.error for p in chosen]
         axes.plot(epsilons, errors, color=color, marker=".", linestyle=":", label=f"{label}: error on the rows")
-    axes.set(title="What the perturbation costs", xlabel="radius of LPG", ylabel="bound", ylim=(0, None))
-    axes.legend()
+    axes.set(title="What the perturbation costs", xlabel="radius of LPG", ylabel="bound")
+    axes.set_ylim(0, 1.4 * max(point.certificate.overall.bound for point in points))
+    axes.legend(loc="upper left")
 
 
 def main() -> None:

@@ -20,7 +20,10 @@ DIFF = re.search(r"^```diff\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1]
 @pytest.fixture
 def namespace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = {"input_ids": [[1, 2, 3]] * 32, "label": [label % NUM_LABELS for label in range(32)]}
+    rows = {
+        "input_ids": [[1, 2 + label % 8, 3 + label // 8] for label in range(32)],
+        "label": [label % NUM_LABELS for label in range(32)],
+    }
     return {
         "model": make_model("bert"),
         "args": TrainingArguments("out", report_to=[], max_steps=1, use_cpu=True, disable_tqdm=True),
