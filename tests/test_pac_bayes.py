@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from families import FAMILIES, inputs_of, make_family, make_family_batch
 from peft import LoraConfig, get_peft_model
 from scipy import special
 from tiny import MODELS, NUM_LABELS, make_batch, make_model
@@ -128,6 +129,36 @@ def test_certificate_is_that_of_a_slow_evaluation(name, scope):
         assert entry.bound == pytest.approx(bound, abs=1e-9)
     assert certificate.balanced.error == pytest.approx(class_errors.mean(), abs=1e-12)
     assert certificate.balanced.bound <= np.mean([entry.bound for entry in certificate.per_class])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_family_of_models(name):
+    """The head alone, for which the backbone runs once, against copies of the whole model."""
+    batch = make_family_batch(name, 12, dtype=torch.float64)
+    model = make_family(name, exact=True)
+    certificate = certify(model, rows_of(batch), prior=model, scope="head", sigma_grid=[1.0], batch_size=8, **FEW)
+
+    noise = WeightNoise(model, parameters_in_scope(model, "head"), seed=0)
+    errors = []
+    for draw in range(24):
+        drawn = copy.deepcopy(model).eval()
+        for key, z in noise.sample(CERTIFICATION, draw).items():
+            drawn.get_parameter(key).add_(z)
+        errors.append((drawn(**inputs_of(batch)).logits.argmax(-1) != batch["labels"]).double().mean().item())
+    assert np.std(errors) > 0
+    assert certificate.overall.error == pytest.approx(np.mean(errors), abs=1e-12)
+
+
+def test_weights_in_bfloat16():
+    """Drawn in float32, then rounded; the divergence is that of the stored weights."""
+    model, prior = (network.bfloat16() for network in model_and_prior("bert"))
+    rows = distinct_rows("bert", 6)
+    certificate = certify(model, rows, prior=prior, sigma_grid=[0.05], batch_size=1, **FEW)
+    errors, _, _ = slow_errors(model, rows, "trained", 0.05, 24)
+    assert certificate.overall.error == pytest.approx(errors.mean(), abs=1e-12)
+    distances = [(a.double() - b.double()).norm() for a, b in zip(model.parameters(), prior.parameters(), strict=True)]
+    assert certificate.distance == pytest.approx(torch.stack(distances).norm().item(), rel=1e-12)
 
 
 def test_the_scale_is_the_best_on_other_draws():
@@ -298,7 +329,7 @@ def test_clean_bound_follows_from_the_noisy_one():
         model.eval()
         for row in rows:  # labels that the model is right about
             row["labels"] = model(row["input_ids"][None]).logits.argmax(-1)[0]
-    settings = {"prior": model, "sigma_grid": [1e-6]} | FEW | {"num_draws": 300}
+    settings = {"prior": model, "sigma_grid": [1e-6]} | FEW | {"num_draws": 100}
     noisy = certify(model, rows, label_noise=0.1, **settings)
     assert noisy.clean.bound == pytest.approx((noisy.overall.bound - 0.1) / (1 - 0.1 * 4 / 3), abs=1e-12)
     too_high = certify(model, rows, label_noise=0.7, **settings).clean
