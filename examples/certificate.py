@@ -52,8 +52,8 @@ class CertificateArguments:
     fraction: float = field(default=0.5, metadata={"help": "Share of the training rows that the prior gets."})
     delta: float = field(default=0.05, metadata={"help": "Probability with which a certificate may fail."})
     num_draws: int = field(default=5000, metadata={"help": "Draws of the weights that certify."})
-    prior_epochs: int = field(default=40, metadata={"help": "Epochs of the prior."})
-    posterior_epochs: int = field(default=5, metadata={"help": "Epochs of the posterior, from the prior's weights."})
+    prior_epochs: float = field(default=40, metadata={"help": "Epochs of the prior."})
+    posterior_epochs: float = field(default=5, metadata={"help": "Epochs of the posterior, from the prior's weights."})
     seed: int = field(default=0, metadata={"help": "Of split, noise, weights and draws."})
 
 
@@ -234,6 +234,7 @@ def sweep(arguments: CertificateArguments, experiment: Experiment, progress: tqd
                 prior=experiment.prior,
                 sigma_grid=experiment.certificate.sigma_grid,
                 delta=arguments.delta,
+                num_draws=arguments.num_draws,
                 seed=arguments.seed,
                 **WHOLE,
             )
