@@ -279,7 +279,8 @@ def plot_scales(axes: Axes, experiment: Experiment) -> None:
     axes.scatter([certificate.sigma], [overall], color="black", zorder=3, label=f"certificate: {overall:.3f}")
     axes.axhline(experiment.gibbs_test.overall, color="0.6", linestyle=":", label="randomised test error")
     axes.set(xscale="log", title="Bound and its parts", xlabel="standard deviation of the noise", ylim=(0, 1))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.53, 1))
+    # Between the two flanks.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.56, 1), fontsize=8, handlelength=1.5)
 
 
 def plot_epsilons(axes: Axes, points: list[EpsilonPoint]) -> None:
