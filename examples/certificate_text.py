@@ -4,10 +4,11 @@ A certificate for a pretrained model fine-tuned on noisy labels: LoRA adapters, 
     python examples/certificate_text.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
         --train_file train.parquet --test_file test.parquet
 
-It needs `pip install peft`. The files have the columns `text` and `label` (CSV, JSON or Parquet). A share of the training labels is made wrong; the
-prior is trained on half of the rows, the posterior goes on with LPGTrainer on all of them, and the other half
-certifies it. The weights of the pretrained model stay as they are, so only what was trained is paid for. What takes
-time are the draws: one evaluation on the certificate rows for each, of the head alone with `--scope head`.
+It needs `pip install peft`. The files have the columns `text` and `label` (CSV, JSON or Parquet). A share of the
+training labels is made wrong; the prior is trained on half of the rows, the posterior goes on with LPGTrainer on all
+of them, and the other half certifies it. The weights of the pretrained model stay as they are, so only what was
+trained is paid for. What takes time are the draws: one evaluation on the certificate rows for each, of the head alone
+with `--scope head`.
 """
 
 import copy

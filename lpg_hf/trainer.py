@@ -363,6 +363,8 @@ class LPGTrainer(Trainer):
                 self._is_classifier = self._examine(loss, outputs, labels, num_items)
             if self._is_classifier:
                 loss = self._perturbed_loss(loss, outputs, labels, num_items)
+                # It holds the graph.
+                self.lpg_loss.observer = None
                 self.loss_is_scaled_for_ga = True
         return (loss, outputs) if return_outputs else loss
 
@@ -558,10 +560,10 @@ class LPGTrainer(Trainer):
             return
         saved = load_state(checkpoint)
         if saved is None:
-            if self._has_logit_methods or self._parameter_methods:
+            if self._has_logit_methods or self._parameter_methods or self._path_length is not None:
                 logger.warning(
                     f"{checkpoint} has no {STATE_FILE}, so it was not written by LPGTrainer with perturbations: their "
-                    "state (class statistics, counters) starts anew."
+                    "state (class statistics, counters, lengths) starts anew."
                 )
             return
         if self._path_length is not None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from lpg_hf.pac_bayes.bounds import (
+    _balanced_dual,
     balanced_error_bound,
     bernoulli_kl,
     clean_error_bound,
@@ -218,6 +219,21 @@ def test_nothing_that_the_constraint_allows_is_above_the_balanced_bound(classes,
         low, high = (middle, high) if counts @ bernoulli_kl(errors, point) <= budget else (low, middle)
     allowed = np.maximum(np.minimum(errors + low * (target - errors), 1 - 1e-12), errors)
     assert allowed.mean() <= bound + 1e-9
+
+
+@given(
+    st.lists(st.tuples(rates, st.integers(1, 300)), min_size=2, max_size=6),
+    st.floats(0, 50),
+    st.floats(-25, 9),
+)
+def test_every_multiplier_gives_a_bound_and_none_a_better_one(classes, kl, log_multiplier):
+    errors, counts = (np.array(column, dtype=float) for column in zip(*classes, strict=True))
+    bound = balanced_error_bound(errors, counts.astype(int), kl, 1, 0.05)
+    budget = kl + sum(map(log_xi, counts.astype(int))) + math.log(1 / 0.05)
+    at_multiplier = _balanced_dual(math.exp(log_multiplier), errors, counts, budget)
+    # The minimiser is found to 1e-10 in the logarithm of the multiplier.
+    assert min(1.0, at_multiplier) >= bound - 1e-8
+    assert at_multiplier >= errors.mean() - 1e-9
 
 
 def test_balanced_bound_counts_a_class_without_samples_as_lost():
