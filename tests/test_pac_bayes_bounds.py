@@ -236,6 +236,14 @@ def test_every_multiplier_gives_a_bound_and_none_a_better_one(classes, kl, log_m
     assert at_multiplier >= errors.mean() - 1e-9
 
 
+@pytest.mark.parametrize("rest", [1e-6, 1e-10, 1e-13, 2**-53])
+def test_balanced_bound_survives_a_class_that_is_all_but_lost(rest):
+    """Its rate rounds to 1 in the dual, where the divergence would be infinite and the bound minus infinity."""
+    low, high = (error_bound(error, 0.0, 100, 1, 0.05) for error in (0.5, 1.0))
+    assert (0.5 + 1 - rest) / 2 <= balanced_error_bound([0.5, 1 - rest], [100, 100], 0.0, 1, 0.05)
+    assert (low + high) / 2 - 0.05 <= balanced_error_bound([0.5, 1 - rest], [100, 100], 0.0, 1, 0.05) <= 1
+
+
 def test_balanced_bound_counts_a_class_without_samples_as_lost():
     assert balanced_error_bound([0.0, math.nan], [10**7, 0], 0.0, 1, 0.05) == pytest.approx(0.5, abs=1e-5)
     assert balanced_error_bound([1.0, 1.0], [10, 20], 0.0, 1, 0.05) == 1
