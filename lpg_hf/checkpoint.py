@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 logger = get_logger(__name__)
 
 STATE_FILE = "lpg_state.safetensors"
+ROWS_FILE = "lpg_rows.safetensors"
 
 
 def save_state(
@@ -73,10 +74,35 @@ def load_state(folder: str | Path) -> SavedState | None:
             metadata = file.metadata()
         return SavedState(json.loads(metadata["perturbations"]), int(metadata["num_processes"]), load_file(path))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): it is truncated or was changed. Resume from an older checkpoint, or "
-            "start a new run from the checkpoint's model."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def save_rows(folder: str | Path, records: nn.Module) -> None:
+    """Writes what is known of each training row: a file of its own, since it depends on no chain of methods."""
+    save_file(records.state_dict(), Path(folder) / ROWS_FILE)
+
+
+def load_rows(folder: str | Path) -> dict[str, Tensor] | None:
+    """
+    Reads what [`save_rows`] wrote. `None` if the checkpoint has none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = Path(folder) / ROWS_FILE
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read ({error}): it is truncated or was changed. Resume from an older checkpoint, or start "
+        "a new run from the checkpoint's model."
+    )
 
 
 def reload_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:

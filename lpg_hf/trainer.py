@@ -13,33 +13,40 @@ from datasets import ClassLabel, Dataset, Value
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .checkpoint import (
+    ROWS_FILE,
     STATE_FILE,
     SavedState,
     is_whole,
     last_whole_checkpoint,
+    load_rows,
     load_state,
     reload_renamed_weights,
+    save_rows,
     save_state,
 )
 from .classifier import can_tell_losses_apart, find_obstacle, find_other_loss
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
+from .label_issues import RowRecords
 from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
 from .pac_bayes import PathLength
 from .perturbations import (
     SAM,
+    ClassRelativeDampening,
     GradientPerturbation,
     LogitPerturbation,
     ParameterPerturbation,
     Perturbation,
     build_chain,
 )
+from .rows import ROWS_KEY, NumberedCollator, NumberedRows, has_rows
 
 
 logger = get_logger(__name__)
@@ -151,6 +158,11 @@ class LPGTrainer(Trainer):
         self._is_classifier = None
         self._is_verified = False
         self._saved_state = None
+        self._row_records = None
+        self._numbers_next_loader = False
+        # Row numbers of the micro-batches of a step, each beside the batch it was taken from, and of the present one.
+        self._step_rows = []
+        self._rows = None
         self.lpg_loss = None
         num_labels = self._declared_num_labels()
         if num_labels is not None:
@@ -245,12 +257,38 @@ class LPGTrainer(Trainer):
         if self._has_logit_methods and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
         self._prepare_perturbations()
+        self._numbers_next_loader = True
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_dataloader(
+        self, dataset: object, description: str, batch_size: int, sampler_fn=None, is_training: bool = False, **kwargs
+    ) -> DataLoader:
+        # Only the loop's own: whoever else asks for the training batches gets them as the Trainer makes them.
+        if not (is_training and self._numbers_next_loader and has_rows(dataset)):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
+
+        self._numbers_next_loader = False
+        self._row_records = RowRecords(len(dataset)).to(self.args.device)
+        # The Trainer's own treatment of columns comes first: what it gets below is pairs, which it leaves as they are.
+        own_collator = collator = self.data_collator
+        if isinstance(dataset, Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description=description)
+        self.data_collator = NumberedCollator(collator, len(dataset))
+        try:
+            return super()._get_dataloader(
+                NumberedRows(dataset), description, batch_size, lambda _: sampler_fn(dataset), is_training, **kwargs
+            )
+        finally:
+            self.data_collator = own_collator
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._row_records is not None:
+            self._step_rows = [(batch, batch.pop(ROWS_KEY, None)) for batch in batch_samples]
         self._step_items = self._count_labelled(batch_samples, num_items_in_batch, device)
         return batch_samples, num_items_in_batch
 
@@ -274,6 +312,7 @@ class LPGTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         loss_is_scaled = self.loss_is_scaled_for_ga
+        self._rows = next((rows for batch, rows in self._step_rows if batch is inputs), None)
         try:
             if self._sam is not None and self.state.global_step % self._sam.interval == 0:
                 loss = self._sam_step(self._sam, model, inputs, num_items_in_batch)
@@ -282,6 +321,7 @@ class LPGTrainer(Trainer):
         finally:
             # `compute_loss` sets it for the losses that it replaces.
             self.loss_is_scaled_for_ga = loss_is_scaled
+            self._rows = None
         if self._has_logit_methods and self._is_classifier is None:
             self._refuse("its loss comes from a `compute_loss` that does not call LPGTrainer's")
             self._is_classifier = False
@@ -366,6 +406,8 @@ class LPGTrainer(Trainer):
                 # It holds the graph.
                 self.lpg_loss.observer = None
                 self.loss_is_scaled_for_ga = True
+        if self._rows is not None and model.training and torch.is_grad_enabled():
+            self._record_rows(outputs, labels)
         return (loss, outputs) if return_outputs else loss
 
     def _replaces_loss(self) -> bool:
@@ -408,6 +450,23 @@ class LPGTrainer(Trainer):
         weight = num_copies / torch.as_tensor(num_items).to(delta).clamp(min=1)
         self._path_length.add_perturbation(logits, weight * delta, self._loss_scale())
 
+    @torch.no_grad()
+    def _record_rows(self, outputs: Mapping | tuple, labels: Tensor | None) -> None:
+        # Once per micro-batch: SAM looks at it a second time.
+        rows, self._rows = self._rows, None
+        if self._find_wrong_shape(outputs, labels) is not None:
+            return
+        logits, labels = self._logits(outputs).detach(), labels.reshape(-1).long()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dampening = self._dampening()
+        weight = None if dampening is None else dampening.weight(logits, labels, self.lpg_loss.statistics)
+        self._row_records.update(rows.to(logits.device), logits, labels, weight)
+
+    def _dampening(self) -> ClassRelativeDampening | None:
+        """The chain's first class-relative dampening, if it acts."""
+        methods = self.lpg_loss.perturbations if self._is_classifier else []
+        return next((method for method in methods if isinstance(method, ClassRelativeDampening)), None)
+
     # The classifier rule
 
     def _examine(
@@ -440,15 +499,20 @@ class LPGTrainer(Trainer):
     def _find_obstacle(
         self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int | None
     ) -> str | None:
+        obstacle = self._find_wrong_shape(outputs, labels)
+        if obstacle is None and not self._loss_is_given():
+            num_copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            logits = self._logits(outputs)
+            obstacle = find_other_loss(loss.mean(), logits, labels.reshape(-1).long(), num_items, num_copies)
+        return obstacle
+
+    def _find_wrong_shape(self, outputs: Mapping | tuple, labels: Tensor | None) -> str | None:
+        """What keeps logits and labels from being those of a classifier, whatever the loss is."""
         model = self.accelerator.unwrap_model(self.model)
         if type(model).__name__.endswith("ForMultipleChoice"):
             return "its logits are scores of each sample's own choices, not of classes"
-        logits = self._logits(outputs)
-        obstacle = find_obstacle(logits, labels, getattr(getattr(model, "config", None), "problem_type", None))
-        if obstacle is None and not self._loss_is_given():
-            num_copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            obstacle = find_other_loss(loss.mean(), logits, labels.reshape(-1).long(), num_items, num_copies)
-        return obstacle
+        problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+        return find_obstacle(self._logits(outputs), labels, problem_type)
 
     def _loss_is_given(self) -> bool:
         """Whether the Trainer was told which loss to use: the model's own does not matter then."""
@@ -483,6 +547,86 @@ class LPGTrainer(Trainer):
         # Where the Trainer took the labels out, the model's tuple does not begin with a loss.
         position = 0 if self._loss_is_given() else 1
         return outputs[position] if len(outputs) > position else None
+
+    # Label issues
+
+    def label_issues(self) -> Dataset:
+        r"""
+        Ranks the training rows by how likely their label is wrong, from what this one training run made of them.
+
+        Nothing is computed for it beyond a few sums per row while training; see [`~label_issues.RowRecords`] for the
+        score. On several processes all must call it, and all get the same.
+
+        Returns:
+            [`datasets.Dataset`]: One line per row that was trained on, the most doubtful first, with
+
+            - `row`: its index in `train_dataset`;
+            - `label`, and `suggested_label`: the class that the model believed most beside it;
+            - `score`, in [0, 1]: one minus the geometric mean of the probability that the model gave to the label;
+            - `weight`, in [0, 1]: its mean weight under class-relative dampening, where the chain has that;
+            - `visits`: how often training saw it.
+
+        Raises:
+            ValueError: Before training, for a stream (whose rows have no index), for a model that is no classifier,
+                and where a collator reorders its items or changes labels, so that rows cannot be told apart.
+
+        Example:
+
+        ```python
+        >>> from tempfile import mkdtemp
+        >>> from datasets import Dataset
+        >>> from transformers import PrinterCallback, ResNetConfig, ResNetForImageClassification, TrainingArguments
+
+        >>> images = [[[[float(label)] * 8] * 8] * 3 for label in [0, 1] * 10]
+        >>> dataset = Dataset.from_dict({"pixel_values": images, "label": [1, 1] + [0, 1] * 9})  # row 0 is wrong
+        >>> model = ResNetForImageClassification(ResNetConfig(num_labels=2, hidden_sizes=[8], depths=[1]))
+        >>> args = TrainingArguments(mkdtemp(), report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2)
+        >>> trainer = LPGTrainer(model=model, args=args, train_dataset=dataset)
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> _ = trainer.train()
+        >>> trainer.label_issues()["row"][0]
+        0
+
+        ```
+        """
+        if not has_rows(self.train_dataset):
+            raise ValueError(
+                f"`train_dataset` is a {type(self.train_dataset).__name__}, whose rows have no index to rank them by. "
+                "Use a map-style data set."
+            )
+        if self._row_records is None:
+            cause = (
+                "`get_train_dataloader` is overridden without a call of LPGTrainer's, so rows have no number on their "
+                "way: call `super().get_train_dataloader()` in it"
+                if self._numbers_next_loader
+                else "there was no training yet: call `train()` first"
+            )
+            raise ValueError(f"Label issues are what training finds out about its rows, but {cause}.")
+        records = self._merged_records()
+        if not records.has_visits:
+            raise ValueError(
+                "Training recorded no row: the model is no single-label classifier, or `compute_loss` or "
+                "`training_step` are overridden without a call of LPGTrainer's."
+            )
+        if records.num_unknown > 0:
+            raise ValueError(
+                f"The rows of {records.num_unknown} samples are not known: `data_collator` reordered its items, or "
+                "changed their number or labels. Let it keep them as they come."
+            )
+        return records.ranked(self._label_names(), with_weight=self._dampening() is not None)
+
+    def _merged_records(self) -> RowRecords:
+        return self._row_records.merged(lambda tensor: self.accelerator.gather(tensor[None]))
+
+    def _label_names(self) -> list[str]:
+        """Names of the classes: the data set's where it has them, else the model's."""
+        config = self.accelerator.unwrap_model(self.model).config
+        if isinstance(self.train_dataset, Dataset):
+            for column in LABEL_COLUMNS:
+                feature = self.train_dataset.features.get(column)
+                if isinstance(feature, ClassLabel):
+                    return feature.names
+        return [config.id2label[label] for label in range(config.num_labels)]
 
     # Logging
 
@@ -541,6 +685,10 @@ class LPGTrainer(Trainer):
         if modules and self.args.should_save:
             reprs = {prefix: list(map(repr, chain)) for prefix, chain in chains.items()}
             save_state(output_dir, modules, reprs, self.accelerator.num_processes)
+        if self._row_records is not None:
+            records = self._merged_records()
+            if records.has_visits and self.args.should_save:
+                save_rows(output_dir, records)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -558,6 +706,7 @@ class LPGTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._load_rows(checkpoint)
         saved = load_state(checkpoint)
         if saved is None:
             if self._has_logit_methods or self._parameter_methods or self._path_length is not None:
@@ -574,6 +723,19 @@ class LPGTrainer(Trainer):
             self._check_chain(saved, "loss", [])
         # The loss's part waits for the first batch, which decides whether there is a loss to load it into.
         self._saved_state = saved
+
+    def _load_rows(self, checkpoint: str) -> None:
+        saved = load_rows(checkpoint)
+        if saved is None or self._row_records is None:
+            return
+        num_rows = RowRecords.num_rows_of(saved)
+        if num_rows != self._row_records.num_rows:
+            logger.warning(
+                f"The checkpoint was written with a `train_dataset` of {num_rows} rows and this run has "
+                f"{self._row_records.num_rows}: what is known of them for `label_issues` starts anew."
+            )
+        elif self.accelerator.is_main_process:  # the sums of all processes are one
+            self._row_records.load_state_dict(saved)
 
     def _restore_loss(self) -> None:
         if self._saved_state is None:

@@ -13,7 +13,7 @@ from tiny import flat_parameters, make_batch, make_model, make_trainer, split
 from transformers.trainer_utils import get_last_checkpoint
 
 from lpg_hf import SAM, GradientNoise, LPGTrainer
-from lpg_hf.checkpoint import STATE_FILE, is_whole, last_whole_checkpoint
+from lpg_hf.checkpoint import ROWS_FILE, STATE_FILE, is_whole, last_whole_checkpoint
 
 
 COUNTS = [55, 25, 15, 5]
@@ -25,6 +25,7 @@ FILES = [
     "optimizer.pt",
     "scheduler.pt",
     STATE_FILE,
+    ROWS_FILE,
     "rng_state.pth",
     "trainer_state.json",
 ]

@@ -1,0 +1,114 @@
+"""Row numbers that travel with the training data: from the data set through any collator to the batch."""
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Sized
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .data import LABEL_COLUMNS
+
+
+#: The key under which a batch carries its row numbers from the collator to the trainer, which takes it out again.
+ROWS_KEY = "lpg_rows"
+
+
+def has_rows(dataset: object) -> bool:
+    """Whether a data set can be asked for its i-th row, as opposed to a stream."""
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
+    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not is_stream
+
+
+class NumberedRows(Dataset):
+    """
+    A data set whose items are pairs of row number and item; everything else is asked of the data set inside.
+
+    Args:
+        dataset: A data set with `__len__` and `__getitem__`.
+
+    Example:
+
+    ```python
+    >>> NumberedRows(["a", "b"])[1]
+    (1, 'b')
+
+    ```
+    """
+
+    def __init__(self, dataset: Sized):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: object) -> tuple:
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices: Sequence) -> list[tuple]:
+        # Data sets that read a batch at once, those of `datasets` among them, are much faster that way.
+        read_many = getattr(self.dataset, "__getitems__", None)
+        items = read_many(indices) if callable(read_many) else [self.dataset[index] for index in indices]
+        return list(zip(indices, items, strict=True))
+
+    def __getattr__(self, name: str) -> object:
+        # `set_epoch` and the like. Unpickling, in a worker, asks before there is a `dataset`.
+        if name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class NumberedCollator:
+    """
+    Takes the row numbers off the items of [`NumberedRows`], calls the collator inside, and puts them on its batch.
+
+    A collator that reorders items, or changes how many or which labels there are, makes numbers and labels part: its
+    batches get the number `num_rows`, "not known", for every sample. A batch without labels gets none.
+
+    Args:
+        collator (`Callable`): Makes a batch of a list of items.
+        num_rows (`int`): Rows of the data set.
+
+    Example:
+
+    ```python
+    >>> from transformers import default_data_collator
+    >>> collator = NumberedCollator(default_data_collator, num_rows=9)
+    >>> collator([(7, {"label": 1}), (2, {"label": 0})])
+    {'labels': tensor([1, 0]), 'lpg_rows': tensor([7, 2])}
+
+    ```
+    """
+
+    def __init__(self, collator: Callable[[list], object], num_rows: int):
+        self.collator = collator
+        self.num_rows = num_rows
+
+    def __call__(self, numbered: list[tuple]) -> object:
+        items = [item for _, item in numbered]
+        labels_before = _integer_labels(items)
+        batch = self.collator(items)
+        labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
+        if not isinstance(labels, Tensor) or labels.ndim == 0:
+            return batch
+        try:
+            rows = [operator.index(index) for index, _ in numbered]
+        except TypeError:  # a sampler of the user's, with keys of its own
+            rows = []
+        is_same = len(rows) == len(labels) and labels_before in (None, labels.flatten().tolist())
+        batch = copy.copy(batch)  # the collator may hand out an object that is not its own
+        batch[ROWS_KEY] = torch.tensor(rows) if is_same else torch.full((len(labels),), self.num_rows)
+        return batch
+
+
+def _integer_labels(items: list) -> list[int] | None:
+    """The labels as they are before the collator, `None` where they cannot be told."""
+    if not all(isinstance(item, Mapping) for item in items):
+        return None
+    column = next((name for name in LABEL_COLUMNS if all(name in item for item in items)), None)
+    try:
+        return None if column is None else [operator.index(item[column]) for item in items]
+    except TypeError:
+        return None
