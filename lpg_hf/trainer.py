@@ -19,7 +19,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .checkpoint import (
-    ROWS_FILE,
     STATE_FILE,
     SavedState,
     is_whole,
@@ -580,7 +579,7 @@ class LPGTrainer(Trainer):
         >>> images = [[[[float(label)] * 8] * 8] * 3 for label in [0, 1] * 10]
         >>> dataset = Dataset.from_dict({"pixel_values": images, "label": [1, 1] + [0, 1] * 9})  # row 0 is wrong
         >>> model = ResNetForImageClassification(ResNetConfig(num_labels=2, hidden_sizes=[8], depths=[1]))
-        >>> args = TrainingArguments(mkdtemp(), report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2)
+        >>> args = TrainingArguments(mkdtemp(), report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
         >>> trainer = LPGTrainer(model=model, args=args, train_dataset=dataset)
         >>> trainer.remove_callback(PrinterCallback)
         >>> _ = trainer.train()

@@ -1,0 +1,389 @@
+"""Every visit of every row is found again by its number, training never notices, and the ranking is what it says."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import NUM_LABELS, flat_parameters, make_model
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+import lpg_hf.trainer
+from lpg_hf import ClassRelativeDampening, LPGTrainer
+from lpg_hf.label_issues import SMALLEST_PROBABILITY, RowRecords, _merge_votes
+from lpg_hf.rows import ROWS_KEY, NumberedCollator, NumberedRows
+
+
+ROWS = 26  # batches of 8: the last one is smaller
+OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
+
+
+class TorchRows(torch.utils.data.Dataset):
+    """A data set of torch that wants to know the epoch, and has a column that the model does not."""
+
+    def __init__(self, rows):
+        self.rows, self.epochs = rows, []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+def make_dataset(kind="datasets", ignored=(), wrong=(), rows=ROWS):
+    """The second token is the number of the row, so that a spy sees it; the first and the length tell the class."""
+    labels = torch.randint(NUM_LABELS, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
+    given_labels = [(label + (row in wrong)) % NUM_LABELS for row, label in enumerate(labels)]
+    columns = {
+        "input_ids": [[1 + label, row % 30] + [3] * (4 - label) for row, label in enumerate(labels)],
+        "label": [-100 if row in ignored else label for row, label in enumerate(given_labels)],
+        "text": ["unused"] * rows,
+    }
+    dataset = Dataset.from_dict(columns)
+    return dataset if kind == "datasets" else TorchRows(list(dataset))
+
+
+def pad(items):
+    """A collator that keeps the keys it knows and no other."""
+    ids = [torch.as_tensor(item["input_ids"]) for item in items]
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(ids, batch_first=True),
+        "labels": torch.tensor([item["label"] for item in items]),
+    }
+
+
+def train(
+    path, dataset=None, *, model=None, perturbations=("auto",), resume=None, collator=pad, cls=LPGTrainer, **args
+):
+    settings = {
+        "output_dir": str(path),
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    chain = {} if cls is Trainer else {"perturbations": list(perturbations)}
+    trainer = cls(
+        model=model or make_model("bert"),
+        args=TrainingArguments(**(settings | args)),
+        train_dataset=make_dataset() if dataset is None else dataset,
+        data_collator=collator,
+        **chain,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def spy_on_visits(monkeypatch):
+    """What the model answers on each training row, noted independently: `{row: [logits, ...]}`."""
+    visits = {}
+    compute_loss = LPGTrainer.compute_loss
+
+    def spy(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert ROWS_KEY not in inputs
+        rows = inputs["input_ids"][:, 1].tolist()
+        loss, outputs = compute_loss(self, model, inputs, True, num_items_in_batch)
+        for row, logits in zip(rows, outputs["logits"].detach().double().numpy(), strict=True):
+            visits.setdefault(row, []).append(logits)
+        return (loss, outputs) if return_outputs else loss
+
+    monkeypatch.setattr(LPGTrainer, "compute_loss", spy)
+    return visits
+
+
+def slow_ranking(visits, labels):
+    """Score and suggested label of each row by loops in float64; `None` for a suggestion that hangs on rounding."""
+    result = {}
+    for row, all_logits in visits.items():
+        log_probability, votes = [], np.zeros(NUM_LABELS)
+        for logits in all_logits:
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            log_probability.append(math.log(max(p[labels[row]], SMALLEST_PROBABILITY)))
+            p[labels[row]] = -1
+            votes[p.argmax()] += p.max()
+        has_majority = votes.max() > votes.sum() / 2 + 1e-3
+        result[row] = (1 - math.exp(np.mean(log_probability)), int(votes.argmax()) if has_majority else None)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        ("datasets", {}),
+        ("datasets", {"remove_unused_columns": False}),
+        ("datasets", {"gradient_accumulation_steps": 2}),
+        ("datasets", {"train_sampling_strategy": "group_by_length"}),
+        ("datasets", {"dataloader_num_workers": 2}),
+        ("torch", {}),
+        ("torch", {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2}),
+        ("torch", {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
+        ("torch", {"train_sampling_strategy": "batch_rebalance"}),
+        ("datasets", {"perturbations": []}),
+        ("datasets", {"perturbations": [], "gradient_accumulation_steps": 2}),
+        ("torch", {"perturbations": ["sam"]}),
+    ],
+    ids=str,
+)
+def test_every_visit_is_booked_on_its_row(kind, args, tmp_path, monkeypatch):
+    visits = spy_on_visits(monkeypatch)
+    trainer = train(tmp_path, make_dataset(kind), **args)
+    if args.get("perturbations") == ["sam"]:  # of the two looks at a batch, the first counts
+        visits = {row: looks[::2] for row, looks in visits.items()}
+    labels = make_dataset()["label"][:]
+    expected = slow_ranking(visits, labels)
+    issues = trainer.label_issues()
+    assert sorted(issues["row"]) == sorted(visits) == list(range(ROWS))
+    assert issues["visits"][:] == [3] * ROWS
+    assert issues["score"][:] == sorted(issues["score"], reverse=True)
+    suggestions = 0
+    for issue in issues:
+        score, suggested = expected[issue["row"]]
+        assert issue["label"] == labels[issue["row"]] != issue["suggested_label"]
+        assert issue["score"] == pytest.approx(score, abs=1e-5)
+        if suggested is not None:
+            suggestions += 1
+            assert issue["suggested_label"] == suggested
+    assert suggestions > ROWS / 2
+
+
+def test_set_epoch_still_reaches_the_data_set(tmp_path):
+    dataset = make_dataset("torch")
+    train(tmp_path, dataset, train_sampling_strategy="sequential")
+    assert sorted(set(dataset.epochs)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("perturbations", "args"),
+    [
+        (["auto"], {}),
+        ([OPEN_GATES, "logit_noise"], {"train_sampling_strategy": "group_by_length"}),
+        ([OPEN_GATES], {"dataloader_num_workers": 1, "gradient_accumulation_steps": 2}),
+        ([], {}),
+        ([], {"train_sampling_strategy": "batch_rebalance"}),
+        (["sam"], {}),
+    ],
+    ids=str,
+)
+def test_training_is_bit_for_bit_what_it_is_without_row_numbers(perturbations, args, tmp_path, monkeypatch):
+    followed = train(tmp_path, perturbations=perturbations, **args)
+    assert followed.label_issues().num_rows == ROWS
+    monkeypatch.setattr(lpg_hf.trainer, "has_rows", lambda dataset: False)
+    alone = train(tmp_path, perturbations=perturbations, **args)
+    assert alone._row_records is None
+    assert torch.equal(flat_parameters(followed.model), flat_parameters(alone.model))
+    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (followed, alone)]
+    assert losses[0] == losses[1]
+    if not perturbations:
+        plain = train(tmp_path, cls=Trainer, **args)
+        assert torch.equal(flat_parameters(followed.model), flat_parameters(plain.model))
+
+
+def test_an_adapter_is_followed_like_a_model(tmp_path, monkeypatch):
+    visits = spy_on_visits(monkeypatch)
+    model = get_peft_model(make_model("bert"), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
+    issues = train(tmp_path, model=model).label_issues()
+    expected = slow_ranking(visits, make_dataset()["label"][:])
+    assert issues["score"][:] == pytest.approx([expected[row][0] for row in issues["row"]], abs=1e-5)
+
+
+def test_the_weights_are_those_of_the_dampening(tmp_path, monkeypatch):
+    weights = {}
+    weight = ClassRelativeDampening.weight
+
+    def spy(self, logits, labels, statistics):
+        result = weight(self, logits, labels, statistics)
+        weights.setdefault("all", []).extend(result.tolist())
+        return result
+
+    monkeypatch.setattr(ClassRelativeDampening, "weight", spy)
+    dataset = make_dataset(rows=200, wrong=range(30))
+    issues = train(tmp_path, dataset, perturbations=[OPEN_GATES], num_train_epochs=10).label_issues()
+    assert np.mean(issues["weight"]) == pytest.approx(np.mean(weights["all"]), abs=1e-6)
+    assert min(issues["weight"]) < 0.5 and max(issues["weight"]) <= 1
+    assert set(issues["row"][:30]) == set(range(30))
+    truth = make_dataset(rows=200)["label"]
+    assert issues["suggested_label"][:30] == [truth[row] for row in issues["row"][:30]]
+    assert "weight" not in train(tmp_path, perturbations=["logit_clipping"]).label_issues().column_names
+
+
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_a_resumed_run_ranks_bit_for_bit_as_the_whole_one(step, tmp_path):
+    whole = train(tmp_path, save_strategy="steps", save_steps=1, perturbations=[OPEN_GATES])
+    resumed = train(tmp_path, perturbations=[OPEN_GATES], resume=str(tmp_path / f"checkpoint-{step}"))
+    assert torch.equal(flat_parameters(whole.model), flat_parameters(resumed.model))
+    assert whole.label_issues().to_dict() == resumed.label_issues().to_dict()
+
+
+def test_another_data_set_starts_anew(tmp_path, caplog):
+    train(tmp_path, save_strategy="steps", save_steps=4, perturbations=["logit_clipping"])
+    with caplog.at_level("WARNING", logger="lpg_hf"):
+        trainer = train(
+            tmp_path,
+            make_dataset().select(range(20)),
+            perturbations=["logit_clipping"],
+            resume=str(tmp_path / "checkpoint-4"),
+        )
+    assert "`train_dataset` of 26 rows and this run has 20" in caplog.text
+    assert trainer.label_issues().num_rows <= 20
+
+
+def test_ignored_and_unseen_rows_are_left_out(tmp_path):
+    issues = train(tmp_path, make_dataset(ignored=(3, 5))).label_issues()
+    assert sorted(issues["row"]) == [row for row in range(ROWS) if row not in (3, 5)]
+    issues = train(tmp_path, max_steps=2, train_sampling_strategy="sequential").label_issues()
+    assert sorted(issues["row"]) == list(range(16))
+
+
+def test_names_are_those_of_the_data_set_or_of_the_model(tmp_path):
+    issues = train(tmp_path).label_issues()
+    assert issues.features["label"].names == [f"LABEL_{label}" for label in range(NUM_LABELS)]
+    names = ["ant", "bee", "cat", "dog"]
+    dataset = make_dataset().cast_column("label", ClassLabel(names=names))
+    assert train(tmp_path, dataset).label_issues().features["suggested_label"].names == names
+
+
+@pytest.mark.parametrize(
+    "collator",
+    [
+        lambda items: pad(sorted(items, key=lambda item: -len(item["input_ids"]))),
+        lambda items: pad(items + items),
+        lambda items: pad([item | {"label": (item["label"] + 1) % NUM_LABELS} for item in items]),
+    ],
+    ids=["reorders", "doubles", "changes labels"],
+)
+def test_a_collator_under_which_rows_are_lost_trains_but_does_not_rank(collator, tmp_path):
+    trainer = train(tmp_path, collator=collator, remove_unused_columns=False)
+    with pytest.raises(ValueError, match=r"rows of [0-9]+ samples are not known: `data_collator` reordered"):
+        trainer.label_issues()
+
+
+def test_a_collator_that_hands_out_the_rows_themselves_leaves_them_as_they_were():
+    item = {"labels": torch.tensor([1]), "input_ids": torch.tensor([[1]])}
+    batch = NumberedCollator(lambda items: items[0], num_rows=5)([(3, item)])
+    assert batch[ROWS_KEY].tolist() == [3] and ROWS_KEY not in item
+
+
+def test_training_batches_asked_for_by_others_are_those_of_the_trainer(tmp_path):
+    trainer = train(tmp_path)
+    assert set(next(iter(trainer.get_train_dataloader()))) == {"input_ids", "labels"}
+
+
+def test_rows_read_a_batch_at_once_where_the_data_set_can():
+    dataset = make_dataset()
+    loader = DataLoader(NumberedRows(dataset), batch_size=4, collate_fn=list)
+    assert next(iter(loader)) == [(row, dataset[row]) for row in range(4)]
+    assert NumberedRows(dataset).__getitems__([5, 2]) == [(5, dataset[5]), (2, dataset[2])]
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = NumberedRows(dataset).nothing
+
+
+class OwnLoader(LPGTrainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+
+
+class OwnLoss(LPGTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model(**inputs).loss
+
+
+def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=r"there was no training yet: call `train\(\)` first"):
+        LPGTrainer(model=make_model("bert"), args=args, train_dataset=make_dataset()).label_issues()
+    stream = make_dataset().to_iterable_dataset()
+    with pytest.raises(ValueError, match="is a IterableDataset, whose rows have no index"):
+        train(tmp_path, stream, max_steps=2, remove_unused_columns=False).label_issues()
+    with pytest.raises(ValueError, match="`get_train_dataloader` is overridden"):
+        train(tmp_path, cls=OwnLoader).label_issues()
+    with pytest.raises(ValueError, match=r"recorded no row: .* `compute_loss` or `training_step` are overridden"):
+        train(tmp_path, cls=OwnLoss).label_issues()
+    model = make_model("bert")
+    model.config.problem_type, model.config.num_labels = "regression", 1
+    model.num_labels, model.classifier = 1, torch.nn.Linear(16, 1)
+    with pytest.raises(ValueError, match="no single-label classifier"):
+        train(
+            tmp_path,
+            model=model,
+            collator=lambda items: (batch := pad(items)) | {"labels": batch["labels"].float()},
+        ).label_issues()
+
+
+def test_rows_without_a_number_are_not_known():
+    collator = NumberedCollator(default_data_collator, num_rows=5)
+    assert collator([("a", {"label": 1}), ("b", {"label": 0})])[ROWS_KEY].tolist() == [5, 5]
+    assert collator([(1, {"x": 1.0}), (2, {"x": 0.0})]).keys() == {"x"}
+    assert NumberedCollator(list, num_rows=5)([(1, "a")]) == ["a"]
+
+
+def test_bad_values_do_not_stick():
+    """A visit with NaN counts as the smallest probability; training itself reports such values."""
+    records = RowRecords(1)
+    records.update(torch.tensor([0]), torch.tensor([[math.nan, 1.0]]), torch.tensor([1]))
+    records.update(torch.tensor([0]), torch.tensor([[0.0, -1e30]]), torch.tensor([1]))
+    assert records.ranked(["a", "b"])["score"][:] == pytest.approx([1 - SMALLEST_PROBABILITY])
+
+
+def test_a_step_never_asks_the_device_for_a_value():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        records = RowRecords(6)
+        for name, buffer in records.named_buffers():
+            records._buffers[name] = mode.from_tensor(buffer)
+        rows, labels = torch.empty(4, dtype=torch.int64), torch.empty(4, dtype=torch.int64)
+        records.update(rows, torch.empty(4, 3), labels, torch.empty(4))
+        with pytest.raises(DataDependentOutputException):
+            _ = records.has_visits  # which does
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.25, 0.5, 1.0])), min_size=1, max_size=30),
+    st.integers(1, 4),
+)
+def test_a_majority_leads_however_the_votes_are_spread_over_processes(votes, processes):
+    counters = [(torch.tensor(-1), torch.tensor(0.0)) for _ in range(processes)]
+    for number, (candidate, vote) in enumerate(votes):
+        process = number % processes
+        counters[process] = _merge_votes(*counters[process], torch.tensor(candidate), torch.tensor(vote))
+    merged = counters[0]
+    for counter in counters[1:]:
+        merged = _merge_votes(*merged, *counter)
+    totals = np.bincount([candidate for candidate, _ in votes], [vote for _, vote in votes], minlength=4)
+    if totals.max() > totals.sum() / 2:
+        assert merged[0] == totals.argmax()
+    assert 0 <= merged[1] <= totals.max()
+
+
+def test_records_of_two_processes_are_one():
+    generator = torch.Generator().manual_seed(0)
+    parts, whole = [RowRecords(5), RowRecords(5)], RowRecords(5)
+    for step in range(20):
+        rows = torch.randperm(5, generator=generator)[:2]
+        logits = 3 * torch.randn(2, 3, generator=generator)
+        labels = rows % 3
+        parts[step % 2].update(rows, logits, labels)
+        whole.update(rows, logits, labels)
+    names = iter(["_sums", "_labels", "_votes"])  # in the order in which they are gathered
+
+    def gather(tensor):
+        name = next(names)
+        return torch.stack([getattr(part, name) for part in parts])
+
+    merged = parts[0].merged(gather)
+    first, second = merged.ranked(["a", "b", "c"]), whole.ranked(["a", "b", "c"])
+    assert first["row"][:] == second["row"][:] and first["visits"][:] == second["visits"][:]
+    assert first["score"][:] == pytest.approx(second["score"][:], abs=1e-6)
