@@ -142,6 +142,34 @@ def test_an_uneven_end_does_not_hang_and_statistics_stay_global(tmp_path):
     assert together["steps"] == 11
 
 
+def test_label_issues_are_those_of_all_processes(tmp_path):
+    """Each process sees its part of the rows, which change hands between epochs; resumed after the first epoch too."""
+    args = SGD | {"num_train_epochs": 3, "train_sampling_strategy": "random", "save_strategy": "epoch"}
+    job = {"model": "resnet", "perturbations": [OPEN_GATES], "sizes": [64], "ignored": [5], "is_map": True}
+    alone = train(job | {"args": args | {"per_device_train_batch_size": 16}}, tmp_path / "alone")
+    job |= {"args": args | {"per_device_train_batch_size": 8}}
+    together = launch(job, 2, tmp_path / "together")
+    resumed = launch(job | {"resume": str(tmp_path / "together" / "0" / "checkpoint-4")}, 2, tmp_path / "resumed")
+    torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
+    expected = by_row(alone["issues"])
+    assert list(expected) == [row for row in range(64) if row != 5]
+    for issues in (by_row(together["issues"]), by_row(resumed["issues"])):
+        assert list(issues) == list(expected)
+        for row, issue in issues.items():
+            for name in ("score", "weight"):
+                assert issue[name] == pytest.approx(expected[row][name], abs=1e-6)
+            assert (issue["label"], issue["visits"]) == (expected[row]["label"], 3)
+        # Without a majority the leader depends on the order of the votes.
+        same = [issue["suggested_label"] == expected[row]["suggested_label"] for row, issue in issues.items()]
+        assert sum(same) > 0.9 * len(same)
+
+
+def by_row(issues):
+    """Rows in their own order: equal scores of two runs may differ in rounding, and so in rank."""
+    lines = [dict(zip(issues, values, strict=True)) for values in zip(*issues.values(), strict=True)]
+    return {line["row"]: line for line in sorted(lines, key=lambda line: line["row"])}
+
+
 def test_accelerate_launch_with_the_ready_config(tmp_path):
     config = Path(__file__).parents[2] / "examples" / "accelerate" / "cpu_ddp.yaml"
     job = {"model": "bert", "perturbations": ["auto"]}

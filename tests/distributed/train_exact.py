@@ -40,8 +40,12 @@ def train(job: dict, output_dir: Path) -> dict:
     if job.get("is_stream"):
         trainer.train_dataset = IterableDataset.from_generator(rows_of, gen_kwargs={"batch": batch})
         trainer.data_collator = default_data_collator
+    if job.get("is_map"):
+        trainer.train_dataset = list(rows_of(batch))
+        trainer.data_collator = default_data_collator
     trainer.train(resume_from_checkpoint=job.get("resume"))
     return {
+        "issues": trainer.label_issues().to_dict() if job.get("is_map") else None,
         "parameters": flat_parameters(trainer.model),
         "running": trainer.lpg_loss.statistics._running,
         "counts": trainer.lpg_loss.statistics.class_counts,
