@@ -69,6 +69,11 @@ class RowRecords(nn.Module):
         return bool(self._sums[0].any())
 
     @property
+    def largest_label(self) -> int:
+        """Of the labels seen and suggested."""
+        return int(self._labels.max())
+
+    @property
     def num_unknown(self) -> int:
         """Samples whose row is not known."""
         return int(self._sums[0, -1])

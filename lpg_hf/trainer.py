@@ -35,6 +35,7 @@ from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
 from .label_issues import RowRecords
 from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
+from .model_card import add_section
 from .pac_bayes import PathLength
 from .perturbations import (
     SAM,
@@ -612,20 +613,61 @@ class LPGTrainer(Trainer):
                 f"The rows of {records.num_unknown} samples are not known: `data_collator` reordered its items, or "
                 "changed their number or labels. Let it keep them as they come."
             )
-        return records.ranked(self._label_names(), with_weight=self._dampening() is not None)
+        num_labels = records.largest_label + 1 if self.lpg_loss is None else self.lpg_loss.num_labels
+        return records.ranked(self.class_names(num_labels), with_weight=self._dampening() is not None)
+
+    def report(self, output_dir: str | None = None) -> str:
+        """
+        Writes a report of the training: an HTML page with its figures inside, the figures as PNG and all numbers as
+        CSV (`label_issues.csv`, `classes.csv`, `confusion.csv`, `calibration.csv`, `norms.csv`).
+
+        It predicts `eval_dataset` once (the first one of a dict); what cannot be shown is left out with a word why.
+        On several processes all must call it, and the main one writes.
+
+        Args:
+            output_dir (`str`, *optional*, defaults to `report` in the trainer's `output_dir`): Where the files go.
+
+        Returns:
+            `str`: Path of the page, `report.html`.
+
+        Raises:
+            ImportError: Without matplotlib and Jinja2, which come with `pip install lpg_hf[report]`.
+            ValueError: Before training.
+        """
+        # Imported here, as matplotlib and Jinja2 are optional.
+        from .report import write_report
+
+        return write_report(self, output_dir)
 
     def _merged_records(self) -> RowRecords:
         return self._row_records.merged(lambda tensor: self.accelerator.gather(tensor[None]))
 
-    def _label_names(self) -> list[str]:
+    def class_names(self, num_labels: int) -> list[str]:
         """Names of the classes: the data set's where it has them, else the model's."""
-        config = self.accelerator.unwrap_model(self.model).config
         if isinstance(self.train_dataset, Dataset):
-            for column in LABEL_COLUMNS:
-                feature = self.train_dataset.features.get(column)
-                if isinstance(feature, ClassLabel):
-                    return feature.names
-        return [config.id2label[label] for label in range(config.num_labels)]
+            features = [self.train_dataset.features.get(column) for column in LABEL_COLUMNS]
+            names = next((feature.names for feature in features if isinstance(feature, ClassLabel)), [])
+            if len(names) == num_labels:
+                return names
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        id2label = getattr(config, "id2label", None) or {}
+        return [str(id2label.get(label, label)) for label in range(num_labels)]
+
+    def methods_that_acted(self) -> list[str]:
+        """The `repr` of every method of the chain that acts on this model, in its order."""
+        logit_methods = [] if self.lpg_loss is None or self._is_classifier is False else self.lpg_loss.perturbations
+        return [repr(method) for method in (*logit_methods, *self._parameter_methods)]
+
+    # Model card
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """
+        As of the Trainer, with a section on the perturbations (methods, settings, classes, the `certificate.json`
+        beside the card if there is one) and tags; without perturbations it is the Trainer's card.
+        """
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self.methods_that_acted():
+            add_section(Path(self.args.output_dir) / "README.md", self)
 
     # Logging
 

@@ -1,0 +1,196 @@
+"""The figures of the report, made to stay readable with many classes."""
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from .tables import ReportTables
+
+
+BLUE, ORANGE, GREY, RED = "#2563eb", "#ea8a12", "#8a94a6", "#dc2626"
+COLORS = [GREY, BLUE, ORANGE, "#16a34a", "#9333ea", "#0891b2", "#be185d"]
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa3b2",
+    "axes.labelcolor": "#39424e",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8ebf0",
+    "xtick.color": "#39424e",
+    "ytick.color": "#39424e",
+    "legend.frameon": False,
+}
+#: Up to how many classes a figure names each of them.
+MOST_NAMED_CLASSES = 30
+MOST_WRITTEN_CELLS = 12
+LONGEST_NAME = 24
+
+
+def make_figures(tables: ReportTables) -> dict[str, Figure]:
+    """The figures for which there are numbers, by name."""
+    columns = set(tables.classes[0]) if tables.classes else set()
+    with rc_context(STYLE):
+        figures = {}
+        if {"train_rows", "eval_accuracy"} <= columns:
+            figures["class_accuracy"] = _class_accuracy(tables, "eval_accuracy", "accuracy on the evaluation rows")
+        elif {"train_rows", "train_accuracy"} <= columns:
+            figures["class_accuracy"] = _class_accuracy(tables, "train_accuracy", "running training accuracy")
+        if tables.calibration:
+            figures["calibration"] = _calibration(tables)
+        if tables.norms:
+            figures["norms"] = _norms(tables)
+        if "weight" in columns:
+            figures["dampening"] = _dampening(tables)
+        if "sign" in columns:
+            figures["signs"] = _signs(tables)
+        if tables.confusion is not None:
+            figures["confusion"] = _confusion(tables)
+    return figures
+
+
+def _figure(width: float = 5.6, height: float = 3.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _class_accuracy(tables: ReportTables, column: str, label: str) -> Figure:
+    figure, axes = _figure()
+    lines = [line for line in tables.classes if line[column] is not None and line["train_rows"] > 0]
+    sizes, accuracy = [line["train_rows"] for line in lines], [line[column] for line in lines]
+    many = len(lines) > MOST_NAMED_CLASSES
+    axes.scatter(sizes, accuracy, s=12 if many else 30, color=BLUE, alpha=0.5 if many else 0.9, linewidth=0)
+    if max(sizes) > 3 * min(sizes):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    lowest = min(lines, key=lambda line: line[column])
+    is_left = lowest["train_rows"] ** 2 < max(sizes) * min(sizes)
+    axes.annotate(
+        _short(lowest["name"]),
+        (lowest["train_rows"], lowest[column]),
+        xytext=(6 if is_left else -6, -9),
+        textcoords="offset points",
+        ha="left" if is_left else "right",
+        fontsize=8,
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="training rows of the class", ylabel=label, ylim=(-0.03, 1.03))
+    return figure
+
+
+def _calibration(tables: ReportTables) -> Figure:
+    figure, axes = _figure()
+    bins = [line for line in tables.calibration if line["rows"]]
+    total = sum(line["rows"] for line in bins)
+    middles = [(line["from"] + line["to"]) / 2 for line in bins]
+    width = 0.9 / len(tables.calibration)
+    axes.bar(middles, [line["rows"] / total for line in bins], width=width, color="#d5dbe6", label="share of the rows")
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
+    axes.plot(
+        [line["confidence"] for line in bins],
+        [line["accuracy"] for line in bins],
+        color=BLUE,
+        marker="o",
+        markersize=4,
+        label="accuracy",
+    )
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="confidence of the prediction", xlim=(-0.01, 1.01), ylim=(-0.01, 1.03))
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncol=3, fontsize=8)
+    return figure
+
+
+def _norms(tables: ReportTables) -> Figure:
+    figure, axes = _figure()
+    names = [column for column in tables.norms[0] if column not in ("step", "epoch")]
+    for name, color in zip(names, COLORS * len(names), strict=False):
+        points = [(line["epoch"], line[name]) for line in tables.norms if line[name] is not None]
+        parts = name.removeprefix("lpg/").split("/")
+        label = "gradient of the loss" if parts == ["gradient_norm"] else f"delta of {parts[0].replace('_', ' ')}"
+        marker = "o" if len(points) < 3 else None
+        axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3)
+    axes.set(xlabel="epoch", ylabel="mean norm", ylim=(0, None))
+    axes.legend(loc="best", fontsize=8)
+    return figure
+
+
+def _dampening(tables: ReportTables) -> Figure:
+    lines = [line for line in _by_size(tables) if line["weight"] is not None]
+    figure, axes = _figure()
+    _bars(axes, [line["name"] for line in lines], [1 - line["weight"] for line in lines], BLUE)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(ylabel="mean share of the gradient taken off", ylim=(0, None))
+    return figure
+
+
+def _signs(tables: ReportTables) -> Figure:
+    lines = _by_size(tables)
+    figure, axes = _figure(width=11.4, height=3.0)
+    colors = [BLUE if line["sign"] > 0 else RED for line in lines]
+    _bars(axes, [line["name"] for line in lines], [line["sign"] * line["bound"] for line in lines], colors)
+    axes.axhline(0, color="#9aa3b2", linewidth=0.8)
+    axes.set(ylabel="dampened      bound      amplified")
+    return figure
+
+
+def _bars(axes: Axes, names: list[str], heights: list[float], color: str | list[str]) -> None:
+    """Bars per class, the largest class first; named where there is room."""
+    positions = np.arange(len(names))
+    many = len(names) > MOST_NAMED_CLASSES
+    axes.bar(positions, heights, color=color, width=1.0 if many else 0.75)
+    axes.grid(axis="x", visible=False)
+    if many:
+        axes.set_xlabel("classes, the largest first")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        is_long = max(map(len, names)) > 4 and len(names) > 4
+        axes.set_xticks(
+            positions,
+            [_short(name) for name in names],
+            rotation=40 if is_long else 0,
+            ha="right" if is_long else "center",
+            fontsize=8 if len(names) <= 12 else 6.5,
+        )
+        axes.set_xlabel("largest class first")
+
+
+def _confusion(tables: ReportTables) -> Figure:
+    shown = most_confused_classes(tables)
+    part = tables.confusion[np.ix_(shown, shown)]
+    share = part / np.maximum(tables.confusion[shown].sum(1, keepdims=True), 1)
+    names = [_short(tables.names[label]) for label in shown]
+    # Beyond that the page gives the figure its whole width.
+    figure, axes = _figure(6.2, 4.8) if len(names) <= MOST_WRITTEN_CELLS else _figure(11.4, 9.2)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.grid(visible=False)
+    fontsize = 8
+    axes.set_xticks(range(len(names)), names, rotation=50, ha="right", fontsize=fontsize)
+    axes.set_yticks(range(len(names)), names, fontsize=fontsize)
+    axes.set(xlabel="predicted", ylabel="label")
+    if len(names) <= MOST_WRITTEN_CELLS:
+        for i, j in np.argwhere(part > 0):
+            color = "white" if share[i, j] > 0.5 else "#39424e"
+            axes.text(j, i, f"{part[i, j]:,}", ha="center", va="center", fontsize=7.5, color=color)
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1), shrink=0.8, label="share of the label's rows")
+    return figure
+
+
+def most_confused_classes(tables: ReportTables) -> np.ndarray:
+    """All classes where they can be named, else those with the most wrong predictions, in their own order."""
+    if len(tables.confusion) <= MOST_NAMED_CLASSES:
+        return np.arange(len(tables.confusion))
+    wrong = tables.confusion.sum(1) - tables.confusion.diagonal()
+    return np.sort(np.argsort(-wrong, kind="stable")[:MOST_NAMED_CLASSES])
+
+
+def _by_size(tables: ReportTables) -> list[dict]:
+    return sorted(tables.classes, key=lambda line: -line.get("train_rows", 0))
+
+
+def _short(name: str) -> str:
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"

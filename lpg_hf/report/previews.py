@@ -1,0 +1,88 @@
+"""What a training row looks like: a thumbnail of an image, the beginning of a text."""
+
+import base64
+import io
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from datasets import Dataset, Image, Value
+
+
+THUMBNAIL_SIZE = 96
+LONGEST_TEXT = 240
+
+
+def preview(dataset: object, row: int, tokenizer: object = None) -> dict[str, str]:
+    """
+    A row as `{"image": data URI}` or `{"text": snippet}`; empty where there is nothing to see.
+
+    Args:
+        dataset: `train_dataset`.
+        row (`int`): Its index.
+        tokenizer (*optional*): With `decode`, for rows that have only tokens left.
+
+    Example:
+
+    ```python
+    >>> preview([{"text": "the first row", "label": 0}], 0)
+    {'text': 'the first row'}
+
+    ```
+    """
+    item, features = _raw_item(dataset, row)
+    if not isinstance(item, Mapping):
+        return {}
+    for name, value in item.items():
+        if isinstance(features.get(name), Image) or hasattr(value, "thumbnail"):
+            return {} if value is None else {"image": _data_uri(value)}
+    texts = [value for name, value in item.items() if isinstance(value, str) and _is_text(features.get(name))]
+    if texts:
+        return {"text": _snippet(max(texts, key=len))}
+    if "pixel_values" in item:
+        image = _image_of(item["pixel_values"])
+        return {} if image is None else {"image": _data_uri(image)}
+    if "input_ids" in item and hasattr(tokenizer, "decode"):
+        return {"text": _snippet(tokenizer.decode(item["input_ids"], skip_special_tokens=True))}
+    return {}
+
+
+def _raw_item(dataset: object, row: int) -> tuple[object, dict]:
+    """The row before transforms, which may crop, normalise or drop what there is to see."""
+    if isinstance(dataset, Dataset):
+        return dataset.with_format(None)[row], dict(dataset.features)
+    return dataset[row], {}
+
+
+def _is_text(feature: object) -> bool:
+    return feature is None or (isinstance(feature, Value) and "string" in feature.dtype)
+
+
+def _snippet(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+def _image_of(pixels: object) -> object:
+    """An image of `pixel_values` `[channels, height, width]`, stretched to the full range; `None` for other shapes."""
+    from PIL import Image as PILImage
+
+    array = torch.as_tensor(np.asarray(pixels), dtype=torch.float32)
+    if array.ndim != 3 or array.shape[0] not in (1, 3):
+        return None
+    low, high = array.min(), array.max()
+    array = ((array - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
+    return PILImage.fromarray(array.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def _data_uri(image: object) -> str:
+    from PIL import Image as PILImage
+
+    image = image.convert("RGB")
+    # Small pictures keep their pixels when the page enlarges them.
+    scale = THUMBNAIL_SIZE / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    image = image.resize(size, PILImage.Resampling.NEAREST if scale > 1 else PILImage.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
