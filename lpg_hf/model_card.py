@@ -1,15 +1,16 @@
 """The section that LPGTrainer adds to a model card."""
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
+from transformers import TrainingArguments
 
 from .config import LPGConfig
 from .loss import LPGLoss
-from .perturbations import build_chain, method_card
+from .perturbations import Perturbation, method_card
 
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def add_section(path: Path, trainer: "LPGTrainer") -> None:
 
 def _section(trainer: "LPGTrainer", certificate: Path) -> str:
     parts = [
-        f"{TITLE}\n\nTrained with `LPGTrainer` of `lpg_hf`: every method below adds its delta to the gradient that the "
-        "one before left.",
+        f"{TITLE}\n\nTrained with `LPGTrainer` of `lpg_hf`: every method below adds its delta to the gradient that "
+        "the one before left.",
         _methods_table(trainer.methods_that_acted()),
     ]
     if isinstance(trainer.args, LPGConfig):
@@ -56,19 +57,23 @@ def _section(trainer: "LPGTrainer", certificate: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _methods_table(methods: list[str]) -> str:
-    lines = [["method", "what it adds"]]
-    for text in methods:
-        (method,) = build_chain([text])
-        lines.append([f"`{text}`", method_card(type(method))["Formula"]])
-    return _table(lines)
+def _methods_table(methods: list[Perturbation]) -> str:
+    # A method of the user's own need not have a card.
+    formulas = [method_card(type(method)).get("Formula", "") for method in methods]
+    lines = [[f"`{method!r}`", formula] for method, formula in zip(methods, formulas, strict=True)]
+    return _table([["method", "what it adds"], *lines])
 
 
 def _changed_settings(args: LPGConfig) -> list[str]:
-    own = {field.name for field in fields(LPGConfig)} - {field.name for field in fields(LPGConfig.__base__)}
-    defaults = LPGConfig(args.output_dir, report_to=[], use_cpu=args.use_cpu)
-    changed = [name for name in sorted(own) if getattr(args, name) != getattr(defaults, name)]
-    return [f"`{name}={getattr(args, name)!r}`" for name in changed]
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = [field for field in fields(args) if field.name not in inherited]
+    defaults = [field.default if field.default_factory is MISSING else field.default_factory() for field in own]
+    values = [getattr(args, field.name) for field in own]
+    return [
+        f"`{field.name}={value!r}`"
+        for field, value, default in zip(own, values, defaults, strict=True)
+        if value != default
+    ]
 
 
 def _class_table(loss: LPGLoss, names: list[str]) -> str:

@@ -653,10 +653,10 @@ class LPGTrainer(Trainer):
         id2label = getattr(config, "id2label", None) or {}
         return [str(id2label.get(label, label)) for label in range(num_labels)]
 
-    def methods_that_acted(self) -> list[str]:
-        """The `repr` of every method of the chain that acts on this model, in its order."""
+    def methods_that_acted(self) -> list[Perturbation]:
+        """The methods of the chain that act on this model, in their order."""
         logit_methods = [] if self.lpg_loss is None or self._is_classifier is False else self.lpg_loss.perturbations
-        return [repr(method) for method in (*logit_methods, *self._parameter_methods)]
+        return [*logit_methods, *self._parameter_methods]
 
     # Model card
 

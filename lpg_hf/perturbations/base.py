@@ -28,8 +28,10 @@ class Perturbation(nn.Module, ABC):
     depends_on_split = False
 
     def __repr__(self) -> str:
-        parameters = inspect.signature(type(self).__init__).parameters
-        values = {name: _literal(getattr(self, name)) for name in parameters if name != "self"}
+        # A method without arguments may leave `__init__` to Module, whose own are of any name.
+        has_own = type(self).__init__ is not nn.Module.__init__
+        parameters = inspect.signature(type(self)).parameters if has_own else {}
+        values = {name: _literal(getattr(self, name)) for name in parameters}
         options = [f"{name}={value!r}" for name, value in values.items() if value != parameters[name].default]
         return f"{self.name}({', '.join(options)})"
 

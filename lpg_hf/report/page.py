@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .plots import make_figures, most_confused_classes
+from .plots import FIGURES, make_figures, most_confused_classes
 from .previews import preview
 from .tables import ReportTables
 
@@ -36,6 +36,8 @@ def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, f
     _write_csv(folder / "label_issues.csv", issues)
 
     figures = {}
+    for name in FIGURES:  # those of an earlier report
+        (folder / f"{name}.png").unlink(missing_ok=True)
     for name, figure in make_figures(tables).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")

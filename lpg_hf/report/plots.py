@@ -30,6 +30,9 @@ MOST_WRITTEN_CELLS = 12
 LONGEST_NAME = 24
 
 
+FIGURES = ("class_accuracy", "calibration", "norms", "dampening", "signs", "confusion")
+
+
 def make_figures(tables: ReportTables) -> dict[str, Figure]:
     """The figures for which there are numbers, by name."""
     columns = set(tables.classes[0]) if tables.classes else set()

@@ -178,7 +178,7 @@ def _describe_classes(trainer: "LPGTrainer", tables: ReportTables) -> None:
 
 def _summarise(trainer: "LPGTrainer", tables: ReportTables) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    summary = {"model": type(model).__name__, "methods": ", ".join(trainer.methods_that_acted()) or "none"}
+    summary = {"model": type(model).__name__, "methods": ", ".join(map(repr, trainer.methods_that_acted())) or "none"}
     summary["steps"] = f"{trainer.state.global_step:,}"
     counts = [line["train_rows"] for line in tables.classes if line.get("train_rows")]
     if counts:

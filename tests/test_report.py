@@ -1,0 +1,365 @@
+"""The report shows the numbers of its CSV files, and these are the ones that can be computed anew."""
+
+import base64
+import csv
+import io
+import json
+import re
+import sys
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from huggingface_hub import ModelCard
+from PIL import Image as PILImage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import NUM_LABELS, make_model
+from transformers import Trainer, TrainingArguments
+
+import lpg_hf.report
+from lpg_hf import SAM, LPGConfig, LPGTrainer
+from lpg_hf.metrics import ExpectedCalibrationError
+from lpg_hf.perturbations.base import LogitPerturbation
+from lpg_hf.report import ReportCallback
+from lpg_hf.report.page import write_page
+from lpg_hf.report.plots import most_confused_classes
+from lpg_hf.report.previews import LONGEST_TEXT, preview
+from lpg_hf.report.tables import ReportTables
+
+
+NAMES = ["ant", "bee", "cat & <b>dog</b>", "d|og"]
+CSV_FILES = {"classes.csv", "norms.csv", "calibration.csv", "confusion.csv", "label_issues.csv"}
+FIGURES = {"class_accuracy.png", "calibration.png", "norms.png", "dampening.png", "signs.png", "confusion.png"}
+
+
+def make_dataset(rows=60, seed=0):
+    labels = torch.multinomial(
+        torch.tensor([0.5, 0.3, 0.15, 0.05]), rows, replacement=True, generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    columns = {
+        "input_ids": [[1 + label, row % 25, 3] for row, label in enumerate(labels)],
+        "label": [(label + (row % 10 == 0)) % NUM_LABELS for row, label in enumerate(labels)],
+        "text": [f"<script>row {row}</script>" for row in range(rows)],
+    }
+    return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=NAMES))
+
+
+def make_trainer(path, *, cls=LPGTrainer, args_class=TrainingArguments, model=None, train_dataset=None, **kwargs):
+    args = kwargs.pop("args", {})
+    settings = {
+        "output_dir": str(path),
+        "num_train_epochs": 4,
+        "learning_rate": 2e-2,
+        "logging_steps": 4,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return cls(
+        model=model or make_model("bert"),
+        args=args_class(**(settings | args)),
+        train_dataset=make_dataset() if train_dataset is None else train_dataset,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trainer with an evaluation set, metrics of its own, and predictions that are no logits any more."""
+    path = tmp_path_factory.mktemp("trained")
+    trainer = make_trainer(
+        path,
+        perturbations=["auto", "lpg(epsilon=0.05)"],
+        eval_dataset={"first": make_dataset(40, seed=1), "second": make_dataset(8, seed=2)},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        compute_metrics=lambda prediction: {"own": 1.0},
+    )
+    trainer.train()
+    return trainer, Path(trainer.report()).parent
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_of(page, section):
+    """The cells of the first table in a section, without markup."""
+    html = re.search(rf'<section id="{section}">(.*?)</section>', page, re.DOTALL)[1]
+    rows = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
+    return [
+        [
+            unescape(re.sub(r"<[^>]*>", "", cell)).strip()
+            for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)
+        ]
+        for row in rows
+    ]
+
+
+def test_files(trained):
+    assert {file.name for file in trained[1].iterdir()} == CSV_FILES | FIGURES | {"report.html"}
+    for name in FIGURES:
+        width, height = PILImage.open(trained[1] / name).size
+        assert width > 700 and height > 400
+
+
+def test_the_page_needs_nothing_else_and_is_safe(trained):
+    page = (trained[1] / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) >= len(FIGURES) and all(source.startswith("data:image/png;base64,") for source in sources)
+    for name in FIGURES:
+        assert base64.b64encode((trained[1] / name).read_bytes()).decode() in page
+    assert "<script" not in page and "&lt;script&gt;row" in page  # texts of the data are shown, not run
+    assert "<b>dog</b>" not in page
+
+
+def test_classes_agree_with_the_trainer_and_the_page(trained):
+    trainer, folder = trained
+    lines = read_csv(folder / "classes.csv")
+    test = trainer.eval_dataset["first"]
+    logits = trainer.predict(test)
+    predicted = logits.predictions  # preprocessed: classes
+    labels = np.array(test["label"])
+    statistics = trainer.lpg_loss.statistics
+    method = list(trainer.lpg_loss.perturbations)[-1]
+    signs, bounds = method.signs_and_bounds(statistics)
+    issues = trainer.label_issues()
+    assert [line["name"] for line in lines] == NAMES
+    for label, line in enumerate(lines):
+        is_own = labels == label
+        assert int(line["eval_rows"]) == is_own.sum()
+        assert float(line["eval_accuracy"]) == pytest.approx((predicted == labels)[is_own].mean())
+        assert int(line["train_rows"]) == trainer.train_dataset["label"][:].count(label)
+        assert float(line["train_accuracy"]) == pytest.approx(statistics.accuracy[label].item())
+        own = [issue["weight"] for issue in issues if issue["label"] == label]  # each row was visited as often
+        assert float(line["weight"]) == pytest.approx(np.mean(own))
+        assert (int(line["sign"]), float(line["bound"])) == pytest.approx((signs[label].item(), bounds[label].item()))
+    header, *shown = table_of((folder / "report.html").read_text(), "classes")
+    by_size = sorted(lines, key=lambda line: -int(line["train_rows"]))
+    assert header[:3] == ["class", "training rows", "training accuracy"]
+    for cells, line in zip(shown, by_size, strict=True):
+        assert cells[:2] == [line["name"], line["train_rows"]]
+        assert cells[4] == f"{float(line['eval_accuracy']):.1%}"
+        assert cells[5] == f"{float(line['weight']):.3f}"
+
+
+def test_confusion_and_calibration_agree_with_other_code(trained):
+    trainer, folder = trained
+    test = trainer.eval_dataset["first"]
+    labels = np.array(test["label"])
+    trainer.preprocess_logits_for_metrics, saved = None, trainer.preprocess_logits_for_metrics
+    logits = torch.tensor(trainer.predict(test).predictions)
+    trainer.preprocess_logits_for_metrics = saved
+    predicted = logits.argmax(-1).numpy()
+    lines = read_csv(folder / "confusion.csv")
+    pairs = {(int(line["label"]), int(line["predicted"])): int(line["rows"]) for line in lines}
+    expected = {}
+    for pair in zip(labels.tolist(), predicted.tolist(), strict=True):
+        expected[pair] = expected.get(pair, 0) + 1
+    assert pairs == expected
+
+    bins = [line for line in read_csv(folder / "calibration.csv") if int(line["rows"])]
+    gaps = [int(line["rows"]) * abs(float(line["accuracy"]) - float(line["confidence"])) for line in bins]
+    gap = sum(gaps) / len(test)
+    oracle = ExpectedCalibrationError().compute(predictions=logits.softmax(-1).tolist(), references=labels)
+    assert gap == pytest.approx(oracle["expected_calibration_error"], abs=1e-6)
+    page = (folder / "report.html").read_text()
+    assert f"<b>{gap:.1%}</b><span>calibration error</span>" in page
+    assert f"<b>{(predicted == labels).mean():.1%}</b><span>accuracy</span>" in page
+
+
+def test_label_issues_and_norms_agree_with_the_trainer_and_the_page(trained):
+    trainer, folder = trained
+    issues = trainer.label_issues()
+    lines = read_csv(folder / "label_issues.csv")
+    assert [int(line["row"]) for line in lines] == issues["row"][:]
+    assert [float(line["score"]) for line in lines] == issues["score"][:]
+    assert [line["suggested_label_name"] for line in lines] == [NAMES[label] for label in issues["suggested_label"]]
+    _, *shown = table_of((folder / "report.html").read_text(), "label_issues")
+    for cells, line in zip(shown, lines[: len(shown)], strict=True):
+        assert cells == [
+            line["row"],
+            f"<script>row {line['row']}</script>",
+            line["label_name"],
+            line["suggested_label_name"],
+            f"{float(line['score']):.4f}",
+            f"{float(line['weight']):.3f}",
+            line["visits"],
+        ]
+    logs = [log for log in trainer.state.log_history if "lpg/gradient_norm" in log]
+    norms = read_csv(folder / "norms.csv")
+    assert [float(line["lpg/gradient_norm"]) for line in norms] == [log["lpg/gradient_norm"] for log in logs]
+    assert [float(line["lpg/lpg/delta_norm"]) for line in norms] == [log["lpg/lpg/delta_norm"] for log in logs]
+
+
+def test_the_report_leaves_the_trainer_as_it_was(trained):
+    trainer, _ = trained
+    assert trainer.compute_metrics(None) == {"own": 1.0}
+    assert trainer.preprocess_logits_for_metrics(torch.eye(2), None).tolist() == [0, 1]
+
+
+def test_without_an_evaluation_set_the_rest_is_shown(tmp_path):
+    trainer = make_trainer(tmp_path / "run", perturbations=["class_relative_dampening"])
+    trainer.add_callback(ReportCallback(trainer, tmp_path / "there"))
+    trainer.train()
+    names = {file.name for file in (tmp_path / "there").iterdir()}
+    assert names == {"report.html", "classes.csv", "norms.csv", "label_issues.csv"} | {
+        "class_accuracy.png",
+        "norms.png",
+        "dampening.png",
+    }
+    page = (tmp_path / "there" / "report.html").read_text()
+    assert "There is no `eval_dataset`." in page and "no method with a sign and a bound" in page
+
+
+def test_an_earlier_report_leaves_nothing_behind(trained, tmp_path):
+    tables = ReportTables(summary={"model": "M"}, missing={"issues": "none", "evaluation": "none", "norms": "none"})
+    (tmp_path / "confusion.csv").write_text("old")
+    (tmp_path / "confusion.png").write_text("old")
+    write_page(tables, None, None, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html"}
+
+
+@pytest.mark.parametrize("perturbations", [[], ["sam"]])
+def test_chains_without_methods_at_the_logits(perturbations, tmp_path):
+    trainer = make_trainer(tmp_path, perturbations=perturbations, eval_dataset=make_dataset(20))
+    trainer.train()
+    trainer.report()
+    lines = read_csv(tmp_path / "report" / "classes.csv")
+    labels = trainer.train_dataset["label"][:]
+    assert [int(line["train_rows"]) for line in lines] == [labels.count(label) for label in range(4)]
+    assert (tmp_path / "report" / "norms.csv").exists() == bool(perturbations)
+
+
+def test_a_model_that_is_no_classifier_still_has_a_page(tmp_path):
+    model = make_model("bert")
+    model.config.problem_type, model.config.num_labels = "regression", 1
+    model.num_labels, model.classifier = 1, torch.nn.Linear(16, 1)
+    dataset = Dataset.from_dict({"input_ids": [[1, 2]] * 8, "label": [0.5] * 8})
+    trainer = make_trainer(tmp_path, model=model, train_dataset=dataset, eval_dataset=dataset)
+    trainer.train()
+    page = Path(trainer.report()).read_text()
+    assert "no single-label classifier" in page and "has not one integer label per row" in page
+
+
+def test_before_training_and_without_the_extra(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"nothing to report yet: call `train\(\)` first"):
+        trainer.report()
+    monkeypatch.setattr(lpg_hf.report, "find_spec", lambda name: None)
+    for wanted in (trainer.report, lambda: ReportCallback(trainer)):
+        with pytest.raises(ImportError, match=r"needs matplotlib and jinja2: `pip install lpg_hf\[report\]`"):
+            wanted()
+
+
+def test_the_library_imports_without_the_extra():
+    """What needs matplotlib or Jinja2 is imported inside functions only."""
+    for name in ("lpg_hf.trainer", "lpg_hf.report"):
+        source = Path(sys.modules[name].__file__).read_text()
+        assert not re.search(r"^(import|from) \S*(matplotlib|jinja2|page|plots)", source, re.MULTILINE)
+
+
+def test_previews():
+    picture = PILImage.fromarray(np.zeros((4, 8, 3), dtype=np.uint8))
+    features = Features({"image": Image(), "label": Value("int64")})
+    images = Dataset.from_dict({"image": [picture], "label": [0]}, features=features)
+    images = images.with_transform(lambda batch: {"pixel_values": [0]})
+
+    def size(shown):
+        return PILImage.open(io.BytesIO(base64.b64decode(shown["image"].split(",")[1]))).size
+
+    assert size(preview(images, 0)) == (96, 48)
+    pixels = [{"pixel_values": torch.rand(3, 200, 100), "labels": 0}]
+    assert size(preview(pixels, 0)) == (48, 96)
+    assert preview([{"pixel_values": torch.rand(5)}], 0) == {} == preview([(1, 2)], 0)
+    assert len(preview([{"title": "short", "text": "word " * 100}], 0)["text"]) == LONGEST_TEXT
+    assert preview(Dataset.from_dict({"input_ids": [[5, 6]]}), 0) == {}
+
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids))
+
+    assert preview(Dataset.from_dict({"input_ids": [[5, 6]]}), 0, Tokenizer()) == {"text": "5 6"}
+
+
+def test_of_many_classes_those_with_the_most_mistakes_are_drawn():
+    confusion = np.diag(np.full(100, 50))
+    confusion[np.arange(0, 90, 3), 99] = np.arange(1, 31)
+    assert most_confused_classes(ReportTables(confusion=confusion)).tolist() == list(range(0, 90, 3))
+    assert most_confused_classes(ReportTables(confusion=confusion[:30, :30])).tolist() == list(range(30))
+
+
+def test_tensorboard_holds_every_scalar(tmp_path):
+    trainer = make_trainer(
+        tmp_path, args={"report_to": ["tensorboard"], "logging_steps": 8}, perturbations=["auto", SAM(0.05)]
+    )
+    trainer.train()
+    (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder)).Reload()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    names = [name for name in logs[0] if name.startswith("lpg/")]
+    assert {"lpg/gradient_norm", "lpg/class_relative_dampening/weight", "lpg/sam/delta_norm"} <= set(names)
+    for name in names:
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert found == [(log["step"], pytest.approx(log[name], rel=1e-6)) for log in logs]
+
+
+class Halving(LogitPerturbation):
+    """A user's own method, without a card."""
+
+    name = "halving"
+
+    def delta(self, gradient, logits, labels, statistics):
+        return -0.5 * gradient
+
+
+def test_the_model_card_says_how_it_was_trained(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        args_class=LPGConfig,
+        args={"perturbations": ["lpg"], "lpg_epsilon": 0.25},
+        perturbations=["auto", "lpg", Halving(), SAM(0.1)],
+    )
+    trainer.train()
+    (tmp_path / "certificate.json").write_text(json.dumps({"risk bound": 0.31, "delta": 0.05, "note": "a|b"}))
+    for _ in range(2):  # written again it does not grow
+        trainer.create_model_card(tags="mine")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert set(card.data.tags) >= {"mine", "lpg_hf", "gradient-perturbation"}
+        assert len(card.data.tags) == len(set(card.data.tags))
+        assert card.text.count("## Gradient perturbation") == 1
+    assert "## Training procedure" in card.text  # the Trainer's own
+    for method in ("class_relative_dampening()", "lpg(epsilon=0.25)", "halving()", "sam(rho=0.1)"):
+        assert f"| `{method}` |" in card.text
+    assert "- `lpg_epsilon=0.25`" in card.text
+    counts = trainer.train_dataset["label"][:]
+    accuracy = trainer.lpg_loss.statistics.accuracy
+    for label, name in enumerate(["ant", "bee", "cat & <b>dog</b>", "d\\|og"]):
+        assert f"| {name} | {counts.count(label)} | {accuracy[label]:.3f} |" in card.text
+    assert "| risk bound | 0.31 |" in card.text and "| note | a\\|b |" in card.text
+
+
+def test_without_perturbations_the_model_card_is_the_trainers(tmp_path):
+    cards = []
+    for cls, options in ((Trainer, {}), (LPGTrainer, {"perturbations": []})):
+        trainer = make_trainer(tmp_path, cls=cls, args={"max_steps": 1}, **options)
+        trainer.train()
+        trainer.create_model_card()
+        cards.append((tmp_path / "README.md").read_text())
+        (tmp_path / "README.md").unlink()
+    assert cards[0] == cards[1]
+
+
+def test_of_many_classes_the_card_shows_both_ends(tmp_path):
+    from lpg_hf import LPGLoss
+    from lpg_hf.model_card import _class_table
+
+    loss = LPGLoss(1000, "logit_clipping", class_counts=list(range(1, 1001)))
+    lines = _class_table(loss, [f"c{label}" for label in range(1000)]).splitlines()
+    assert len(lines) == 2 + 40 + 1
+    assert lines[2].startswith("| c999 | 1000 |") and lines[-1].startswith("| c0 | 1 |")
+    assert "960 more classes" in lines[22]
