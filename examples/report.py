@@ -5,7 +5,7 @@ The report of a training on noisy, long-tailed digits: which labels are wrong, w
 
 The picture in the README is its page in a headless browser:
 
-    chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1420 \
+    chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1545 \
         --screenshot=report.png report-output/report/report.html
 """
 
@@ -24,9 +24,7 @@ from lpg_hf.data import add_label_noise, make_long_tailed
 
 @dataclass
 class ReportArguments:
-    output_dir: str = field(
-        default="report-output", metadata={"help": "Where the report goes, in its folder `report`."}
-    )
+    output_dir: str = field(default="report-output", metadata={"help": "The report goes to its folder `report`."})
     epochs: int = field(default=40, metadata={"help": "Epochs of the training."})
     imbalance_ratio: float = field(default=20, metadata={"help": "Size of the largest class over the smallest."})
     label_noise: float = field(default=0.2, metadata={"help": "Share of wrong labels."})

@@ -160,6 +160,7 @@ class LPGTrainer(Trainer):
         self._saved_state = None
         self._row_records = None
         self._numbers_next_loader = False
+        self._can_be_ranked = None
         # Row numbers of the micro-batches of a step, each beside the batch it was taken from, and of the present one.
         self._step_rows = []
         self._rows = None
@@ -454,7 +455,9 @@ class LPGTrainer(Trainer):
     def _record_rows(self, outputs: Mapping | tuple, labels: Tensor | None) -> None:
         # Once per micro-batch: SAM looks at it a second time.
         rows, self._rows = self._rows, None
-        if self._find_wrong_shape(outputs, labels) is not None:
+        if self._can_be_ranked is None:  # looked at once: unwrapping the model takes longer than all the rest here
+            self._can_be_ranked = self._find_wrong_shape(outputs, labels) is None
+        if not self._can_be_ranked:
             return
         logits, labels = self._logits(outputs).detach(), labels.reshape(-1).long()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
