@@ -86,11 +86,12 @@ class RowRecords(nn.Module):
         Args:
             rows (`torch.Tensor` of shape `[N]`): Row of each sample, `num_rows` where it is not known.
             logits (`torch.Tensor` of shape `[N, C]`): The model's own, float32 or float64.
-            labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+            labels (`torch.Tensor` of shape `[N]`): Class indices; others, as -100, for ignored samples.
             weight (`torch.Tensor` of shape `[N]`, *optional*): Weight of each sample under class-relative dampening.
         """
-        labelled = labels >= 0
-        classes = labels.clamp(min=0)[:, None]
+        # A loss of the user's may ignore other labels than -100.
+        labelled = (labels >= 0) & (labels < logits.shape[-1])
+        classes = torch.where(labelled, labels, 0)[:, None]
         log_probabilities = logits.log_softmax(-1)
         own = log_probabilities.gather(-1, classes)[:, 0]
         # `where` and not `clamp`, which would keep a NaN for good.

@@ -650,8 +650,8 @@ class LPGTrainer(Trainer):
         if isinstance(self.train_dataset, Dataset):
             features = [self.train_dataset.features.get(column) for column in LABEL_COLUMNS]
             names = next((feature.names for feature in features if isinstance(feature, ClassLabel)), [])
-            if len(names) == num_labels:
-                return names
+            if len(names) >= num_labels:
+                return names[:num_labels]
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         id2label = getattr(config, "id2label", None) or {}
         return [str(id2label.get(label, label)) for label in range(num_labels)]

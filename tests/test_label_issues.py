@@ -339,6 +339,12 @@ def test_bad_values_do_not_stick():
     assert records.ranked(["a", "b"])["score"][:] == pytest.approx([1 - SMALLEST_PROBABILITY])
 
 
+def test_labels_that_a_loss_of_the_users_ignores_are_ignored():
+    records = RowRecords(3)
+    records.update(torch.arange(3), torch.zeros(3, 2), torch.tensor([1, 255, -1]))
+    assert records.ranked(["a", "b"])["row"][:] == [0]
+
+
 def test_a_step_never_asks_the_device_for_a_value():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         records = RowRecords(6)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import Audio, ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -278,6 +278,8 @@ def test_previews():
     assert preview([{"pixel_values": torch.rand(5)}], 0) == {} == preview([(1, 2)], 0)
     assert len(preview([{"title": "short", "text": "word " * 100}], 0)["text"]) == LONGEST_TEXT
     assert preview(Dataset.from_dict({"input_ids": [[5, 6]]}), 0) == {}
+    sounds = Dataset.from_dict({"audio": ["no such file.wav"], "label": [0]})
+    assert preview(sounds.cast_column("audio", Audio()), 0) == {}  # and is not decoded
 
     class Tokenizer:
         def decode(self, ids, skip_special_tokens):

@@ -13,7 +13,6 @@ CIFAR-10:
 """
 
 import importlib.util
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from transformers.utils import logging
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -188,7 +188,7 @@ def run_task(task: Task, seed: int, has_cleanlab: bool) -> dict[str, float]:
 def main() -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     datasets.disable_progress_bars()
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    logging.set_verbosity_error()
     torch.set_num_threads(1)
     has_cleanlab = importlib.util.find_spec("cleanlab") is not None
 

@@ -11,6 +11,7 @@ from datasets import Dataset, Image, Value
 
 THUMBNAIL_SIZE = 96
 LONGEST_TEXT = 240
+MODEL_INPUTS = ("pixel_values", "input_ids")
 
 
 def preview(dataset: object, row: int, tokenizer: object = None) -> dict[str, str]:
@@ -49,9 +50,15 @@ def preview(dataset: object, row: int, tokenizer: object = None) -> dict[str, st
 
 def _raw_item(dataset: object, row: int) -> tuple[object, dict]:
     """The row before transforms, which may crop, normalise or drop what there is to see."""
-    if isinstance(dataset, Dataset):
-        return dataset.with_format(None)[row], dict(dataset.features)
-    return dataset[row], {}
+    if not isinstance(dataset, Dataset):
+        return dataset[row], {}
+    # Not all columns: to decode those of sounds and films takes long, and more packages.
+    shown = [
+        name
+        for name, feature in dataset.features.items()
+        if name in MODEL_INPUTS or isinstance(feature, Image) or _is_text(feature)
+    ]
+    return dataset.with_format(None).select_columns(shown)[row] if shown else {}, dict(dataset.features)
 
 
 def _is_text(feature: object) -> bool:

@@ -151,6 +151,8 @@ def test_label_issues_are_those_of_all_processes(tmp_path):
     together = launch(job, 2, tmp_path / "together")
     resumed = launch(job | {"resume": str(tmp_path / "together" / "0" / "checkpoint-4")}, 2, tmp_path / "resumed")
     torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
+    for folder in ("alone/report", "together/0/report"):
+        assert (tmp_path / folder / "report.html").is_file() and (tmp_path / folder / "confusion.csv").is_file()
     expected = by_row(alone["issues"])
     assert list(expected) == [row for row in range(64) if row != 5]
     for issues in (by_row(together["issues"]), by_row(resumed["issues"])):

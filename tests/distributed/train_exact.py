@@ -44,6 +44,9 @@ def train(job: dict, output_dir: Path) -> dict:
         trainer.train_dataset = list(rows_of(batch))
         trainer.data_collator = default_data_collator
     trainer.train(resume_from_checkpoint=job.get("resume"))
+    if job.get("is_map"):
+        trainer.eval_dataset = trainer.train_dataset[:10]
+        trainer.report()
     return {
         "issues": trainer.label_issues().to_dict() if job.get("is_map") else None,
         "parameters": flat_parameters(trainer.model),
