@@ -3,6 +3,7 @@
 import copy
 import operator
 from collections.abc import Callable, Mapping, MutableMapping, Sequence, Sized
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -22,18 +23,25 @@ def has_rows(dataset: object) -> bool:
     return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not is_stream
 
 
+class NumberedItems(NamedTuple):
+    """Items on their way to the collator, with their row numbers."""
+
+    rows: Sequence
+    items: object
+
+
 class NumberedRows(Dataset):
     """
-    A data set whose items are pairs of row number and item; everything else is asked of the data set inside.
+    A data set that hands the loader its items with their row numbers; everything else is asked of the data set inside.
 
     Args:
-        dataset: A data set with `__len__` and `__getitem__`.
+        dataset: A data set with `__len__`, and `__getitem__` or `__getitems__`.
 
     Example:
 
     ```python
-    >>> NumberedRows(["a", "b"])[1]
-    (1, 'b')
+    >>> NumberedRows(["a", "b"]).__getitems__([1, 0])
+    [NumberedItems(rows=[1, 0], items=['b', 'a'])]
 
     ```
     """
@@ -44,14 +52,14 @@ class NumberedRows(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: object) -> tuple:
-        return index, self.dataset[index]
+    def __getitem__(self, index: object) -> object:
+        return self.dataset[index]
 
-    def __getitems__(self, indices: Sequence) -> list[tuple]:
-        # Data sets that read a batch at once, those of `datasets` among them, are much faster that way.
+    def __getitems__(self, indices: Sequence) -> list[NumberedItems]:
+        # Data sets that read a batch at once, those of `datasets` among them, are much faster that way. What they
+        # return is between them and the collator. The Trainer takes it for a list of items: here, of one.
         read_many = getattr(self.dataset, "__getitems__", None)
-        items = read_many(indices) if callable(read_many) else [self.dataset[index] for index in indices]
-        return list(zip(indices, items, strict=True))
+        return [NumberedItems(indices, read_many(indices) if callable(read_many) else [self[i] for i in indices])]
 
     def __getattr__(self, name: str) -> object:
         # `set_epoch` and the like. Unpickling, in a worker, asks before there is a `dataset`.
@@ -62,7 +70,7 @@ class NumberedRows(Dataset):
 
 class NumberedCollator:
     """
-    Takes the row numbers off the items of [`NumberedRows`], calls the collator inside, and puts them on its batch.
+    Takes the row numbers off what [`NumberedRows`] hands out, calls the collator inside, and puts them on its batch.
 
     A collator that reorders items, or changes how many or which labels there are, makes numbers and labels part: its
     batches get the number `num_rows`, "not known", for every sample. A batch without labels gets none.
@@ -76,25 +84,25 @@ class NumberedCollator:
     ```python
     >>> from transformers import default_data_collator
     >>> collator = NumberedCollator(default_data_collator, num_rows=9)
-    >>> collator([(7, {"label": 1}), (2, {"label": 0})])
+    >>> collator([NumberedItems([7, 2], [{"label": 1}, {"label": 0}])])
     {'labels': tensor([1, 0]), 'lpg_rows': tensor([7, 2])}
 
     ```
     """
 
-    def __init__(self, collator: Callable[[list], object], num_rows: int):
+    def __init__(self, collator: Callable[[object], object], num_rows: int):
         self.collator = collator
         self.num_rows = num_rows
 
-    def __call__(self, numbered: list[tuple]) -> object:
-        items = [item for _, item in numbered]
+    def __call__(self, numbered: list[NumberedItems]) -> object:
+        ((indices, items),) = numbered
         labels_before = _integer_labels(items)
         batch = self.collator(items)
         labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return batch
         try:
-            rows = [operator.index(index) for index, _ in numbered]
+            rows = [operator.index(index) for index in indices]
         except TypeError:  # a sampler of the user's, with keys of its own
             rows = []
         is_same = len(rows) == len(labels) and labels_before in (None, labels.flatten().tolist())
@@ -103,9 +111,9 @@ class NumberedCollator:
         return batch
 
 
-def _integer_labels(items: list) -> list[int] | None:
+def _integer_labels(items: object) -> list[int] | None:
     """The labels as they are before the collator, `None` where they cannot be told."""
-    if not all(isinstance(item, Mapping) for item in items):
+    if not (isinstance(items, list) and all(isinstance(item, Mapping) for item in items)):
         return None
     column = next((name for name in LABEL_COLUMNS if all(name in item for item in items)), None)
     try:

@@ -270,7 +270,7 @@ class LPGTrainer(Trainer):
 
         self._numbers_next_loader = False
         self._row_records = RowRecords(len(dataset)).to(self.args.device)
-        # The Trainer's own treatment of columns comes first: what it gets below is pairs, which it leaves as they are.
+        # The Trainer's own treatment of columns comes first: below it finds no columns, and leaves all as it is.
         own_collator = collator = self.data_collator
         if isinstance(dataset, Dataset):
             dataset = self._remove_unused_columns(dataset, description=description)

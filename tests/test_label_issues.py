@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 import lpg_hf.trainer
 from lpg_hf import ClassRelativeDampening, LPGTrainer
 from lpg_hf.label_issues import SMALLEST_PROBABILITY, RowRecords, _merge_votes
-from lpg_hf.rows import ROWS_KEY, NumberedCollator, NumberedRows
+from lpg_hf.rows import ROWS_KEY, NumberedCollator, NumberedItems, NumberedRows
 
 
 ROWS = 26  # batches of 8: the last one is smaller
@@ -274,7 +274,7 @@ def test_a_collator_under_which_rows_are_lost_trains_but_does_not_rank(collator,
 
 def test_a_collator_that_hands_out_the_rows_themselves_leaves_them_as_they_were():
     item = {"labels": torch.tensor([1]), "input_ids": torch.tensor([[1]])}
-    batch = NumberedCollator(lambda items: items[0], num_rows=5)([(3, item)])
+    batch = NumberedCollator(lambda items: items[0], num_rows=5)([NumberedItems([3], [item])])
     assert batch[ROWS_KEY].tolist() == [3] and ROWS_KEY not in item
 
 
@@ -285,11 +285,36 @@ def test_training_batches_asked_for_by_others_are_those_of_the_trainer(tmp_path)
 
 def test_rows_read_a_batch_at_once_where_the_data_set_can():
     dataset = make_dataset()
-    loader = DataLoader(NumberedRows(dataset), batch_size=4, collate_fn=list)
-    assert next(iter(loader)) == [(row, dataset[row]) for row in range(4)]
-    assert NumberedRows(dataset).__getitems__([5, 2]) == [(5, dataset[5]), (2, dataset[2])]
+    loader = DataLoader(NumberedRows(dataset), batch_size=4, collate_fn=tuple)
+    assert next(iter(loader)) == (([0, 1, 2, 3], [dataset[row] for row in range(4)]),)
+    assert NumberedRows(dataset).__getitems__([5, 2]) == [([5, 2], [dataset[5], dataset[2]])]
+    assert NumberedRows("ab").__getitems__([1, 0]) == [([1, 0], ["b", "a"])] and NumberedRows("ab")[1] == "b"
     with pytest.raises(AttributeError, match="nothing"):
         _ = NumberedRows(dataset).nothing
+
+
+class Columns(torch.utils.data.Dataset):
+    """Hands its collator a batch, not items."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns["labels"])
+
+    def __getitems__(self, rows):
+        return {name: values[rows] for name, values in self.columns.items()}
+
+
+def test_a_data_set_that_hands_out_whole_batches_trains_and_ranks_as_one_of_items(tmp_path):
+    items = make_dataset()
+    columns = Columns(dict(pad([items[row] for row in range(ROWS)])))
+    batches = train(tmp_path, columns, collator=lambda batch: batch, remove_unused_columns=False)
+    padded = Dataset.from_dict({name: values.tolist() for name, values in columns.columns.items()})
+    padded = padded.rename_column("labels", "label")
+    by_items = train(tmp_path, padded)
+    assert torch.equal(flat_parameters(batches.model), flat_parameters(by_items.model))
+    assert batches.label_issues()["score"][:] == by_items.label_issues()["score"][:]
 
 
 class OwnLoader(LPGTrainer):
@@ -326,9 +351,9 @@ def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
 
 def test_rows_without_a_number_are_not_known():
     collator = NumberedCollator(default_data_collator, num_rows=5)
-    assert collator([("a", {"label": 1}), ("b", {"label": 0})])[ROWS_KEY].tolist() == [5, 5]
-    assert collator([(1, {"x": 1.0}), (2, {"x": 0.0})]).keys() == {"x"}
-    assert NumberedCollator(list, num_rows=5)([(1, "a")]) == ["a"]
+    assert collator([NumberedItems(["a", "b"], [{"label": 1}, {"label": 0}])])[ROWS_KEY].tolist() == [5, 5]
+    assert collator([NumberedItems([1, 2], [{"x": 1.0}, {"x": 0.0}])]).keys() == {"x"}
+    assert NumberedCollator(list, num_rows=5)([NumberedItems([1], ["a"])]) == ["a"]
 
 
 def test_bad_values_do_not_stick():

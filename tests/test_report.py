@@ -263,7 +263,7 @@ def test_the_library_imports_without_the_extra():
         assert not re.search(r"^(import|from) \S*(matplotlib|jinja2|page|plots)", source, re.MULTILINE)
 
 
-def test_previews():
+def test_previews(tmp_path):
     picture = PILImage.fromarray(np.zeros((4, 8, 3), dtype=np.uint8))
     features = Features({"image": Image(), "label": Value("int64")})
     images = Dataset.from_dict({"image": [picture], "label": [0]}, features=features)
@@ -279,7 +279,16 @@ def test_previews():
     assert len(preview([{"title": "short", "text": "word " * 100}], 0)["text"]) == LONGEST_TEXT
     assert preview(Dataset.from_dict({"input_ids": [[5, 6]]}), 0) == {}
     sounds = Dataset.from_dict({"audio": ["no such file.wav"], "label": [0]})
-    assert preview(sounds.cast_column("audio", Audio()), 0) == {}  # and is not decoded
+    for decode in (True, False):  # it is not decoded
+        assert preview(sounds.cast_column("audio", Audio(decode=decode)), 0) == {"text": "no such file.wav"}
+    picture.save(tmp_path / "picture.png")
+    (tmp_path / "broken.png").write_text("no image")
+    paths = [str(tmp_path / name) for name in ("picture.png", "broken.png", "missing.png")]
+    files = Dataset.from_dict({"image": [*paths, None]})
+    for decode in (True, False):
+        encoded = files.cast_column("image", Image(decode=decode))
+        assert size(preview(encoded, 0)) == (96, 48)
+        assert [preview(encoded, row) for row in (1, 2, 3)] == [{}, {}, {}]
 
     class Tokenizer:
         def decode(self, ids, skip_special_tokens):

@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from lpg_hf import LPGConfig
+from lpg_hf.report import check_installed
 
 
 OUR_HEADING = "noisy and imbalanced labels (lpg_hf)"
@@ -128,12 +129,29 @@ class StressArguments:
 
 
 @dataclass
+class ReportArguments:
+    """What is written about the training."""
+
+    _argument_group_name = OUR_HEADING
+
+    report: bool = field(
+        default=False,
+        metadata={"help": "Write a report of the training, with the rows most likely labelled wrong, to output_dir."},
+    )
+
+    def __post_init__(self):
+        if self.report:
+            check_installed()
+
+
+@dataclass
 class Arguments:
     """All that was asked for. `data` also holds what only one kind of data has."""
 
     model: ModelArguments
     data: DataArguments
     stress: StressArguments
+    report: ReportArguments
     training: LPGConfig
 
 
@@ -221,7 +239,8 @@ def parse_arguments(
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser(
-        [*own_classes, ModelArguments, data_class, StressArguments, LPGConfig], description=description
+        [*own_classes, ModelArguments, data_class, StressArguments, ReportArguments, LPGConfig],
+        description=description,
     )
     if not argv:
         print(parser.format_short_help())
@@ -238,7 +257,7 @@ def parse_arguments(
         similar = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=3)
         hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
         parser.error(f"unknown argument {unknown[0]}.{hint}")
-    return *parsed[:-4], Arguments(*parsed[-4:])
+    return *parsed[:-5], Arguments(*parsed[-5:])
 
 
 def read_config(path: str) -> list[str]:

@@ -204,6 +204,8 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
         results |= prediction.metrics
 
     if args.do_train:
+        if arguments.report.report:
+            logger.info(f"Report: {trainer.report()}")
         card = {"finetuned_from": arguments.model.model_name_or_path, "tasks": task.name}
         card["dataset"] = arguments.data.dataset_name
         trainer.push_to_hub(**card) if args.push_to_hub else trainer.create_model_card(**card)

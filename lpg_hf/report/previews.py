@@ -1,4 +1,4 @@
-"""What a training row looks like: a thumbnail of an image, the beginning of a text."""
+"""What a training row looks like: a thumbnail of an image, the beginning of a text, the file of a recording."""
 
 import base64
 import io
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, Value
+from datasets import Audio, Dataset, Image, Value
 
 
 THUMBNAIL_SIZE = 96
@@ -35,8 +35,11 @@ def preview(dataset: object, row: int, tokenizer: object = None) -> dict[str, st
     if not isinstance(item, Mapping):
         return {}
     for name, value in item.items():
+        if isinstance(features.get(name), Audio):
+            return {"text": _snippet(value["path"])} if value and value["path"] else {}
         if isinstance(features.get(name), Image) or hasattr(value, "thumbnail"):
-            return {} if value is None else {"image": _data_uri(value)}
+            image = _decoded(value)
+            return {} if image is None else {"image": _data_uri(image)}
     texts = [value for name, value in item.items() if isinstance(value, str) and _is_text(features.get(name))]
     if texts:
         return {"text": _snippet(max(texts, key=len))}
@@ -52,13 +55,27 @@ def _raw_item(dataset: object, row: int) -> tuple[object, dict]:
     """The row before transforms, which may crop, normalise or drop what there is to see."""
     if not isinstance(dataset, Dataset):
         return dataset[row], {}
-    # Not all columns: to decode those of sounds and films takes long, and more packages.
-    shown = [
-        name
-        for name, feature in dataset.features.items()
-        if name in MODEL_INPUTS or isinstance(feature, Image) or _is_text(feature)
-    ]
-    return dataset.with_format(None).select_columns(shown)[row] if shown else {}, dict(dataset.features)
+    # Not all columns: to decode those of films takes long, and more packages.
+    features = dict(dataset.features)
+    seen = [name for name in features if name in MODEL_INPUTS or isinstance(features[name], Audio | Image)]
+    shown = [*seen, *(name for name in features if name not in seen and _is_text(features[name]))]
+    if not shown:
+        return {}, features
+    dataset = dataset.with_format(None).select_columns(shown)
+    for name in shown:
+        if isinstance(features[name], Audio | Image):
+            dataset = dataset.cast_column(name, type(features[name])(decode=False))
+    return dataset[row], features
+
+
+def _decoded(value: object) -> object:
+    """An image, from itself or from the bytes or the path of its file; `None` where there is none."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return Image().decode_example(value)
+    except (OSError, ValueError):  # it has moved, or was never an image
+        return None
 
 
 def _is_text(feature: object) -> bool:

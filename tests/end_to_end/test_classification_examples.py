@@ -168,6 +168,21 @@ def test_a_saved_model_keeps_its_classes_when_it_is_only_evaluated(texts, tmp_pa
     assert pd.read_csv(tmp_path / "c" / "predictions.csv")["prediction"].tolist() == [row["label"] for row in rows]
 
 
+@pytest.mark.parametrize("kind", ["text", "image", "audio"])
+def test_a_report_names_the_wrong_labels(kind, request, tmp_path):
+    fixture, make_arguments, script = {
+        "text": ("texts", text_arguments, text_classification),
+        "image": ("images", image_arguments, image_classification),
+        "audio": ("tones", audio_arguments, audio_classification),
+    }[kind]
+    more = ["--report", "--label_noise", 0.2, "--num_train_epochs", 2]
+    argv = make_arguments(request.getfixturevalue(fixture), tmp_path, *DO, *more)
+    results = script.main(argv)
+    issues = pd.read_csv(tmp_path / "report" / "label_issues.csv")
+    assert sorted(issues["row"]) == list(range(results["train_samples"]))
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+
+
 def test_without_perturbations_it_is_the_trainer(texts, tmp_path):
     """The same steps by hand: `ClassLabel`, tokenizer, model, Trainer."""
     argv = text_arguments(texts, tmp_path / "a", "--do_train", "--perturbations", "none", "--max_steps", 5)
