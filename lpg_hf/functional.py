@@ -144,7 +144,7 @@ def relative_dampening_weight(
     own_probability: Tensor,
     relative_confidence: Tensor,
     contradiction: Tensor,
-    power: float = 2.0,
+    power: float | Tensor = 2.0,
     learned: tuple[float, float] = (0.1, 0.5),
     contradicted: tuple[float, float] = (0.02, 0.08),
 ) -> Tensor:
@@ -165,14 +165,14 @@ def relative_dampening_weight(
         own_probability (`torch.Tensor` of shape `[C]`): Running mean of `p_{i,c}` over the samples of class c.
         relative_confidence (`torch.Tensor` of shape `[C]`): Running mean of `rho_i`.
         contradiction (`torch.Tensor` of shape `[C]`): Running share of samples that the model contradicts.
-        power (`float`, *optional*, defaults to 2.0): Strength of the dampening, at least 0.
+        power (`float` or scalar `torch.Tensor`, *optional*, defaults to 2.0): Strength of the dampening, at least 0.
         learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`): Where the first gate opens and is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`): The same for the second gate.
 
     Returns:
         `torch.Tensor` of shape `[N]`: Weights in [0, 1].
     """
-    gate = _ramp(own_probability, *learned) * _ramp(contradiction, *contradicted)
+    gate = ramp(own_probability, *learned) * ramp(contradiction, *contradicted)
     classes = labels.clamp(min=0)
     confidence = _relative_confidence(logits, classes)
     class_confidence = relative_confidence[classes].clamp(min=torch.finfo(logits.dtype).tiny)
@@ -187,7 +187,7 @@ def relative_dampening_delta(
     own_probability: Tensor,
     relative_confidence: Tensor,
     contradiction: Tensor,
-    power: float = 2.0,
+    power: float | Tensor = 2.0,
     learned: tuple[float, float] = (0.1, 0.5),
     contradicted: tuple[float, float] = (0.02, 0.08),
 ) -> Tensor:
@@ -288,20 +288,23 @@ def class_weight_delta(gradient: Tensor, labels: Tensor, weights: Tensor) -> Ten
     return _rescale(gradient, weights.to(gradient)[labels.clamp(min=0)], labels)
 
 
-def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float) -> Tensor:
+def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float, target: Tensor | None = None) -> Tensor:
     r"""
-    Label smoothing, `alpha (onehot(y) - 1/C)`: the constant pull away from the label.
+    Label smoothing, `alpha (onehot(y) - t)` with `t = 1/C` unless said: the constant pull away from the label.
 
-    Source: Szegedy et al., Rethinking the Inception architecture (CVPR 2016); a negative `alpha` is the negative
-    smoothing of Wei et al., To smooth or not? (ICML 2022).
+    Source: Szegedy et al., Rethinking the Inception architecture (CVPR 2016); a `target` of class frequencies is the
+    unigram smoothing of Pereyra et al., Regularizing neural networks by penalizing confident output distributions
+    (2017), a negative `alpha` the negative smoothing of Wei et al., To smooth or not? (ICML 2022).
 
     Args:
         gradient (`torch.Tensor` of shape `[N, C]`): Only its shape and dtype are used.
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
-        alpha (`float`): Share of the target that is spread over all classes, below 1.
+        alpha (`float`): Share of the target that is spread, below 1.
+        target (`torch.Tensor` of shape `[C]`, *optional*):
+            Distribution over which it is spread, with sum 1; uniform if not given.
 
     Returns:
-        `torch.Tensor` of shape `[N, C]`: The delta, of norm `|alpha| sqrt(1 - 1/C)`; rows sum to zero.
+        `torch.Tensor` of shape `[N, C]`: The delta, of norm `|alpha| ||onehot(y) - t||`; rows sum to zero.
 
     Example:
 
@@ -312,7 +315,10 @@ def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float) -> Ten
 
     ```
     """
-    return balance_label_entry_(torch.full_like(gradient, -alpha / gradient.shape[-1]), labels)
+    num_classes = gradient.shape[-1]
+    target = gradient.new_full((num_classes,), 1 / num_classes) if target is None else target.to(gradient)
+    share = alpha * (labels >= 0).to(gradient)
+    return torch.outer(-share, target).scatter_add_(-1, labels.clamp(min=0)[:, None], share[:, None])
 
 
 def focal_delta(
@@ -461,7 +467,7 @@ def _relative_confidence(logits: Tensor, classes: Tensor) -> Tensor:
     return (own - logits.amax(-1)).exp()
 
 
-def _ramp(value: Tensor, start: float, end: float) -> Tensor:
+def ramp(value: Tensor, start: float, end: float) -> Tensor:
     """0 up to `start`, 1 from `end` on, linear between."""
     return ((value - start) / (end - start)).clamp(0, 1)
 

@@ -107,8 +107,19 @@ class ClassStatistics(nn.Module):
 
     @property
     def contradiction(self) -> Tensor:
-        """Running share of samples with `p_{i,c} < max_j p_ij / 5` and `max_j p_ij > 1/2`, `[C]`."""
+        """Running share of samples with `p_{i,c} < max_j p_ij / 10` and `max_j p_ij > 0.3`, `[C]`."""
         return self._running[3]
+
+    @property
+    def confident_error_share(self) -> Tensor:
+        """
+        Share of the errors on the training set in which the model confidently contradicts the label, a scalar.
+
+        Both shares are weighted by [`~ClassStatistics.prior`]. A model that finds its data hard is mostly unsure where
+        it errs; one that has learned the classes and meets wrong labels is sure of itself.
+        """
+        errors = (self.prior * (1 - self.accuracy)).sum()
+        return (self.prior * self.contradiction).sum() / errors.clamp(min=0.01)
 
     def batch(self, logits: Tensor, labels: Tensor) -> Batch:
         """
@@ -129,7 +140,7 @@ class ClassStatistics(nn.Module):
         """Adds a micro-batch (logits `[N, C]`, labels `[N]`, -100 ignored) to the pending sums."""
         batch = self.batch(logits, labels)
         relative = batch.margin.exp()
-        is_contradicted = (relative < 0.2) & (batch.largest_probability > 0.5)
+        is_contradicted = (relative < 0.1) & (batch.largest_probability > 0.3)
         own = batch.own_log_probability.exp()
         rows = torch.stack([torch.ones_like(own), batch.margin == 0, own, relative, is_contradicted])
         # `where` and not a product: an ignored sample may have logits that are not finite.

@@ -104,8 +104,8 @@ class LPGTrainer(Trainer):
     >>> model = ResNetForImageClassification(ResNetConfig(num_labels=3, hidden_sizes=[8], depths=[1]))
     >>> args = TrainingArguments(mkdtemp(), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1)
     >>> trainer = LPGTrainer(model=model, args=args, train_dataset=dataset)
-    >>> list(trainer.lpg_loss.perturbations)  # the data is imbalanced
-    [logit_adjustment(min_imbalance=2.0), class_relative_dampening()]
+    >>> [method.name for method in trainer.lpg_loss.perturbations]  # the data is imbalanced
+    ['logit_adjustment', 'label_smoothing', 'class_relative_dampening']
 
     ```
     """

@@ -97,8 +97,10 @@ def dampening_weight(
     power=2.0,
     learned=(0.1, 0.5),
     contradicted=(0.02, 0.08),
+    decided=None,
+    confident_error_share=None,
 ):
-    """`min(1, rho_i / rhobar_c) ^ (power a_c b_c)`; 1 for ignored samples and for a class never seen."""
+    """`min(1, rho_i / rhobar_c) ^ (power a_c b_c d)`; 1 for ignored samples and for a class never seen."""
     weights = []
     for row, label in zip(np.asarray(logits, dtype=np.float64), labels, strict=True):
         if label == IGNORED or relative_confidence[label] == 0:
@@ -108,6 +110,8 @@ def dampening_weight(
         rho = math.exp(row[label] - max(row))
         assert math.isclose(rho, probabilities[label] / max(probabilities), rel_tol=1e-9, abs_tol=1e-300)
         gate = ramp(own_probability[label], *learned) * ramp(contradiction[label], *contradicted)
+        if decided is not None:
+            gate *= ramp(confident_error_share, *decided)
         weights.append(min(1.0, rho / relative_confidence[label]) ** (power * gate))
     return np.array(weights)
 
@@ -162,7 +166,7 @@ class RunningStatistics:
             self._move("accuracy", c, n, 20, [int(np.argmax(p)) == c for p in members])
             self._move("own_probability", c, n, 20, [p[c] for p in members])
             self._move("relative_confidence", c, n, 20, [p[c] / max(p) for p in members])
-            self._move("contradiction", c, n, 40, [p[c] / max(p) < 0.2 and max(p) > 0.5 for p in members])
+            self._move("contradiction", c, n, 40, [p[c] / max(p) < 0.1 and max(p) > 0.3 for p in members])
             self.counts[c] += n
 
     def _move(self, name, c, n, inertia, values):

@@ -116,11 +116,11 @@ def smoothed(alpha):
     return lambda z, y: F.cross_entropy(z, y, label_smoothing=alpha, reduction="sum")
 
 
-def negatively_smoothed(alpha):
-    """Where torch has no form: cross-entropy with a target of `(1 - alpha) onehot + alpha / C`, written out."""
+def smoothed_towards(alpha, distribution):
+    """Where torch has no form: cross-entropy with the target `(1 - alpha) onehot + alpha distribution`, written out."""
 
     def loss(z, y):
-        target = alpha / z.shape[1] + (1 - alpha) * F.one_hot(y, z.shape[1]).to(z.dtype)
+        target = alpha * distribution + (1 - alpha) * F.one_hot(y, z.shape[1]).to(z.dtype)
         return -(target * z.log_softmax(-1)).sum()
 
     return loss
@@ -200,9 +200,15 @@ CASES = [
             f"label smoothing {alpha}",
             LabelSmoothing(alpha),
             lambda g, z, y, alpha=alpha: label_smoothing_delta(g, y, alpha),
-            smoothed(alpha) if alpha > 0 else negatively_smoothed(alpha),
+            smoothed(alpha) if alpha > 0 else smoothed_towards(alpha, torch.ones(5).double() / 5),
         )
         for alpha in (0.1, 0.6, -0.4)
+    ),
+    Case(
+        "label smoothing by frequency",
+        LabelSmoothing(0.3, "prior"),
+        lambda g, z, y: label_smoothing_delta(g, y, 0.3, PRIOR),
+        smoothed_towards(0.3, PRIOR),
     ),
     Case(
         "class weights",

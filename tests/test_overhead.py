@@ -200,12 +200,12 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 103, 17, 4),
-        ("auto", COUNTS, 141, 28, 7),
+        ("auto", BALANCED, 138, 23, 6),
+        ("auto", COUNTS, 176, 34, 9),
         ("lpg", COUNTS, 140, 20, 6),
         ("logit_clipping", COUNTS, 85, 16, 4),
         ("focal_loss", COUNTS, 99, 15, 4),
-        ("label_smoothing", COUNTS, 86, 19, 4),
+        ("label_smoothing", COUNTS, 84, 17, 4),
         ("lpl", COUNTS, 307, 95, 25),
     ],
 )

@@ -191,7 +191,14 @@ def test_the_pgd_solver_iterates():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"power": 1.0}, {"learned": (0.0, 0.9), "contradicted": (0.0, 0.5)}, {"power": 0.0}]
+    "options",
+    [
+        {},
+        {"power": 1.0},
+        {"power": 4.0, "learned": (0.0, 0.9), "contradicted": (0.0, 0.5)},
+        {"power": 0.0},
+        {"power": 8.0, "decided": (0.0, 0.9)},
+    ],
 )
 def test_class_relative_dampening_equals_the_reference(options):
     statistics = make_statistics()
@@ -203,12 +210,20 @@ def test_class_relative_dampening_equals_the_reference(options):
         statistics.own_probability.tolist(),
         statistics.relative_confidence.tolist(),
         statistics.contradiction.tolist(),
+        confident_error_share=statistics.confident_error_share.item(),
         **options,
     )
     weight = method.weight(logits, labels, statistics)
     assert_equal(weight, expected, 1e-12)
     assert_equal(delta, reference.dampening_delta(gradient.numpy(), expected), 1e-12)
     assert expected.min() < 0.5 or options == {"power": 0.0}
+
+
+def test_where_errors_are_unsure_the_third_gate_leaves_everything_as_it_is():
+    statistics = make_statistics()
+    share = statistics.confident_error_share.item()
+    assert 0 < share < 1 and run(ClassRelativeDampening(), statistics)[0].abs().max() > 0
+    assert (run(ClassRelativeDampening(decided=(share + 1e-9, 1.0)), statistics)[0] == 0).all()
 
 
 def test_class_relative_dampening_does_exactly_nothing_before_the_first_step():
@@ -301,12 +316,12 @@ EXAMPLES = [
         bounds=[0.1, 0.2, 0.3, 0.4, 0.5],
         sync=True,
     ),
-    ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5)),
+    ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5), decided=(0.0, 0.4)),
     LogitAdjustment(tau=0.5, min_imbalance=3.0),
     LogitClipping(max_norm=0.7),
     LPL("fixed", 0.5, steps=3, warmup_steps=2, signs=[1, 0, -1, 1, -1], bounds=[0.1, 0.2, 0.3, 0.4, 0.5]),
     LogitNoise(sigma=0.3, seed=4),
-    LabelSmoothing(alpha=0.3),
+    LabelSmoothing(alpha=0.3, target="prior"),
     ClassWeighting([0.5, 1.0, 2.0, 0.0, 3.0], beta=0.9),
     FocalLoss(gamma=1.5),
     GeneralizedCrossEntropy(q=0.4),
@@ -429,8 +444,11 @@ def reprs(*args, **options):
     return [repr(method) for method in chain]
 
 
-BALANCED_CHAIN = ["class_relative_dampening()"]
-IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0)", "class_relative_dampening()"]
+BALANCED_CHAIN = [
+    "label_smoothing(alpha=0.05, target='prior')",
+    "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18))",
+]
+IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0)", *BALANCED_CHAIN]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +470,7 @@ def test_auto_adjusts_logits_where_classes_are_imbalanced_or_unknown(class_count
 
 
 def test_auto_for_unknown_counts_adjusts_only_when_the_running_prior_is_imbalanced():
-    adjustment, _ = build_chain("auto")
+    adjustment, *_ = build_chain("auto")
     statistics = ClassStatistics(NUM_CLASSES).double()
     labels = torch.arange(NUM_CLASSES).repeat(100)
     statistics.update(torch.zeros(len(labels), NUM_CLASSES), labels)
@@ -623,6 +641,8 @@ def test_arguments_that_are_not_the_methods_are_refused(text, message):
             {"contradicted": (0.1, 1.1)},
             r"`contradicted` must be two increasing numbers in \[0, 1\]; found \(0.1, 1.1\)",
         ),
+        (ClassRelativeDampening, {"decided": (0.2, 0.1)}, r"`decided` must be two increasing .*found \(0.2, 0.1\)"),
+        (LabelSmoothing, {"target": "unigram"}, r"`target` must be one of .*found 'unigram'"),
         (ClassRelativeDampening, {"contradicted": (0.1,)}, r"`contradicted` must be two increasing .*found \(0.1,\)"),
         (LogitAdjustment, {"tau": -0.5}, r"`tau` must be at least 0; found -0.5"),
         (LogitAdjustment, {"min_imbalance": 0.9}, r"`min_imbalance` must be at least 1; found 0.9"),

@@ -100,18 +100,35 @@ def test_means_of_a_step_have_weight_n_over_n_plus_20_and_contradiction_n_plus_4
 @pytest.mark.parametrize(
     ("probabilities", "is_contradicted"),
     [
-        ([0.09, 0.51, 0.40], True),
-        ([0.11, 0.51, 0.38], False),  # above a fifth of the largest
-        ([0.02, 0.49, 0.49], False),  # no class above one half
-        ([0.60, 0.30, 0.10], False),
+        ([0.030, 0.31, 0.22, 0.22, 0.22], True),
+        ([0.032, 0.31, 0.22, 0.22, 0.218], False),  # above a tenth of the largest
+        ([0.010, 0.29, 0.24, 0.23, 0.23], False),  # no class above 0.3
+        ([0.600, 0.20, 0.10, 0.05, 0.05], False),
     ],
 )
-def test_a_sample_is_contradicted_below_a_fifth_of_a_largest_probability_above_one_half(
+def test_a_sample_is_contradicted_below_a_tenth_of_a_largest_probability_above_three_tenths(
     probabilities, is_contradicted
 ):
     logits = torch.tensor([probabilities], dtype=torch.float64).log()
-    statistics = train(ClassStatistics(3).double(), [(logits, torch.tensor([0]))])
-    assert_equal(statistics.contradiction, [is_contradicted / 41, 0, 0], 1e-15)
+    statistics = train(ClassStatistics(5).double(), [(logits, torch.tensor([0]))])
+    assert_equal(statistics.contradiction, [is_contradicted / 41, 0, 0, 0, 0], 1e-15)
+
+
+def test_the_confident_share_of_the_errors_is_that_of_the_training_set():
+    """Counted sample by sample with the shares that each class has in the training set."""
+    statistics = train(ClassStatistics(NUM_CLASSES).double(), random_steps())
+    prior = statistics.prior.tolist()
+    errors = sum(pi * (1 - right) for pi, right in zip(prior, statistics.accuracy.tolist(), strict=True))
+    confident = sum(pi * u for pi, u in zip(prior, statistics.contradiction.tolist(), strict=True))
+    assert_equal(statistics.confident_error_share, confident / errors, 1e-12)
+
+
+def test_the_last_errors_of_a_model_are_not_weighed_against_nothing():
+    statistics = ClassStatistics(2).double()
+    assert statistics.confident_error_share == 0
+    statistics.accuracy.fill_(1 - 1e-6)
+    statistics.contradiction.fill_(1e-6)
+    assert_equal(statistics.confident_error_share, 1e-4, 1e-12)
 
 
 def test_classes_absent_from_a_step_keep_their_means():

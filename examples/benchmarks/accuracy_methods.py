@@ -206,6 +206,7 @@ def _lpg_step(name: str, label: str, call: str) -> Method:
 _ABLATION = (
     _variant("auto-adjustment", "without logit adjustment", without("logit_adjustment")),
     _variant("auto-dampening", "without dampening", without(_AUTO_DAMPENING)),
+    _variant("auto-smoothing", "without smoothing", without("label_smoothing")),
     # The narrowest interval opens the gate at once.
     _variant("auto-learned", "without the gate 'learned'", with_arguments(_AUTO_DAMPENING, learned=(0.0, 1e-9))),
     _variant(
@@ -213,20 +214,31 @@ _ABLATION = (
         "without the gate 'contradicted'",
         with_arguments(_AUTO_DAMPENING, contradicted=(0.0, 1e-9)),
     ),
+    _variant("auto-decided", "without the gate 'decided'", with_arguments(_AUTO_DAMPENING, decided=None)),
     *(
         _variant(f"power={value}", f"power q = {value}", with_arguments(_AUTO_DAMPENING, power=value))
-        for value in (0.5, 1.0, 4.0, 8.0)
+        for value in (1.0, 2.0, 4.0, 16.0)
     ),
     *(
         _variant(f"learned={low}..{high}", f"learned = {low} to {high}", edit)
-        for low, high in ((0.05, 0.25), (0.2, 0.8))
+        for low, high in ((0.1, 0.5), (0.2, 0.8))
         for edit in [with_arguments(_AUTO_DAMPENING, learned=(low, high))]
     ),
     *(
         _variant(f"contradicted={low}..{high}", f"contradicted = {low} to {high}", edit)
-        for low, high in ((0.01, 0.04), (0.05, 0.2))
+        for low, high in ((0.02, 0.08), (0.05, 0.2))
         for edit in [with_arguments(_AUTO_DAMPENING, contradicted=(low, high))]
     ),
+    *(
+        _variant(f"decided={low}..{high}", f"decided = {low} to {high}", edit)
+        for low, high in ((0.1, 0.15), (0.16, 0.2), (0.2, 0.3))
+        for edit in [with_arguments(_AUTO_DAMPENING, decided=(low, high))]
+    ),
+    *(
+        _variant(f"alpha={value}", f"smoothing alpha = {value}", with_arguments("label_smoothing", alpha=value))
+        for value in (0.02, 0.1)
+    ),
+    _variant("alpha_uniform", "smoothing with a uniform target", with_arguments("label_smoothing", target="uniform")),
     *(_variant(f"ema={value}", f"EMA constant = {value}", constants={"MEAN_INERTIA": value}) for value in (5, 80)),
     *(
         _variant(

@@ -93,8 +93,8 @@ def build_chain(
     ```python
     >>> build_chain(["logit_adjustment(tau=0.5)", "logit_clipping"])
     [logit_adjustment(tau=0.5), logit_clipping()]
-    >>> build_chain("auto", class_counts=[900, 100])
-    [logit_adjustment(min_imbalance=2.0), class_relative_dampening()]
+    >>> [method.name for method in build_chain("auto", class_counts=[900, 100])]
+    ['logit_adjustment', 'label_smoothing', 'class_relative_dampening']
 
     ```
     """
@@ -166,7 +166,7 @@ def method_card(method: type[Perturbation]) -> dict[str, str]:
 
     ```python
     >>> method_card(LabelSmoothing)["Formula"]
-    '`delta = alpha (onehot(y) - 1/C)`.'
+    '`delta = alpha (onehot(y) - t)`, `t = 1/C` or the class shares `pi`.'
 
     ```
     """
@@ -178,13 +178,17 @@ def method_card(method: type[Perturbation]) -> dict[str, str]:
 
 def _auto_chain(class_counts: Sequence[int] | None) -> list[Perturbation]:
     """
-    The default preset (ours): logit adjustment where classes are imbalanced, then class-relative dampening.
+    The default preset (ours): logit adjustment where classes are imbalanced, smoothing, class-relative dampening.
 
     While the counts are unknown the adjustment stays in the chain and looks at the running prior itself.
     """
-    adjustment = LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE)
+    chain: list[Perturbation] = [
+        LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE),
+        LabelSmoothing(alpha=0.05, target="prior"),
+        ClassRelativeDampening(8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18)),
+    ]
     if class_counts is not None:
         present = [count for count in class_counts if count > 0]
         if present and max(present) <= AUTO_MIN_IMBALANCE * min(present):
-            return [ClassRelativeDampening()]
-    return [adjustment, ClassRelativeDampening()]
+            return chain[1:]
+    return chain

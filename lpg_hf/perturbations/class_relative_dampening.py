@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..functional import relative_dampening_delta, relative_dampening_weight
+from ..functional import ramp, relative_dampening_delta, relative_dampening_weight
 from ..statistics import ClassStatistics
 from .base import LogitPerturbation, check, check_not_negative
 
@@ -18,7 +18,7 @@ class ClassRelativeDampening(LogitPerturbation):
     Level: sample, by statistics of its class.
     Formula: `delta = (w - 1) g` with `w = min(1, rho / rhobar_c) ^ (power gamma_c)`, `rho = p_y / max_j p_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorise.
-    Hurts: a little where clean samples look wrong: tiny data, models that learn slowly.
+    Hurts: clean data that is hard for the model, by some points, unless `decided` keeps it away from there.
     Cost: O(NC).
     Source: ours.
 
@@ -28,6 +28,9 @@ class ClassRelativeDampening(LogitPerturbation):
             Running mean probability of a class at which its gate starts to open, and at which it is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`):
             Share of a class that the model confidently contradicts: where the second gate starts to open, and is open.
+        decided (`tuple[float, float]`, *optional*):
+            Share of the errors on the training set that are confident contradictions: where the third gate starts to
+            open, and is open. There is no third gate if not given.
 
     Raises:
         ValueError: If `power` is negative or infinite, or an interval is not increasing within [0, 1].
@@ -49,10 +52,14 @@ class ClassRelativeDampening(LogitPerturbation):
         power: float = 2.0,
         learned: tuple[float, float] = (0.1, 0.5),
         contradicted: tuple[float, float] = (0.02, 0.08),
+        decided: tuple[float, float] | None = None,
     ):
         super().__init__()
         check_not_negative("power", power)
-        for argument, interval in (("learned", learned), ("contradicted", contradicted)):
+        intervals = {"learned": learned, "contradicted": contradicted}
+        if decided is not None:
+            intervals["decided"] = decided
+        for argument, interval in intervals.items():
             check(
                 len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
                 argument,
@@ -62,6 +69,7 @@ class ClassRelativeDampening(LogitPerturbation):
         self.power = power
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
+        self.decided = None if decided is None else tuple(decided)
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         return relative_dampening_delta(gradient, logits, labels, **self._arguments(statistics))
@@ -71,11 +79,12 @@ class ClassRelativeDampening(LogitPerturbation):
         return relative_dampening_weight(logits, labels, **self._arguments(statistics))
 
     def _arguments(self, statistics: ClassStatistics) -> dict:
+        gate = 1.0 if self.decided is None else ramp(statistics.confident_error_share, *self.decided)
         return {
             "own_probability": statistics.own_probability,
             "relative_confidence": statistics.relative_confidence,
             "contradiction": statistics.contradiction,
-            "power": self.power,
+            "power": self.power * gate,
             "learned": self.learned,
             "contradicted": self.contradicted,
         }

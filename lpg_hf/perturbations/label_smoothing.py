@@ -4,15 +4,15 @@ from torch import Tensor
 
 from ..functional import label_smoothing_delta
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check
+from .base import LogitPerturbation, check, check_choice
 
 
 class LabelSmoothing(LogitPerturbation):
     r"""
-    Label smoothing: part of the target is spread over all classes.
+    Label smoothing: part of the target is spread over all classes, evenly or by their frequency.
 
     Level: sample.
-    Formula: `delta = alpha (onehot(y) - 1/C)`.
+    Formula: `delta = alpha (onehot(y) - t)`, `t = 1/C` or the class shares `pi`.
     Helps: over-confident models, and a little under symmetric label noise.
     Hurts: where calibrated probabilities of 1 are right; it never switches itself off on well-fitted samples.
     Cost: O(NC).
@@ -21,9 +21,13 @@ class LabelSmoothing(LogitPerturbation):
     Args:
         alpha (`float`, *optional*, defaults to 0.1):
             Share of the target that is spread, in (-1, 1). A negative share sharpens instead (Wei et al., ICML 2022).
+        target (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`, or `"prior"`: the share of each class in the training set (Pereyra et al., 2017). After
+            logit adjustment, which models `p(z) pi`, only the latter asks for nothing but uncertainty: the uniform
+            one would push the tail up a second time.
 
     Raises:
-        ValueError: If `alpha` is not in (-1, 1).
+        ValueError: If `alpha` is not in (-1, 1), or `target` is none of the two.
 
     Example:
 
@@ -36,10 +40,13 @@ class LabelSmoothing(LogitPerturbation):
 
     name = "label_smoothing"
 
-    def __init__(self, alpha: float = 0.1):
+    def __init__(self, alpha: float = 0.1, target: str = "uniform"):
         super().__init__()
         check(-1 < alpha < 1, "alpha", alpha, "in (-1, 1)")
+        check_choice("target", target, ("uniform", "prior"))
         self.alpha = alpha
+        self.target = target
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return label_smoothing_delta(gradient, labels, self.alpha)
+        target = statistics.prior if self.target == "prior" else None
+        return label_smoothing_delta(gradient, labels, self.alpha, target)
