@@ -37,7 +37,7 @@ def test_quickstart_leaves_plot_model_and_table(tmp_path):
 
 @pytest.mark.slow
 def test_quickstart_puts_lpg_trainer_ahead(tmp_path):
-    output = quickstart(tmp_path)
+    output = quickstart(tmp_path, "--seeds", "10")
     lead, error = map(float, re.search(r"LPGTrainer - Trainer, last epoch +([+-][\d.]+) ± ([\d.]+)", output).groups())
     assert lead >= 4 and lead > 3 * error
     assert float(re.search(r"noisy validation ([+-][\d.]+) ±", output)[1]) > 0
