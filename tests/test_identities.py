@@ -117,7 +117,7 @@ def smoothed(alpha):
 
 
 def smoothed_towards(alpha, distribution):
-    """Where torch has no form: cross-entropy with the target `(1 - alpha) onehot + alpha distribution`, written out."""
+    """Where torch has no form: cross-entropy with targets `(1 - alpha) onehot + alpha distribution`, written out."""
 
     def loss(z, y):
         target = alpha * distribution + (1 - alpha) * F.one_hot(y, z.shape[1]).to(z.dtype)
