@@ -429,13 +429,15 @@ def test_class_counts_argument_wins(tmp_path):
     assert trainer.lpg_loss.statistics.class_counts.tolist() == [9, 1, 1, 1]
     assert [method.name for method in trainer.lpg_loss.perturbations] == [
         "logit_adjustment",
+        "label_smoothing",
         "class_relative_dampening",
     ]
 
 
 def test_balanced_data_gets_no_logit_adjustment(tmp_path):
     trainer = LPGTrainer(model=bert(), args=plain_args(tmp_path), train_dataset=text_dataset([0, 1, 2, 3] * 4))
-    assert [method.name for method in trainer.lpg_loss.perturbations] == ["class_relative_dampening"]
+    names = [method.name for method in trainer.lpg_loss.perturbations]
+    assert names == ["label_smoothing", "class_relative_dampening"]
 
 
 def test_streams_count_and_use_the_prior_after_the_first_epoch(tmp_path):
