@@ -77,7 +77,7 @@ class WeightCallback(TrainerCallback):
         loss = self.trainer.lpg_loss
         (dampening,) = (method for method in loss.perturbations if isinstance(method, ClassRelativeDampening))
         model.eval()
-        weights = dampening.weight(model(pixel_values=self.pixels).logits, self.labels, loss.statistics)
+        weights = dampening.belief(model(pixel_values=self.pixels).logits, self.labels, loss.statistics)
         model.train()
         self.weights.append([weights[~self.is_wrong].mean().item(), weights[self.is_wrong].mean().item()])
 

@@ -15,10 +15,14 @@ from torch.nn import functional as F
 
 
 __all__ = [
+    "class_weight",
     "class_weight_delta",
     "clip_delta",
+    "clip_weight",
     "focal_delta",
+    "focal_weight",
     "gce_delta",
+    "gce_weight",
     "label_smoothing_delta",
     "logit_adjustment_delta",
     "logit_gradient",
@@ -147,6 +151,7 @@ def relative_dampening_weight(
     power: float | Tensor = 2.0,
     learned: tuple[float, float] = (0.1, 0.5),
     contradicted: tuple[float, float] = (0.02, 0.08),
+    margin: Tensor | None = None,
 ) -> Tensor:
     r"""
     Weight of each sample under class-relative dampening: `min(1, rho_i / rhobar_c) ^ (power gamma_c)`.
@@ -168,15 +173,17 @@ def relative_dampening_weight(
         power (`float` or scalar `torch.Tensor`, *optional*, defaults to 2.0): Strength of the dampening, at least 0.
         learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`): Where the first gate opens and is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`): The same for the second gate.
+        margin (`torch.Tensor` of shape `[N]`, *optional*): `log rho_i`, where it is known already.
 
     Returns:
         `torch.Tensor` of shape `[N]`: Weights in [0, 1].
     """
     gate = ramp(own_probability, *learned) * ramp(contradiction, *contradicted)
     classes = labels.clamp(min=0)
-    confidence = _relative_confidence(logits, classes)
+    if margin is None:
+        margin = logits.gather(-1, classes[:, None])[:, 0] - logits.amax(-1)
     class_confidence = relative_confidence[classes].clamp(min=torch.finfo(logits.dtype).tiny)
-    weight = (confidence / class_confidence).clamp(max=1) ** (power * gate[classes])
+    weight = (margin.exp() / class_confidence).clamp(max=1) ** (power * gate[classes])
     return torch.where(labels >= 0, weight, 1.0)
 
 
@@ -202,7 +209,14 @@ def relative_dampening_delta(
     weight = relative_dampening_weight(
         logits, labels, own_probability, relative_confidence, contradiction, power, learned, contradicted
     )
-    return (weight - 1)[:, None] * gradient
+    return _rescale(gradient, weight)
+
+
+def clip_weight(gradient: Tensor, max_norm: float | Tensor) -> Tensor:
+    """
+    Weight of each sample under [`clip_delta`], `min(1, M/||g_i||)`, of shape `[N]`; the arguments are the same.
+    """
+    return (max_norm / gradient.norm(dim=-1)).clamp(max=1)
 
 
 def clip_delta(gradient: Tensor, max_norm: float | Tensor) -> Tensor:
@@ -228,8 +242,7 @@ def clip_delta(gradient: Tensor, max_norm: float | Tensor) -> Tensor:
 
     ```
     """
-    length = gradient.norm(dim=-1)
-    return ((max_norm / length).clamp(max=1) - 1)[:, None] * gradient
+    return _rescale(gradient, clip_weight(gradient, max_norm))
 
 
 def logit_adjustment_delta(
@@ -238,6 +251,7 @@ def logit_adjustment_delta(
     prior: Tensor,
     tau: float | Tensor = 1.0,
     base_gradient: Tensor | None = None,
+    own_log_probability: Tensor | None = None,
 ) -> Tensor:
     r"""
     Logit adjustment, `softmax(z + tau log pi) - softmax(z)`: the tail pulls harder, the head less.
@@ -253,15 +267,27 @@ def logit_adjustment_delta(
         tau (`float` or scalar `torch.Tensor`, *optional*, defaults to 1.0): Strength; 0 gives a delta of zero.
         base_gradient (`torch.Tensor` of shape `[N, C]`, *optional*):
             The [`logit_gradient`] of the same logits and labels, where it is known already.
+        own_log_probability (`torch.Tensor` of shape `[N]`, *optional*): `log p_{i,y}`, where it is known already.
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero.
     """
-    smallest = torch.where(prior > 0, prior, torch.inf).min()
-    offset = tau * prior.clamp(min=smallest).log()
-    # Off the label the gradient is softmax(z), which is all that is needed of it.
     base = logit_gradient(logits, labels) if base_gradient is None else base_gradient
-    return balance_label_entry_((logits + offset).softmax(-1).sub_(base), labels)
+    log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
+    smallest = torch.where(prior > 0, prior, torch.inf).min()
+    # Shares of the largest class, to the power of tau; the bound keeps the sums below from underflow.
+    weights = (prior.clamp(min=smallest) / prior.max()).to(base).pow(tau).clamp(min=1e-30)
+    # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
+    adjusted = base.scatter(-1, labels.clamp(min=0)[:, None], log_p.exp()[:, None])
+    # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
+    total = adjusted.sum(-1, keepdim=True)
+    adjusted.mul_(weights).mul_(total / adjusted.sum(-1, keepdim=True))
+    return balance_label_entry_(adjusted.sub_(base), labels)
+
+
+def class_weight(labels: Tensor, weights: Tensor) -> Tensor:
+    """Weight of each sample, that of its class, of shape `[N]`; 1 for ignored ones. See [`class_weight_delta`]."""
+    return torch.where(labels >= 0, weights[labels.clamp(min=0)], 1.0)
 
 
 def class_weight_delta(gradient: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -285,7 +311,7 @@ def class_weight_delta(gradient: Tensor, labels: Tensor, weights: Tensor) -> Ten
 
     ```
     """
-    return _rescale(gradient, weights.to(gradient)[labels.clamp(min=0)], labels)
+    return _rescale(gradient, class_weight(labels, weights.to(gradient)))
 
 
 def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float, target: Tensor | None = None) -> Tensor:
@@ -321,6 +347,17 @@ def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float, target
     return torch.outer(-share, target).scatter_add_(-1, labels.clamp(min=0)[:, None], share[:, None])
 
 
+def focal_weight(
+    logits: Tensor, labels: Tensor, gamma: float = 2.0, own_log_probability: Tensor | None = None
+) -> Tensor:
+    """The factor `f` of [`focal_delta`], of shape `[N]`; 1 for ignored samples. The arguments are the same."""
+    log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
+    rest = -torch.expm1(log_p)
+    # p log p / (1 - p) tends to -1 as p tends to 1.
+    ratio = torch.where(rest > 0, log_p.exp() * log_p / torch.where(rest > 0, rest, 1.0), -1.0)
+    return torch.where(labels >= 0, rest**gamma * (1 - gamma * ratio), 1.0)
+
+
 def focal_delta(
     gradient: Tensor,
     logits: Tensor,
@@ -343,11 +380,13 @@ def focal_delta(
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta. The factor can exceed 1 (it is at most `1 + gamma`).
     """
+    return _rescale(gradient, focal_weight(logits, labels, gamma, own_log_probability))
+
+
+def gce_weight(logits: Tensor, labels: Tensor, q: float = 0.7, own_log_probability: Tensor | None = None) -> Tensor:
+    """The factor `p^q` of [`gce_delta`], of shape `[N]`; 1 for ignored samples. The arguments are the same."""
     log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
-    rest = -torch.expm1(log_p)
-    # p log p / (1 - p) tends to -1 as p tends to 1.
-    ratio = torch.where(rest > 0, log_p.exp() * log_p / torch.where(rest > 0, rest, 1.0), -1.0)
-    return _rescale(gradient, rest**gamma * (1 - gamma * ratio), labels)
+    return torch.where(labels >= 0, (q * log_p).exp(), 1.0)
 
 
 def gce_delta(
@@ -369,8 +408,7 @@ def gce_delta(
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta.
     """
-    log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
-    return _rescale(gradient, (q * log_p).exp(), labels)
+    return _rescale(gradient, gce_weight(logits, labels, q, own_log_probability))
 
 
 def noise_delta(noise: Tensor, labels: Tensor, sigma: float) -> Tensor:
@@ -436,9 +474,9 @@ def lpl_delta(
     return balance_label_entry_(gradient - base, labels)
 
 
-def _rescale(gradient: Tensor, factor: Tensor, labels: Tensor) -> Tensor:
-    """`(factor - 1) gradient`, zero for ignored samples."""
-    return torch.where(labels >= 0, factor - 1, 0.0)[:, None] * gradient
+def _rescale(gradient: Tensor, weight: Tensor) -> Tensor:
+    """What a weight per sample changes: `(weight - 1) gradient`."""
+    return (weight - 1)[:, None] * gradient
 
 
 def _own_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
@@ -459,12 +497,6 @@ def zero_ignored_(matrix: Tensor, labels: Tensor) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
     matrix.view(integer).bitwise_and_(-(labels >= 0).to(integer)[:, None])
     return matrix
-
-
-def _relative_confidence(logits: Tensor, classes: Tensor) -> Tensor:
-    """`p_c / max_j p_j` of each sample, `[N]`."""
-    own = logits.gather(-1, classes[:, None])[:, 0]
-    return (own - logits.amax(-1)).exp()
 
 
 def ramp(value: Tensor, start: float, end: float) -> Tensor:

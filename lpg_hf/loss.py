@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .batch import IGNORE_INDEX, Batch, cross_entropy
 from .functional import zero_ignored_
-from .perturbations import LogitPerturbation, Perturbation, build_chain
+from .perturbations import LogitPerturbation, Perturbation, Rescaling, build_chain
 from .statistics import ClassStatistics
 
 
@@ -157,18 +157,28 @@ class LPGLoss(nn.Module):
         norm = gradient.norm(dim=-1)
         rows = [torch.ones_like(norm), norm]
         for method in self.perturbations:
-            delta = method.delta(gradient, logits, labels, self.statistics)
-            if delta.shape != gradient.shape:
+            rescales = isinstance(method, Rescaling)
+            change = (method.weight if rescales else method.delta)(gradient, logits, labels, self.statistics)
+            expected = norm.shape if rescales else gradient.shape
+            if change.shape != expected:
                 raise ValueError(
-                    f"`{method!r}` returned a delta of shape {list(delta.shape)} for a gradient of shape "
-                    f"{list(gradient.shape)}: `delta` must keep the shape."
+                    f"`{method!r}` returned a {'weight' if rescales else 'delta'} of shape {list(change.shape)} for a "
+                    f"gradient of shape {list(gradient.shape)}: it must be {list(expected)}."
                 )
             if not self._is_frozen:
                 method.update(gradient, labels)
-            gradient = zero_ignored_(gradient + delta, labels)
-            before, norm = norm, gradient.norm(dim=-1)
-            weight = torch.where(before > 0, norm / before, 1.0) if method.rescales else torch.zeros_like(norm)
-            rows += [delta.norm(dim=-1), weight]
+            # The first gradient is not ours to change, those after it are: new memory costs more than the arithmetic.
+            is_ours = gradient is not unperturbed
+            if rescales:
+                rows += [(change - 1).abs() * norm, change]
+                gradient = (gradient.mul_ if is_ours else gradient.mul)(change[:, None])
+                norm = change.abs() * norm
+            else:
+                rows += [change.norm(dim=-1), torch.zeros_like(norm)]
+                gradient = (gradient.add_ if is_ours else gradient.add)(change)
+                norm = gradient.norm(dim=-1)
+        if gradient is not unperturbed:
+            zero_ignored_(gradient, labels)
 
         if not self._is_frozen:
             # Nothing that is said of ignored samples counts.
@@ -235,7 +245,7 @@ class LPGLoss(nn.Module):
         for name, method, (delta_norm, weight) in zip(names, self.perturbations, sums[1:-1], strict=True):
             report[f"lpg/{name}/delta_norm"] = delta_norm / samples
             report[f"lpg/{name}/delta_ratio"] = delta_norm / norm if norm > 0 else 0.0
-            if method.rescales:
+            if isinstance(method, Rescaling):
                 report[f"lpg/{name}/weight"] = weight / samples
         return report | self._head_and_tail_accuracy()
 

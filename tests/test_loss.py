@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lpg_hf import LPG, ClassRelativeDampening, LogitAdjustment, LogitClipping, LPGLoss
+from lpg_hf import LPG, ClassRelativeDampening, LabelSmoothing, LogitAdjustment, LogitClipping, LPGLoss
 
 
 C = 5
@@ -266,11 +266,24 @@ def test_errors_name_what_was_found():
 
 
 def test_a_delta_of_the_wrong_shape_is_refused():
-    class Broken(LogitClipping):
+    class Broken(LabelSmoothing):
         def delta(self, gradient, logits, labels, statistics):
             return gradient.sum(-1)
 
-    with pytest.raises(ValueError, match=r"returned a delta of shape \[12\] for a gradient of shape \[12, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"a delta of shape \[12\] for a gradient of shape \[12, 5\]: it must be \[12, 5\]"
+    ):
+        LPGLoss(C, Broken())(*make_logits())
+
+
+def test_a_weight_of_the_wrong_shape_is_refused():
+    class Broken(LogitClipping):
+        def weight(self, gradient, logits, labels, statistics):
+            return gradient
+
+    with pytest.raises(
+        ValueError, match=r"a weight of shape \[12, 5\] for a gradient of shape \[12, 5\]: it must be \[12\]"
+    ):
         LPGLoss(C, Broken())(*make_logits())
 
 

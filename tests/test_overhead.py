@@ -200,11 +200,11 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 138, 23, 6),
-        ("auto", COUNTS, 176, 34, 9),
+        ("auto", BALANCED, 128, 17, 4),
+        ("auto", COUNTS, 170, 30, 5),
         ("lpg", COUNTS, 140, 20, 6),
-        ("logit_clipping", COUNTS, 85, 16, 4),
-        ("focal_loss", COUNTS, 99, 15, 4),
+        ("logit_clipping", COUNTS, 82, 13, 3),
+        ("focal_loss", COUNTS, 96, 12, 3),
         ("label_smoothing", COUNTS, 84, 17, 4),
         ("lpl", COUNTS, 307, 95, 25),
     ],

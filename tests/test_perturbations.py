@@ -25,6 +25,7 @@ from lpg_hf.perturbations import (
     LogitClipping,
     LogitNoise,
     LogitPerturbation,
+    Rescaling,
     build_chain,
     parse_perturbation,
 )
@@ -213,7 +214,7 @@ def test_class_relative_dampening_equals_the_reference(options):
         confident_error_share=statistics.confident_error_share.item(),
         **options,
     )
-    weight = method.weight(logits, labels, statistics)
+    weight = method.belief(logits, labels, statistics)
     assert_equal(weight, expected, 1e-12)
     assert_equal(delta, reference.dampening_delta(gradient.numpy(), expected), 1e-12)
     assert expected.min() < 0.5 or options == {"power": 0.0}
@@ -230,7 +231,7 @@ def test_class_relative_dampening_does_exactly_nothing_before_the_first_step():
     method, statistics = ClassRelativeDampening(), ClassStatistics(NUM_CLASSES)
     delta, _, logits, labels = run(method, statistics)
     assert (delta == 0).all()
-    assert (method.weight(logits, labels, statistics) == 1).all()
+    assert (method.belief(logits, labels, statistics) == 1).all()
 
 
 def test_class_relative_dampening_reads_the_model_and_scales_the_gradient_left_before():
@@ -238,7 +239,7 @@ def test_class_relative_dampening_reads_the_model_and_scales_the_gradient_left_b
     logits, labels = make_batch()
     gradient = torch.randn(len(labels), NUM_CLASSES, dtype=torch.float64)
     delta = method.delta(gradient, logits, labels, statistics)
-    assert_equal(delta, (method.weight(logits, labels, statistics) - 1)[:, None] * gradient, 1e-15)
+    assert_equal(delta, (method.belief(logits, labels, statistics) - 1)[:, None] * gradient, 1e-15)
 
 
 # Logit adjustment and clipping.
@@ -426,12 +427,12 @@ def test_a_delta_has_the_shape_and_the_dtype_of_the_gradient(example, dtype):
 
 
 @every_example
-def test_rescales_tells_whether_the_delta_is_a_multiple_of_the_gradient(example):
+def test_rescaling_tells_whether_the_delta_is_a_multiple_of_the_gradient(example):
     delta, gradient, _, labels = run(example, make_statistics(COUNTS))
     delta, gradient = delta[labels >= 0], gradient[labels >= 0]
     share = (delta * gradient).sum(-1, keepdim=True) / gradient.square().sum(-1, keepdim=True)
     is_a_multiple = bool((delta - share * gradient).abs().max() < 1e-12)
-    assert is_a_multiple == example.rescales
+    assert is_a_multiple == isinstance(example, Rescaling)
 
 
 # Chains.

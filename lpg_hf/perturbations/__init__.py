@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Sequence
 
-from .base import GradientPerturbation, LogitPerturbation, ParameterPerturbation, Perturbation
+from .base import GradientPerturbation, LogitPerturbation, ParameterPerturbation, Perturbation, Rescaling
 from .class_relative_dampening import ClassRelativeDampening
 from .class_weighting import ClassWeighting
 from .clipping import LogitClipping
@@ -62,6 +62,7 @@ __all__ = [
     "LogitPerturbation",
     "ParameterPerturbation",
     "Perturbation",
+    "Rescaling",
     "build_chain",
     "method_card",
     "parse_perturbation",

@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from numbers import Integral
+from typing import final
 
 import numpy as np
 from torch import Tensor, nn
@@ -59,8 +60,6 @@ class LogitPerturbation(Perturbation):
     """
 
     space = "logit"
-    #: Whether the delta only rescales each sample's gradient, so that telemetry can report one weight per sample.
-    rescales = False
 
     def use_label_names(self, label_names: Mapping[str, int]) -> None:
         """For methods with arguments by label name: tells them the index of each name, before `setup`."""
@@ -88,6 +87,43 @@ class LogitPerturbation(Perturbation):
 
     def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """For methods that learn: once per optimizer step, moves the state by the sums, reduced over processes."""
+
+
+class Rescaling(LogitPerturbation):
+    """
+    Base class of methods that make each sample's gradient longer or shorter: a subclass writes `weight` alone.
+
+    Telemetry reports the mean weight, and the loss needs no matrix for the delta.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> class Doubling(Rescaling):
+    ...     name = "doubling"
+    ...
+    ...     def weight(self, gradient, logits, labels, statistics):
+    ...         return torch.where(labels >= 0, 2.0, 1.0)
+    >>> Doubling().delta(torch.tensor([[0.3, -0.3]]), torch.zeros(1, 2), torch.tensor([1]), statistics=None)
+    tensor([[ 0.3000, -0.3000]])
+
+    ```
+    """
+
+    @abstractmethod
+    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        """
+        What each sample's gradient is multiplied with.
+
+        Args: those of [`LogitPerturbation.delta`].
+
+        Returns:
+            `torch.Tensor` of shape `[N]`: The weights; 1 for ignored samples.
+        """
+
+    @final
+    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        return (self.weight(gradient, logits, labels, statistics) - 1)[:, None] * gradient
 
 
 class ParameterPerturbation(Perturbation):

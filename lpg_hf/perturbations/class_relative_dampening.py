@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..functional import ramp, relative_dampening_delta, relative_dampening_weight
+from ..functional import ramp, relative_dampening_weight
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check, check_not_negative
+from .base import Rescaling, check, check_not_negative
 
 
-class ClassRelativeDampening(LogitPerturbation):
+class ClassRelativeDampening(Rescaling):
     r"""
     Dampens the samples that the model believes far less than it believes their class, once that class is learned.
 
@@ -45,7 +45,6 @@ class ClassRelativeDampening(LogitPerturbation):
     """
 
     name = "class_relative_dampening"
-    rescales = True
 
     def __init__(
         self,
@@ -71,20 +70,26 @@ class ClassRelativeDampening(LogitPerturbation):
         self.contradicted = tuple(contradicted)
         self.decided = None if decided is None else tuple(decided)
 
-    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return relative_dampening_delta(gradient, logits, labels, **self._arguments(statistics))
+    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        return self.belief(logits, labels, statistics, statistics.batch(logits, labels).margin)
 
-    def weight(self, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        """Weight of each sample, `[N]`: the nearer to 0, the less the model believes its label."""
-        return relative_dampening_weight(logits, labels, **self._arguments(statistics))
+    def belief(
+        self, logits: Tensor, labels: Tensor, statistics: ClassStatistics, margin: Tensor | None = None
+    ) -> Tensor:
+        """
+        The weights, for any logits `[N, C]`: the nearer to 0, the less the model believes the label.
 
-    def _arguments(self, statistics: ClassStatistics) -> dict:
+        `margin` is `z_y - max_j z_j`, `[N]`, where it is known already.
+        """
         gate = 1.0 if self.decided is None else ramp(statistics.confident_error_share, *self.decided)
-        return {
-            "own_probability": statistics.own_probability,
-            "relative_confidence": statistics.relative_confidence,
-            "contradiction": statistics.contradiction,
-            "power": self.power * gate,
-            "learned": self.learned,
-            "contradicted": self.contradicted,
-        }
+        return relative_dampening_weight(
+            logits,
+            labels,
+            statistics.own_probability,
+            statistics.relative_confidence,
+            statistics.contradiction,
+            self.power * gate,
+            self.learned,
+            self.contradicted,
+            margin,
+        )

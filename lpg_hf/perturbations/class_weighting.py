@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..functional import class_weight_delta
+from ..functional import class_weight
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check
+from .base import Rescaling, check
 
 
-class ClassWeighting(LogitPerturbation):
+class ClassWeighting(Rescaling):
     r"""
     Class weighting: every class pulls with its own weight.
 
@@ -41,7 +41,6 @@ class ClassWeighting(LogitPerturbation):
     """
 
     name = "class_weighting"
-    rescales = True
 
     def __init__(self, weights: str | Sequence[float] | Mapping[str | int, float] = "balanced", beta: float = 0.999):
         super().__init__()
@@ -78,8 +77,8 @@ class ClassWeighting(LogitPerturbation):
             weights = torch.as_tensor(self.weights, dtype=torch.float64)
         self.register_buffer("_weights", weights, persistent=False)
 
-    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return class_weight_delta(gradient, labels, self.class_weights(statistics))
+    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+        return class_weight(labels, self.class_weights(statistics).to(gradient))
 
     def class_weights(self, statistics: ClassStatistics) -> Tensor:
         """The weight of every class, `[C]`; 0 for classes without samples where the weights come from the counts."""

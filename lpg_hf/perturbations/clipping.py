@@ -6,12 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..functional import clip_delta
+from ..functional import clip_weight
 from ..statistics import MEAN_INERTIA, ClassStatistics
-from .base import LogitPerturbation, check
+from .base import Rescaling, check
 
 
-class LogitClipping(LogitPerturbation):
+class LogitClipping(Rescaling):
     r"""
     Logit-gradient clipping: bounds the pull of every sample, those with wrong labels included.
 
@@ -44,7 +44,6 @@ class LogitClipping(LogitPerturbation):
     """
 
     name = "logit_clipping"
-    rescales = True
 
     def __init__(self, max_norm: float | None = None, quantile: float | None = None):
         super().__init__()
@@ -60,10 +59,10 @@ class LogitClipping(LogitPerturbation):
             # Samples of each class, and those of them within the bound, since the last fold.
             self.register_buffer("_pending", torch.zeros(2, num_labels), persistent=False)
 
-    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         if self.quantile is None:
-            return clip_delta(gradient, 0.3 if self.max_norm is None else self.max_norm)
-        return clip_delta(gradient, self.bounds[labels.clamp(min=0)])
+            return clip_weight(gradient, 0.3 if self.max_norm is None else self.max_norm)
+        return clip_weight(gradient, self.bounds[labels.clamp(min=0)])
 
     def update(self, gradient: Tensor, labels: Tensor) -> None:
         if self.quantile is not None:

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..functional import focal_delta
+from ..functional import focal_weight
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check_not_negative
+from .base import Rescaling, check_not_negative
 
 
-class FocalLoss(LogitPerturbation):
+class FocalLoss(Rescaling):
     r"""
     Focal loss: samples that the model already fits fade out.
 
@@ -35,13 +35,12 @@ class FocalLoss(LogitPerturbation):
     """
 
     name = "focal_loss"
-    rescales = True
 
     def __init__(self, gamma: float = 2.0):
         super().__init__()
         check_not_negative("gamma", gamma)
         self.gamma = gamma
 
-    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         log_p = statistics.batch(logits, labels).own_log_probability
-        return focal_delta(gradient, logits, labels, self.gamma, log_p)
+        return focal_weight(logits, labels, self.gamma, log_p)

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..functional import gce_delta
+from ..functional import gce_weight
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check
+from .base import Rescaling, check
 
 
-class GeneralizedCrossEntropy(LogitPerturbation):
+class GeneralizedCrossEntropy(Rescaling):
     r"""
     Generalized cross-entropy: between cross-entropy and the mean absolute error, which label noise hardly moves.
 
@@ -34,13 +34,12 @@ class GeneralizedCrossEntropy(LogitPerturbation):
     """
 
     name = "generalized_cross_entropy"
-    rescales = True
 
     def __init__(self, q: float = 0.7):
         super().__init__()
         check(0 <= q <= 1, "q", q, "in [0, 1]")
         self.q = q
 
-    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         log_p = statistics.batch(logits, labels).own_log_probability
-        return gce_delta(gradient, logits, labels, self.q, log_p)
+        return gce_weight(logits, labels, self.q, log_p)

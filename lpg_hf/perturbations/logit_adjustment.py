@@ -49,4 +49,5 @@ class LogitAdjustment(LogitPerturbation):
         prior = statistics.prior
         smallest = torch.where(prior > 0, prior, torch.inf).min()
         tau = self.tau * (prior.max() > self.min_imbalance * smallest)
-        return logit_adjustment_delta(logits, labels, prior, tau, statistics.batch(logits, labels).gradient)
+        batch = statistics.batch(logits, labels)
+        return logit_adjustment_delta(logits, labels, prior, tau, batch.gradient, batch.own_log_probability)
