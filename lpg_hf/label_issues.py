@@ -90,20 +90,22 @@ class RowRecords(nn.Module):
             weight (`torch.Tensor` of shape `[N]`, *optional*): Weight of each sample under class-relative dampening.
         """
         # A loss of the user's may ignore other labels than -100.
-        labelled = (labels >= 0) & (labels < logits.shape[-1])
-        classes = torch.where(labelled, labels, 0)[:, None]
+        classes = labels.clamp(0, logits.shape[-1] - 1)
+        labelled = classes == labels
         log_probabilities = logits.log_softmax(-1)
-        own = log_probabilities.gather(-1, classes)[:, 0]
+        own = log_probabilities.gather(-1, classes[:, None])[:, 0]
         # `where` and not `clamp`, which would keep a NaN for good.
         floor = math.log(SMALLEST_PROBABILITY)
         own = torch.where(own > floor, own, floor)
-        values = torch.stack([torch.ones_like(own), own, torch.ones_like(own) if weight is None else weight])
+        visit = labelled.to(own.dtype)
+        values = torch.stack([visit, own, visit if weight is None else weight])
         self._sums.index_add_(1, rows, torch.where(labelled, values, 0.0).to(self._sums.dtype))
 
-        largest, others = log_probabilities.scatter(-1, classes, -torch.inf).max(-1)
+        largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)
         vote = torch.where(labelled, largest.exp(), 0.0).to(self._votes.dtype)
-        leader, votes = _merge_votes(self._labels[1, rows], self._votes[rows], others, vote)
-        self._labels[:, rows] = torch.stack([torch.where(labelled, labels, self._labels[0, rows]), leader])
+        label, leader = self._labels[:, rows]
+        leader, votes = _merge_votes(leader, self._votes[rows], others, vote)
+        self._labels[:, rows] = torch.stack([torch.where(labelled, labels, label), leader])
         self._votes[rows] = votes
 
     def merged(self, gather: Callable[[Tensor], Tensor]) -> "RowRecords":
@@ -152,7 +154,5 @@ class RowRecords(nn.Module):
 
 def _merge_votes(leader: Tensor, votes: Tensor, other: Tensor, other_votes: Tensor) -> tuple[Tensor, Tensor]:
     """Two counts of a majority vote in one: equal leaders add up, of different ones the larger keeps the rest."""
-    is_same = leader == other
-    difference = votes - other_votes
-    merged = torch.where(is_same, votes + other_votes, difference.abs())
-    return torch.where(is_same | (difference > 0), leader, other), merged
+    sum = votes + torch.where(leader == other, other_votes, -other_votes)
+    return torch.where(sum > 0, leader, other), sum.abs()

@@ -1,6 +1,7 @@
 """LPGLoss: a base loss whose gradient at the logits is perturbed by a chain of methods."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -88,6 +89,7 @@ class LPGLoss(nn.Module):
         # Sums since the last report. Row 0: samples, norm of g; a row per method: norm of its delta, weight; last row:
         # the first step with values that are not finite.
         self.register_buffer("_telemetry", torch.zeros(len(self.perturbations) + 2, 2), persistent=False)
+        self._clear_telemetry()
 
     @property
     def num_labels(self) -> int:
@@ -228,12 +230,12 @@ class LPGLoss(nn.Module):
         """
         stacked = self._telemetry[None] if gather is None else gather(self._telemetry)
         stacked = stacked.tolist()
-        self._telemetry.zero_()
+        self._clear_telemetry()
 
-        bad_steps = [rows[-1][0] for rows in stacked if rows[-1][0] > 0]
-        if bad_steps:
+        bad_step = min(rows[-1][0] for rows in stacked)
+        if bad_step < math.inf:
             raise FloatingPointError(
-                f"The logits of step {int(min(bad_steps))} were not finite (NaN or infinite), so its gradient was not "
+                f"The logits of step {int(bad_step)} were not finite (NaN or infinite), so its gradient was not "
                 "either. Lower the learning rate, clip gradients, or look for bad values in the inputs of that step."
             )
         sums = [[sum(values) for values in zip(*rows, strict=True)] for rows in zip(*stacked, strict=True)]
@@ -282,14 +284,16 @@ class LPGLoss(nn.Module):
                 module.to(device=logits.device, dtype=dtype)
             self._telemetry = state.to(device=logits.device, dtype=dtype)
 
+    def _clear_telemetry(self) -> None:
+        self._telemetry.zero_()[-1] = torch.inf
+
     def _record(self, rows: Tensor) -> None:
         """Adds a micro-batch to the telemetry: a pair of rows `[N]` for g and for each method."""
         sums = rows.sum(-1)
         self._telemetry[:-1].add_(sums.view(-1, 2))
         # The sum of the norms of g is finite if and only if all of g is (unless it is too large to sum up).
-        first = self._telemetry[-1, 0]
-        is_first = (first == 0) & ~sums[1].isfinite()
-        self._telemetry[-1, 0] = torch.where(is_first, self.statistics.steps + 1, first)
+        is_finite = sums[1] - sums[1] == 0
+        self._telemetry[-1, 0].clamp_(max=torch.where(is_finite, torch.inf, self.statistics.steps + 1))
 
     def _head_and_tail_accuracy(self) -> dict[str, float]:
         counts = self.statistics.class_counts.tolist()

@@ -69,7 +69,9 @@ class ClassStatistics(nn.Module):
         self.register_buffer("_inertia", torch.tensor(inertia, dtype=torch.float32), persistent=False)
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(5, num_labels), persistent=False)
+        # What a step looks at again and again.
         self._batch: Batch | None = None
+        self._prior: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -78,6 +80,13 @@ class ClassStatistics(nn.Module):
     @property
     def prior(self) -> Tensor:
         """Share of each class in the training set, `[C]`; uniform while it is unknown."""
+        if self._batch is None:
+            return self._computed_prior()
+        if self._prior is None:
+            self._prior = self._computed_prior()
+        return self._prior
+
+    def _computed_prior(self) -> Tensor:
         if self.counts_are_given:
             counts = self.class_counts
         elif self.prior_is_ready:
@@ -132,8 +141,9 @@ class ClassStatistics(nn.Module):
         return Batch(logits, labels)
 
     def share(self, batch: Batch | None) -> None:
-        """Keeps a batch for all who ask for it during a step; `None` lets it go."""
+        """Keeps a batch, and the prior, for all who ask for it during a step; `None` lets them go."""
         self._batch = batch
+        self._prior = None
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:

@@ -462,7 +462,7 @@ class LPGTrainer(Trainer):
         logits, labels = self._logits(outputs).detach(), labels.reshape(-1).long()
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         dampening = self._dampening()
-        weight = None if dampening is None else dampening.belief(logits, labels, self.lpg_loss.statistics)
+        weight = None if dampening is None else dampening.last_weight
         self._row_records.update(rows.to(logits.device), logits, labels, weight)
 
     def _dampening(self) -> ClassRelativeDampening | None:

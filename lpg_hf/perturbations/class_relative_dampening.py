@@ -32,6 +32,9 @@ class ClassRelativeDampening(Rescaling):
             Share of the errors on the training set that are confident contradictions: where the third gate starts to
             open, and is open. There is no third gate if not given.
 
+    Attributes:
+        last_weight (`torch.Tensor` of shape `[N]` or `None`): The weights of the last micro-batch.
+
     Raises:
         ValueError: If `power` is negative or infinite, or an interval is not increasing within [0, 1].
 
@@ -69,9 +72,11 @@ class ClassRelativeDampening(Rescaling):
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
         self.decided = None if decided is None else tuple(decided)
+        self.last_weight: Tensor | None = None
 
     def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return self.belief(logits, labels, statistics, statistics.batch(logits, labels).margin)
+        self.last_weight = self.belief(logits, labels, statistics, statistics.batch(logits, labels).margin)
+        return self.last_weight
 
     def belief(
         self, logits: Tensor, labels: Tensor, statistics: ClassStatistics, margin: Tensor | None = None
