@@ -90,7 +90,7 @@ class Task:
 
     @property
     def class_counts(self) -> list[int]:
-        """A long tail of 10 : 1, so that `auto` uses both of its methods."""
+        """A long tail of 10 : 1, so that `auto` uses all of its methods."""
         return [round(1000 * 10 ** (-label / (self.num_labels - 1))) for label in range(self.num_labels)]
 
 
