@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from lpg_hf import ClassRelativeDampening, LPGTrainer
 from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
+from lpg_hf.functional import logit_gradient
 from lpg_hf.metrics import make_compute_metrics
 
 
@@ -77,7 +78,8 @@ class WeightCallback(TrainerCallback):
         loss = self.trainer.lpg_loss
         (dampening,) = (method for method in loss.perturbations if isinstance(method, ClassRelativeDampening))
         model.eval()
-        weights = dampening.belief(model(pixel_values=self.pixels).logits, self.labels, loss.statistics)
+        logits = model(pixel_values=self.pixels).logits
+        weights = dampening.weight(logit_gradient(logits, self.labels), logits, self.labels, loss.statistics)
         model.train()
         self.weights.append([weights[~self.is_wrong].mean().item(), weights[self.is_wrong].mean().item()])
 

@@ -34,11 +34,16 @@ def save_state(
         chains (`Mapping[str, list[str]]`): The methods' `repr` under the same prefix, which a resumed run must share.
         num_processes (`int`): How many processes train.
     """
-    tensors = {
-        f"{prefix}.{name}": tensor.contiguous()
-        for prefix, module in modules.items()
-        for name, tensor in module.state_dict().items()
+    state = {
+        f"{prefix}.{name}": value for prefix, module in modules.items() for name, value in module.state_dict().items()
     }
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"The state {name} is a {type(value).__name__}, and checkpoints keep tensors alone: let "
+                "`get_extra_state` return one."
+            )
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     metadata = {"perturbations": json.dumps(chains), "num_processes": str(num_processes)}
     save_file(tensors, Path(folder) / STATE_FILE, metadata=metadata)
 

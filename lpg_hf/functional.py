@@ -270,12 +270,13 @@ def logit_adjustment_delta(
         own_log_probability (`torch.Tensor` of shape `[N]`, *optional*): `log p_{i,y}`, where it is known already.
 
     Returns:
-        `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero.
+        `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero. Where a class is rarer than the largest by more
+        than `1e30 ** (1 / tau)` it is that of `1e30 ** (1 / tau)`.
     """
     base = logit_gradient(logits, labels) if base_gradient is None else base_gradient
     log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
     smallest = torch.where(prior > 0, prior, torch.inf).min()
-    # Shares of the largest class, to the power of tau; the bound keeps the sums below from underflow.
+    # Relative to the largest class; the bound keeps the sums below from underflow.
     weights = (prior.clamp(min=smallest) / prior.max()).to(base).pow(tau).clamp(min=1e-30)
     # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
     adjusted = base.scatter(-1, labels.clamp(min=0)[:, None], log_p.exp()[:, None])

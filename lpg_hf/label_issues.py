@@ -81,7 +81,7 @@ class RowRecords(nn.Module):
     @torch.no_grad()
     def update(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
         """
-        Adds the visits of a micro-batch.
+        Adds the visits of a micro-batch. Of a row that occurs more than once in it only the last vote counts.
 
         Args:
             rows (`torch.Tensor` of shape `[N]`): Row of each sample, `num_rows` where it is not known.
@@ -102,7 +102,7 @@ class RowRecords(nn.Module):
         self._sums.index_add_(1, rows, torch.where(labelled, values, 0.0).to(self._sums.dtype))
 
         largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)
-        vote = torch.where(labelled, largest.exp(), 0.0).to(self._votes.dtype)
+        vote = torch.where(labelled & largest.isfinite(), largest.exp(), 0.0).to(self._votes.dtype)
         label, leader = self._labels[:, rows]
         leader, votes = _merge_votes(leader, self._votes[rows], others, vote)
         self._labels[:, rows] = torch.stack([torch.where(labelled, labels, label), leader])
@@ -155,4 +155,5 @@ class RowRecords(nn.Module):
 def _merge_votes(leader: Tensor, votes: Tensor, other: Tensor, other_votes: Tensor) -> tuple[Tensor, Tensor]:
     """Two counts of a majority vote in one: equal leaders add up, of different ones the larger keeps the rest."""
     sum = votes + torch.where(leader == other, other_votes, -other_votes)
-    return torch.where(sum > 0, leader, other), sum.abs()
+    # In a tie the other leads, where there is one.
+    return torch.where((sum > 0) | (other < 0), leader, other), sum.abs()

@@ -136,7 +136,7 @@ class LPGLoss(nn.Module):
         values = self._values(z, labels)
         (gradient,) = torch.autograd.grad(values.sum(), z, retain_graph=True)
         delta = self.perturb(gradient, z.detach(), labels) - gradient
-        return values.sum() / divisor + replace_gradient(torch.zeros_like(values[0]), logits, delta / divisor)
+        return values.sum() / divisor + replace_gradient(values.new_zeros(()), logits, delta / divisor)
 
     @torch.no_grad()
     def perturb(self, gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -153,9 +153,25 @@ class LPGLoss(nn.Module):
             `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
         """
         self._match(logits)
-        unperturbed = gradient
         batch = self.statistics.batch(logits, labels)
         self.statistics.share(batch)
+        try:
+            perturbed, rows = self._run_chain(gradient, logits, labels)
+            if not self._is_frozen:
+                # Nothing that is said of ignored samples counts.
+                self._record(torch.where(batch.labelled, torch.stack(rows), 0.0))
+                self.statistics.update(logits, labels)
+                if self.fold_every_call:
+                    self.fold()
+        finally:
+            self.statistics.share(None)
+        if self.observer is not None:
+            self.observer(perturbed - gradient)
+        return perturbed
+
+    def _run_chain(self, unperturbed: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The perturbed gradient, and for telemetry a pair of `[N]` for the gradient and for each method."""
+        gradient = unperturbed
         norm = gradient.norm(dim=-1)
         rows = [torch.ones_like(norm), norm]
         for method in self.perturbations:
@@ -172,6 +188,7 @@ class LPGLoss(nn.Module):
             # The first gradient is not ours to change, those after it are: new memory costs more than the arithmetic.
             is_ours = gradient is not unperturbed
             if rescales:
+                method.last_weight = change = change.to(norm.dtype)
                 rows += [(change - 1).abs() * norm, change]
                 gradient = (gradient.mul_ if is_ours else gradient.mul)(change[:, None])
                 norm = change.abs() * norm
@@ -181,17 +198,7 @@ class LPGLoss(nn.Module):
                 norm = gradient.norm(dim=-1)
         if gradient is not unperturbed:
             zero_ignored_(gradient, labels)
-
-        if not self._is_frozen:
-            # Nothing that is said of ignored samples counts.
-            self._record(torch.where(batch.labelled, torch.stack(rows), 0.0))
-            self.statistics.update(logits, labels)
-            if self.fold_every_call:
-                self.fold()
-        self.statistics.share(None)
-        if self.observer is not None:
-            self.observer(gradient - unperturbed)
-        return gradient
+        return gradient, rows
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -235,8 +242,9 @@ class LPGLoss(nn.Module):
         bad_step = min(rows[-1][0] for rows in stacked)
         if bad_step < math.inf:
             raise FloatingPointError(
-                f"The logits of step {int(bad_step)} were not finite (NaN or infinite), so its gradient was not "
-                "either. Lower the learning rate, clip gradients, or look for bad values in the inputs of that step."
+                f"The logits of step {int(bad_step)}, or the gradient that loss and methods make of them, were not "
+                "finite (NaN or infinite). Lower the learning rate, clip gradients, or look for bad values in the "
+                "inputs of that step."
             )
         sums = [[sum(values) for values in zip(*rows, strict=True)] for rows in zip(*stacked, strict=True)]
         samples, norm = sums[0]
@@ -291,8 +299,9 @@ class LPGLoss(nn.Module):
         """Adds a micro-batch to the telemetry: a pair of rows `[N]` for g and for each method."""
         sums = rows.sum(-1)
         self._telemetry[:-1].add_(sums.view(-1, 2))
-        # The sum of the norms of g is finite if and only if all of g is (unless it is too large to sum up).
-        is_finite = sums[1] - sums[1] == 0
+        # The sums of the norms are finite if and only if all gradients are (unless they are too large to sum up).
+        total = sums.sum()
+        is_finite = total - total == 0
         self._telemetry[-1, 0].clamp_(max=torch.where(is_finite, torch.inf, self.statistics.steps + 1))
 
     def _head_and_tail_accuracy(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, MutableMapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from typing import NamedTuple
 
 import datasets
@@ -109,6 +109,37 @@ class NumberedCollator:
         batch = copy.copy(batch)  # the collator may hand out an object that is not its own
         batch[ROWS_KEY] = torch.tensor(rows) if is_same else torch.full((len(labels),), self.num_rows)
         return batch
+
+
+class UnnumberedBatches:
+    """
+    A loader of numbered batches for those who don't expect the numbers; everything else is asked of the loader inside.
+
+    Example:
+
+    ```python
+    >>> list(UnnumberedBatches([{"labels": 1, "lpg_rows": 7}]))
+    [{'labels': 1}]
+
+    ```
+    """
+
+    def __init__(self, loader: Iterable):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator:
+        for batch in self.loader:
+            if isinstance(batch, MutableMapping):
+                batch.pop(ROWS_KEY, None)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> object:
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
 
 def _integer_labels(items: object) -> list[int] | None:

@@ -1,6 +1,6 @@
 """What training has seen of each class so far, kept on the device and reduced over processes once per step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,10 @@ class ClassStatistics(nn.Module):
         super().__init__()
         self.counts_are_given = class_counts is not None
         self.prior_is_ready = True
-        counts = [0] * num_labels if class_counts is None else _check_class_counts(class_counts, num_labels)
-        self.register_buffer("class_counts", torch.as_tensor(counts, dtype=torch.int64))
+        counts = torch.zeros(num_labels, dtype=torch.int64)
+        if class_counts is not None:
+            counts = _check_class_counts(class_counts, num_labels)
+        self.register_buffer("class_counts", counts)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_running", torch.zeros(4, num_labels))
         inertia = [[MEAN_INERTIA]] * 3 + [[CONTRADICTION_INERTIA]]
@@ -176,6 +178,11 @@ class ClassStatistics(nn.Module):
 
 
 def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
+    if isinstance(class_counts, Mapping):
+        raise ValueError(
+            f"`class_counts` must be a list in the order of the classes; found a {type(class_counts).__name__}. Pass "
+            f"`[counts[label] for label in range({num_labels})]`."
+        )
     counts = torch.as_tensor(class_counts)
     if counts.shape != (num_labels,):
         raise ValueError(
@@ -188,4 +195,8 @@ def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
             f"{counts.tolist()}. Count the training rows of each class, for instance with "
             "`lpg_hf.data.class_counts(dataset)`."
         )
-    return counts
+    if (counts != counts.round()).any():
+        raise ValueError(
+            f"`class_counts` must be whole numbers of training rows, not shares; found {counts.tolist()}."
+        )
+    return counts.to(torch.int64, copy=True)

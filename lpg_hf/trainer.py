@@ -33,6 +33,7 @@ from .classifier import can_tell_losses_apart, find_obstacle, find_other_loss
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
+from .functional import zero_ignored_
 from .label_issues import RowRecords
 from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
 from .model_card import add_section
@@ -46,7 +47,7 @@ from .perturbations import (
     Perturbation,
     build_chain,
 )
-from .rows import ROWS_KEY, NumberedCollator, NumberedRows, has_rows
+from .rows import ROWS_KEY, NumberedCollator, NumberedRows, UnnumberedBatches, has_rows
 
 
 logger = get_logger(__name__)
@@ -284,12 +285,19 @@ class LPGTrainer(Trainer):
         finally:
             self.data_collator = own_collator
 
+    def _prepare_for_training(self, *args, **kwargs) -> tuple:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._row_records is not None:
+            # Callbacks may look at the batches, too.
+            self.callback_handler.train_dataloader = UnnumberedBatches(self.callback_handler.train_dataloader)
+        return prepared
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._row_records is not None:
-            self._step_rows = [(batch, batch.pop(ROWS_KEY, None)) for batch in batch_samples]
+            self._step_rows = [(b, b.pop(ROWS_KEY)) for b in batch_samples if isinstance(b, Mapping) and ROWS_KEY in b]
         self._step_items = self._count_labelled(batch_samples, num_items_in_batch, device)
         return batch_samples, num_items_in_batch
 
@@ -303,7 +311,7 @@ class LPGTrainer(Trainer):
         """
         if num_items is not None and self.args.n_gpu <= 1:
             return num_items
-        labels = [batch.get("labels") for batch in batch_samples]
+        labels = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batch_samples]
         if not labels or not all(isinstance(label, Tensor) for label in labels):
             return None
         count = sum((label != IGNORE_INDEX).sum() for label in labels).to(device)
@@ -356,8 +364,13 @@ class LPGTrainer(Trainer):
             super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1:
             # Elsewhere the two gradients are not both whole here, and their difference would cost a reduction.
-            pairs = [(p.grad, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-            self._record(sam, get_total_norm([shifted - gradient for shifted, gradient in pairs]) / scale)
+            # A pass may leave a parameter out, as layer drop does.
+            deltas = [
+                (0 if p.grad is None else p.grad) - (0 if g is None else g)
+                for p, g in zip(parameters, gradients, strict=True)
+                if p.grad is not None or g is not None
+            ]
+            self._record(sam, get_total_norm(deltas) / scale)
 
         is_scaled = self.loss_is_scaled_for_ga
         if is_scaled is None:
@@ -406,7 +419,7 @@ class LPGTrainer(Trainer):
                 loss = self._perturbed_loss(loss, outputs, labels, num_items)
                 # It holds the graph.
                 self.lpg_loss.observer = None
-                self.loss_is_scaled_for_ga = True
+                self.loss_is_scaled_for_ga = num_items is not None
         if self._rows is not None and model.training and torch.is_grad_enabled():
             self._record_rows(outputs, labels)
         return (loss, outputs) if return_outputs else loss
@@ -443,8 +456,11 @@ class LPGTrainer(Trainer):
                 "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient "
                 "to perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
             )
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels.reshape(-1).long())
+        labels = labels.reshape(-1).long()
+        # Where the user's loss reaches samples without a label, its gradient there is no method's business.
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        gradient = zero_ignored_(gradient.contiguous(), labels)
+        perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
         return loss + replace_gradient(torch.zeros_like(loss), logits, (perturbed - gradient) * weight)
 
     def _observe_delta(self, logits: Tensor, num_items: Tensor | int, num_copies: int, delta: Tensor) -> None:
@@ -609,7 +625,7 @@ class LPGTrainer(Trainer):
         if not records.has_visits:
             raise ValueError(
                 "Training recorded no row: the model is no single-label classifier, or `compute_loss` or "
-                "`training_step` are overridden without a call of LPGTrainer's."
+                "`training_step` are overridden without a call of LPGTrainer's, or hand on another batch than theirs."
             )
         if records.num_unknown > 0:
             raise ValueError(
@@ -683,6 +699,7 @@ class LPGTrainer(Trainer):
     def _finalize_training(self, *args, **kwargs) -> TrainOutput:
         # A run that ends between two logs must not hide bad values.
         self._gather_telemetry()
+        self._step_rows = []  # they hold the last batches
         return super()._finalize_training(*args, **kwargs)
 
     def _gather_telemetry(self) -> dict[str, float]:
@@ -799,9 +816,10 @@ class LPGTrainer(Trainer):
     def _check_chain(self, saved: SavedState, prefix: str, methods: Sequence[Perturbation]) -> None:
         before, now = saved.chains.get(prefix, []), list(map(repr, methods))
         if before != now:
+            which = {"loss": "at the logits", "parameters": "for the parameters"}[prefix]
             raise ValueError(
-                f"The checkpoint was written with perturbations {before}, but this run has {now}. Resume with the "
-                "same `perturbations`, or start a new run from the checkpoint's model."
+                f"The checkpoint was written with perturbations {which} {before}, but this run has {now}. Resume with "
+                "the same `perturbations`, or start a new run from the checkpoint's model."
             )
         split = [method for method in methods if method.depends_on_split]
         if split and saved.num_processes != self.accelerator.num_processes:

@@ -164,7 +164,8 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
 def test_parameter_methods_of_another_run_are_refused(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
     with pytest.raises(
-        ValueError, match=r"written with perturbations \['sam\(\)', .*but this run has \['sam\(rho=0.2\)'\]"
+        ValueError,
+        match=r"written with perturbations for the parameters \['sam\(\)', .*but this run has \['sam\(rho=0.2\)'\]",
     ):
         train(tmp_path, resume=True, perturbations=["auto", SAM(0.2)])
 

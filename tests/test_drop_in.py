@@ -489,3 +489,80 @@ def test_a_users_base_loss_keeps_its_dtype():
     loss = LPGLoss(3, "logit_clipping", base_loss=Base())
     loss(torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1]))
     assert head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"perturbations": []}], ids=["auto", "none"])
+def test_batches_that_are_tuples_train_as_with_trainer(options, tmp_path):
+    """With a data set of tuples, the default of PyTorch, and a `compute_loss` that knows them."""
+
+    def hand_written(trainer_class):
+        class HandWritten(trainer_class):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                return F.cross_entropy(model(inputs[0]), inputs[1])
+
+        return HandWritten
+
+    batch = make_batch("vit", 24, dtype=torch.float32)
+    batches = [tuple(piece.values()) for piece in split(batch, [6] * 4)]
+    results = []
+    for trainer_class, extra in ((Trainer, {}), (LPGTrainer, options)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, NUM_LABELS))
+        results.append(parameters_after(hand_written(trainer_class), model, batches, tmp_path, **extra))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("perturbations", [[], [LogitClipping(100.0)]], ids=["none", "idle"])
+def test_without_a_count_the_scale_is_trainers(perturbations, tmp_path):
+    """A subclass that counts nothing: each micro-batch is a mean, and the step is the mean of these."""
+
+    def without_count(trainer_class):
+        class WithoutCount(trainer_class):
+            def get_batch_samples(self, *args, **kwargs):
+                return super().get_batch_samples(*args, **kwargs)[0], None
+
+            def _count_labelled(self, *args):
+                return None
+
+        return WithoutCount
+
+    batches = split(make_batch("vit", 32, dtype=torch.float64), [8] * 4)
+    args = SGD | {"gradient_accumulation_steps": 4}
+    runs = [
+        make_trainer(
+            without_count(trainer_class), make_model("vit", exact=True), batches, tmp_path, args=args, **extra
+        )
+        for trainer_class, extra in ((Trainer, {}), (LPGTrainer, {"perturbations": perturbations}))
+    ]
+    for run in runs:
+        run.train()
+    torch.testing.assert_close(*[flat_parameters(run.model) for run in runs], rtol=0, atol=1e-10)
+    plain, ours = (run.state.log_history[0] for run in runs)
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+
+
+def test_the_gradient_that_a_users_loss_has_at_unlabelled_samples_stays(tmp_path):
+    """Cross-entropy where there are labels, entropy everywhere; a method that has nothing to do."""
+
+    def semi_supervised(outputs, labels, num_items_in_batch):
+        log_p = outputs.logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum()
+        return (F.cross_entropy(outputs.logits, labels, reduction="sum") + entropy) / num_items_in_batch
+
+    batch = make_batch("vit", 32, dtype=torch.float64)
+    batch["labels"][::3] = -100
+    batches = split(batch, [8] * 4)
+    results = [
+        parameters_after(
+            LPGTrainer,
+            make_model("vit", exact=True),
+            batches,
+            tmp_path,
+            perturbations=perturbations,
+            compute_loss_func=semi_supervised,
+            class_counts=COUNTS,
+        )
+        for perturbations in ([], [LogitClipping(100.0)])
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)

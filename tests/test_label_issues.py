@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import NUM_LABELS, flat_parameters, make_model
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import lpg_hf.trainer
 from lpg_hf import ClassRelativeDampening, LPGTrainer
@@ -366,6 +366,18 @@ def test_bad_values_do_not_stick():
     assert records.ranked(["a", "b"])["score"][:] == pytest.approx([1 - SMALLEST_PROBABILITY])
 
 
+def test_a_visit_with_nan_casts_no_vote():
+    records, row, label = RowRecords(1), torch.tensor([0]), torch.tensor([0])
+    for logits in ([math.nan, 1.0, 1.0], *[[0.0, 9.0, 0.0]] * 3, [0.0, 0.0, 0.5]):
+        records.update(row, torch.tensor([logits]), label)
+    assert records.ranked(["a", "b", "c"])["suggested_label"][:] == [1]
+
+
+def test_a_tie_and_a_process_that_never_saw_the_row_leave_a_suggestion():
+    leader, votes = _merge_votes(torch.tensor(2), torch.tensor(0.0), torch.tensor(-1), torch.tensor(0.0))
+    assert (leader, votes) == (2, 0)
+
+
 def test_labels_that_a_loss_of_the_users_ignores_are_ignored():
     records = RowRecords(3)
     records.update(torch.arange(3), torch.zeros(3, 2), torch.tensor([1, 255, -1]))
@@ -420,3 +432,33 @@ def test_records_of_two_processes_are_one():
     first, second = merged.ranked(["a", "b", "c"]), whole.ranked(["a", "b", "c"])
     assert first["row"][:] == second["row"][:] and first["visits"][:] == second["visits"][:]
     assert first["score"][:] == pytest.approx(second["score"][:], abs=1e-6)
+
+
+def test_callbacks_see_batches_without_row_numbers(tmp_path):
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, model, train_dataloader, **kwargs):
+            self.num_batches = len(train_dataloader)
+            with torch.no_grad():
+                self.logits = model(**next(iter(train_dataloader))).logits
+
+    class Trainer(LPGTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(looks)
+
+    looks = Looks()
+    assert len(train(tmp_path, cls=Trainer).label_issues()) == ROWS
+    assert looks.logits.shape[0] == 8
+    assert looks.num_batches == math.ceil(ROWS / 8)
+
+
+def test_no_batch_outlives_the_training(tmp_path):
+    assert train(tmp_path)._step_rows == []
+
+
+def test_the_weight_of_a_subclass_is_the_one_that_is_booked(tmp_path):
+    class Half(ClassRelativeDampening):
+        def weight(self, gradient, logits, labels, statistics):
+            return torch.full_like(gradient[:, 0], 0.5)
+
+    assert set(train(tmp_path, perturbations=[Half()]).label_issues()["weight"]) == {0.5}

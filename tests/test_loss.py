@@ -1,6 +1,7 @@
 """LPGLoss: exact gradients at the logits and at the parameters, in every dtype, without synchronisation."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lpg_hf import LPG, ClassRelativeDampening, LabelSmoothing, LogitAdjustment, LogitClipping, LPGLoss
+from lpg_hf.perturbations import LogitPerturbation, Rescaling
 
 
 C = 5
@@ -294,5 +296,81 @@ def test_values_that_are_not_finite_are_reported_with_their_step():
         with torch.no_grad():
             logits[0, 0] = float("nan") if step >= 2 else 0.0
         loss_fn(logits, labels)
-    with pytest.raises(FloatingPointError, match="logits of step 3 were not finite"):
+    with pytest.raises(FloatingPointError, match="logits of step 3, or"):
         loss_fn.telemetry()
+
+
+class Custom(LogitPerturbation):
+    """Hands everything to a function."""
+
+    name = "custom"
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def delta(self, gradient, logits, labels, statistics):
+        return self.function(gradient, logits, labels, statistics)
+
+
+def test_a_method_that_returns_nan_is_reported_with_its_step():
+    calls = []
+
+    def late_nan(gradient, *_):
+        calls.append(1)
+        return gradient * (float("nan") if len(calls) > 2 else 1.0)
+
+    loss_fn = LPGLoss(C, [Custom(late_nan), LabelSmoothing(0.1)])
+    for _ in range(4):
+        loss_fn(*make_logits())
+    with pytest.raises(FloatingPointError, match=r"step 3, or the gradient that loss and methods make of them"):
+        loss_fn.telemetry()
+    # The next interval starts anew.
+    calls.clear()
+    loss_fn(*make_logits())
+    assert math.isfinite(loss_fn.telemetry()["lpg/custom/delta_norm"])
+
+
+def test_an_error_in_a_method_leaves_nothing_of_its_batch_behind():
+    def fail(gradient, logits, labels, statistics):
+        assert statistics.prior.sum() == 1
+        raise KeyboardInterrupt
+
+    loss_fn = LPGLoss(C, Custom(fail), COUNTS)
+    logits, labels = make_logits()
+    with pytest.raises(KeyboardInterrupt):
+        loss_fn(logits, labels)
+    loss_fn.statistics.class_counts[:] = torch.tensor([96, 1, 1, 1, 1])
+    assert loss_fn.statistics.prior.tolist() == pytest.approx([0.96, 0.01, 0.01, 0.01, 0.01])
+    assert loss_fn.statistics._batch is None
+
+
+def test_a_delta_written_into_a_rescaling_method_is_refused():
+    with pytest.raises(TypeError, match=r"Half overrides `delta`, which nothing calls .* write `weight`"):
+
+        class Half(LogitClipping):
+            def delta(self, gradient, logits, labels, statistics):
+                return -gradient / 2
+
+
+def test_a_weight_of_true_and_false_keeps_or_drops_samples():
+    class Even(Rescaling):
+        name = "even"
+
+        def weight(self, gradient, logits, labels, statistics):
+            return (labels % 2 == 0) | (labels < 0)
+
+    logits, labels = make_logits()
+    loss_fn = LPGLoss(C, Even())
+    loss_fn(logits, labels).backward()
+    plain = logits.detach().clone().requires_grad_()
+    F.cross_entropy(plain, labels).backward()
+    torch.testing.assert_close(logits.grad, plain.grad * (labels % 2 == 0)[:, None])
+    assert loss_fn.telemetry()["lpg/even/weight"] == pytest.approx((labels % 2 == 0).double().mean().item())
+
+
+def test_an_empty_micro_batch_with_a_base_loss():
+    loss_fn = LPGLoss(C, "logit_clipping", base_loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
+    logits = torch.zeros(0, C, requires_grad=True)
+    loss_fn(logits, torch.zeros(0, dtype=torch.int64)).backward()
+    assert logits.grad.shape == (0, C)

@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from scipy import special
 from tiny import MODELS, NUM_LABELS, make_batch, make_model
 from torch import nn
-from transformers import BertTokenizer, DataCollatorWithPadding
+from transformers import BertTokenizer, DataCollatorWithPadding, PreTrainedConfig, PreTrainedModel
 
 from lpg_hf.pac_bayes import Certificate, certify, gibbs_error, split_for_certificate
 from lpg_hf.pac_bayes.gibbs import CERTIFICATION, SELECTION, WeightNoise, parameters_in_scope
+from lpg_hf.pac_bayes.rows import row_fingerprint
 
 
 FEW = {"num_draws": 24, "num_selection_draws": 2, "disable_tqdm": True}
@@ -463,6 +464,66 @@ def test_copies_within_the_set_and_between_the_parts(tiny_problem):
         certify(model, [*rows, relabelled], prior=prior, **FEW)
     with pytest.raises(ValueError, match=r"1 rows of `prior_dataset` .* the prior saw what it is tested on"):
         certify(model, rows, prior=prior, prior_dataset=[relabelled], **FEW)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: {name: value.tolist() for name, value in row.items()},
+        lambda row: {name: value.numpy() for name, value in row.items()},
+        lambda row: {name: value.int() for name, value in row.items()},
+    ],
+    ids=["lists", "arrays", "int32"],
+)
+def test_a_row_of_the_prior_is_known_in_any_container(tiny_problem, change):
+    model, prior, rows = tiny_problem
+    rows = [{name: torch.as_tensor(value) for name, value in row.items()} for row in rows]
+    with pytest.raises(ValueError, match=r"2 rows of `prior_dataset` .* the prior saw what it is tested on"):
+        certify(model, rows, prior=prior, prior_dataset=[change(rows[3]), change(rows[5])], **FEW)
+
+
+def test_a_row_of_floats_is_known_in_any_precision():
+    row = {"x": torch.tensor([0.1, 0.7])}
+    kinds = [row, {"x": row["x"].double()}, {"x": row["x"].tolist()}, {"x": row["x"].numpy()}]
+    assert len({row_fingerprint(kind) for kind in kinds}) == 1
+    assert row_fingerprint({"x": [0.1, 0.8]}) != row_fingerprint(row) != row_fingerprint({"x": [[0.1, 0.7]]})
+
+
+def test_a_prior_data_set_that_is_not_preprocessed(tiny_problem):
+    model, prior, rows = tiny_problem
+    with pytest.raises(ValueError, match=r"`prior_dataset` have the inputs \[\], those of `dataset` \['input_ids'\]"):
+        certify(model, rows, prior=prior, prior_dataset=[{"text": "how are you"}], **FEW)
+
+
+class BackboneConfig(PreTrainedConfig):
+    model_type = "backbone_and_head"
+
+
+class BackboneAndHead(PreTrainedModel):
+    config_class = BackboneConfig
+    base_model_prefix = "backbone"
+
+    def __init__(self, inplace):
+        super().__init__(BackboneConfig(num_labels=3))
+        generator = torch.Generator().manual_seed(0)
+        self.backbone = nn.Linear(4, 6)
+        self.classifier = nn.Sequential(nn.Hardswish(inplace=inplace), nn.Linear(6, 3))
+        self.post_init()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x, labels=None):
+        return {"logits": self.classifier(self.backbone(x))}
+
+
+def test_a_head_that_works_in_place_does_not_spoil_the_remembered_backbone():
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"x": torch.randn(4, generator=generator), "labels": number % 3} for number in range(60)]
+    settings = {"sigma": 0.3, "num_draws": 5, "scope": "head", "disable_tqdm": True}
+    assert gibbs_error(BackboneAndHead(inplace=True), rows, **settings) == gibbs_error(
+        BackboneAndHead(inplace=False), rows, **settings
+    )
 
 
 @pytest.mark.parametrize(

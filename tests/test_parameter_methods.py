@@ -627,6 +627,35 @@ def test_the_second_pass_under_autocast_is_at_the_shifted_weights(tmp_path):
     assert norms[0][0] > 0.01
 
 
+class Skipping(nn.Module):
+    """Each forward pass uses one of two branches, in turns, as layer drop may."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Linear(3, NUM_LABELS), nn.Linear(3, NUM_LABELS)])
+        self.passes = 0
+
+    def forward(self, values, labels=None):
+        logits = self.branches[self.passes % 2](values)
+        self.passes += 1
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_parameters_that_only_one_pass_uses_count_in_the_norm(tmp_path):
+    torch.manual_seed(0)
+    model = Skipping().double()
+    first, second = copy.deepcopy(model.branches)
+    batch = {"values": torch.randn(6, 3, dtype=torch.float64), "labels": torch.arange(6) % NUM_LABELS}
+    trainer = make_trainer(LPGTrainer, model, [batch], tmp_path, perturbations=[SAM(0.1)], class_counts=COUNTS)
+    trainer.train()
+    # What is shifted, the first branch, is not what the second pass uses.
+    squares = 0
+    for branch in (first, second):
+        F.cross_entropy(branch(batch["values"]), batch["labels"]).backward()
+        squares += sum(parameter.grad.square().sum() for parameter in branch.parameters())
+    assert logs_of(trainer, "lpg/sam/delta_norm") == pytest.approx([squares.sqrt().item()], rel=1e-6)
+
+
 # Other models and settings
 
 

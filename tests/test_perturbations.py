@@ -214,7 +214,7 @@ def test_class_relative_dampening_equals_the_reference(options):
         confident_error_share=statistics.confident_error_share.item(),
         **options,
     )
-    weight = method.belief(logits, labels, statistics)
+    weight = method.weight(logit_gradient(logits, labels), logits, labels, statistics)
     assert_equal(weight, expected, 1e-12)
     assert_equal(delta, reference.dampening_delta(gradient.numpy(), expected), 1e-12)
     assert expected.min() < 0.5 or options == {"power": 0.0}
@@ -231,7 +231,7 @@ def test_class_relative_dampening_does_exactly_nothing_before_the_first_step():
     method, statistics = ClassRelativeDampening(), ClassStatistics(NUM_CLASSES)
     delta, _, logits, labels = run(method, statistics)
     assert (delta == 0).all()
-    assert (method.belief(logits, labels, statistics) == 1).all()
+    assert (method.weight(logit_gradient(logits, labels), logits, labels, statistics) == 1).all()
 
 
 def test_class_relative_dampening_reads_the_model_and_scales_the_gradient_left_before():
@@ -239,7 +239,11 @@ def test_class_relative_dampening_reads_the_model_and_scales_the_gradient_left_b
     logits, labels = make_batch()
     gradient = torch.randn(len(labels), NUM_CLASSES, dtype=torch.float64)
     delta = method.delta(gradient, logits, labels, statistics)
-    assert_equal(delta, (method.belief(logits, labels, statistics) - 1)[:, None] * gradient, 1e-15)
+    assert_equal(
+        delta,
+        (method.weight(logit_gradient(logits, labels), logits, labels, statistics) - 1)[:, None] * gradient,
+        1e-15,
+    )
 
 
 # Logit adjustment and clipping.
@@ -582,7 +586,10 @@ def test_nothing_in_a_string_is_evaluated(text, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lpg(nope=1)", r"Cannot build the perturbation 'lpg\(nope=1\)': .*unexpected keyword argument 'nope'"),
+        (
+            "lpg(nope=1)",
+            r"Cannot build the perturbation 'lpg\(nope=1\)': .*'nope'. Its arguments: strategy, epsilon,",
+        ),
         ("logit_adjustment(1, 2, 3)", r"Cannot build the perturbation 'logit_adjustment\(1, 2, 3\)': .*positional"),
         ("lpg('frequency', strategy='fixed')", r"Cannot build the perturbation .*multiple values .*'strategy'"),
         ("lpg(epsilon='large')", r"Cannot build the perturbation \"lpg\(epsilon='large'\)\": .*'str'"),
@@ -645,7 +652,8 @@ def test_arguments_that_are_not_the_methods_are_refused(text, message):
         (ClassRelativeDampening, {"decided": (0.2, 0.1)}, r"`decided` must be two increasing .*found \(0.2, 0.1\)"),
         (LabelSmoothing, {"target": "unigram"}, r"`target` must be one of .*found 'unigram'"),
         (ClassRelativeDampening, {"contradicted": (0.1,)}, r"`contradicted` must be two increasing .*found \(0.1,\)"),
-        (LogitAdjustment, {"tau": -0.5}, r"`tau` must be at least 0; found -0.5"),
+        (LogitAdjustment, {"tau": -0.5}, r"`tau` must be from 0 to 4; found -0.5"),
+        (LogitAdjustment, {"tau": 6.0}, r"`tau` must be from 0 to 4; found 6.0"),
         (LogitAdjustment, {"min_imbalance": 0.9}, r"`min_imbalance` must be at least 1; found 0.9"),
         (LogitClipping, {"max_norm": 0.0}, r"`max_norm` must be positive; found 0.0"),
         (LogitClipping, {"max_norm": -1.0}, r"`max_norm` must be positive; found -1.0"),

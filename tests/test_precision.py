@@ -340,7 +340,7 @@ def test_the_nan_filter_does_not_hide_bad_values(nan_filter, tmp_path):
     batches = split(make_family_batch("vit", 32), [8] * 4)
     batches[1]["pixel_values"][0, 0, 0, 0] = math.nan
     args = {"logging_nan_inf_filter": nan_filter, "logging_steps": 4}
-    with pytest.raises(FloatingPointError, match="logits of step 2 were not finite"):
+    with pytest.raises(FloatingPointError, match="logits of step 2, or"):
         train(LPGTrainer, make_family("vit"), batches, tmp_path, args, class_counts=COUNTS)
 
 

@@ -1,5 +1,6 @@
 import copy
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -310,9 +311,20 @@ def test_state_dict_holds_no_pending_sums():
         ([[5, 2, 1]], r"`class_counts` has shape \[1, 3\], but there are 3 classes: pass one count per class"),
         ([], r"`class_counts` has shape \[0\], but there are 3 classes: pass one count per class"),
         ([5, -2, 1], r"`class_counts` must be finite and not negative.*found \[5, -2, 1\].*lpg_hf.data.class_counts"),
+        ([0.6, 0.3, 0.1], r"`class_counts` must be whole numbers of training rows, not shares; found \[0.6"),
+        (Counter([0, 1, 1, 2]), r"must be a list in the order of the classes; found a Counter.*counts\[label\] for"),
         ([0, 0, 0], r"at least one must be positive; found \[0, 0, 0\].*lpg_hf.data.class_counts"),
     ],
 )
 def test_bad_class_counts_are_refused_with_what_was_found_and_what_to_do(counts, message):
     with pytest.raises(ValueError, match=message):
         ClassStatistics(3, counts)
+
+
+def test_the_counts_are_a_copy():
+    given = torch.tensor([5, 3, 2])
+    statistics = ClassStatistics(3, given)
+    given[0] = 90
+    assert statistics.class_counts.tolist() == [5, 3, 2]
+    statistics.class_counts[1] = 7
+    assert given.tolist() == [90, 3, 2]

@@ -546,7 +546,7 @@ def test_bad_values_are_raised_at_the_next_log_with_their_step(tmp_path):
     batches = split(make_batch("vit", 48), [8] * 6)
     batches[2]["pixel_values"][0] = float("nan")
     trainer = make_trainer(LPGTrainer, make_model("vit"), batches, tmp_path, args={"logging_steps": 2})
-    with pytest.raises(FloatingPointError, match="logits of step 3 were not finite"):
+    with pytest.raises(FloatingPointError, match="logits of step 3, or"):
         trainer.train()
     assert trainer.state.global_step == 4
 
@@ -599,7 +599,9 @@ def test_checkpoint_of_another_chain_is_refused(tmp_path):
     other = make_trainer(
         LPGTrainer, make_model("bert"), batches, tmp_path, args=args, perturbations=["logit_clipping"]
     )
-    with pytest.raises(ValueError, match=r"written with perturbations \['lpg\(\)'\].*\['logit_clipping\(\)'\]"):
+    with pytest.raises(
+        ValueError, match=r"written with perturbations at the logits \['lpg\(\)'\].*\['logit_clipping\(\)'\]"
+    ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

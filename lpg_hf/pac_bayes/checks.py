@@ -114,8 +114,15 @@ def check_independent_rows(collator: FingerprintingCollator, prior_dataset: Data
             f"{repeated} rows of `dataset` have the inputs of another one, so they are not independent. Remove them: "
             "`split_for_certificate(dataset, columns=[...])` with the columns that the model reads keeps one of each."
         )
-    if prior_dataset is None:
+    if prior_dataset is None or len(prior_dataset) == 0:
         return
+    prior_columns = collator.input_columns(prior_dataset[0])
+    if prior_columns != collator.seen_columns:
+        raise ValueError(
+            f"The rows of `prior_dataset` have the inputs {sorted(prior_columns)}, those of `dataset` "
+            f"{sorted(collator.seen_columns)}, so it cannot be told whether they share a row. Pass both as they go "
+            "into the model."
+        )
     shared = sum(collator.fingerprint_inputs(prior_dataset[row]) in inputs for row in range(len(prior_dataset)))
     if shared:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The randomised classifier: which parameters get noise, how it is drawn, and how often the draws are wrong."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -144,11 +145,15 @@ class FingerprintingCollator:
         for row in rows:
             self.rows.append(row_fingerprint({name: value for name, value in row.items() if name in self.columns}))
             self.inputs.append(self.fingerprint_inputs(row))
+        self.seen_columns = self.input_columns(rows[0])
         return self.collate(rows)
 
+    def input_columns(self, row: Mapping) -> set[str]:
+        """The columns of a row that the model takes, but for the labels."""
+        return set(row) & (self.columns - set(LABEL_COLUMNS))
+
     def fingerprint_inputs(self, row: Mapping) -> str:
-        names = self.columns - set(LABEL_COLUMNS)
-        return row_fingerprint({name: value for name, value in row.items() if name in names})
+        return row_fingerprint({name: row[name] for name in self.input_columns(row)})
 
     def take_rows(self) -> list[str]:
         """Fingerprints of the rows since the last call, labels included."""
@@ -334,7 +339,8 @@ def _remembered(backbone: nn.Module | None) -> Iterator[Callable[[], None]]:
         if position == len(outputs):
             outputs.append(forward(*args, **kwargs))
         position += 1
-        return outputs[position - 1]
+        # A copy: the layers after it may work in place.
+        return copy.deepcopy(outputs[position - 1])
 
     was_replaced = "forward" in vars(backbone)
     backbone.forward = remembered_forward

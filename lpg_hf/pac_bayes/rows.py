@@ -111,9 +111,23 @@ def row_fingerprint(row: Mapping[str, object]) -> str:
 
 
 def _value_fingerprint(value: object) -> bytes:
+    numbers = _as_numbers(value)
+    if numbers is None:
+        return Hasher.hash(value).encode()
+    return f"{numbers.dtype}{numbers.shape}".encode() + numbers.tobytes()
+
+
+def _as_numbers(value: object) -> np.ndarray | None:
+    """Numbers in one type for all containers and precisions they may come in, `None` for what is no array of them."""
     if isinstance(value, Tensor):
         # NumPy has no bfloat16, and every bfloat16 is a float32.
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype}{value.shape}".encode() + value.tobytes()
-    return Hasher.hash(value).encode()
+    if not isinstance(value, np.ndarray | np.generic | list | tuple | int | float):
+        return None
+    try:
+        array = np.asarray(value)
+    except ValueError:  # rows of unequal length
+        return None
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    return array.astype(np.int64) if array.dtype.kind in "biu" else None

@@ -156,7 +156,8 @@ def parse_perturbation(text: str) -> Perturbation:
     try:
         return METHODS[name](*args, **kwargs)
     except TypeError as error:
-        raise ValueError(f"Cannot build the perturbation {text!r}: {error}.") from error
+        known = ", ".join(inspect.signature(METHODS[name]).parameters) or "none"
+        raise ValueError(f"Cannot build the perturbation {text!r}: {error}. Its arguments: {known}.") from error
 
 
 def method_card(method: type[Perturbation]) -> dict[str, str]:

@@ -5,7 +5,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import final
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,8 +18,8 @@ class Perturbation(nn.Module, ABC):
     What the methods of both spaces share.
 
     A subclass sets `name` and keeps every argument of its `__init__` under the same attribute. State that must survive
-    a checkpoint is a buffer (or extra state). The docstring has a card: the lines `Level:`, `Formula:`, `Helps:`,
-    `Hurts:`, `Cost:` and `Source:`.
+    a checkpoint is a buffer (or extra state that is a tensor). The docstring has a card: the lines `Level:`,
+    `Formula:`, `Helps:`, `Hurts:`, `Cost:` and `Source:`.
     """
 
     name: str
@@ -73,7 +72,9 @@ class LogitPerturbation(Perturbation):
         The delta of one micro-batch.
 
         Args:
-            gradient (`torch.Tensor` of shape `[N, C]`): What the methods before left, in per-sample units.
+            gradient (`torch.Tensor` of shape `[N, C]`):
+                What the methods before left, in per-sample units. Read-only, and changed after the call: a method
+                that keeps it keeps a clone.
             logits (`torch.Tensor` of shape `[N, C]`): The model's own logits, detached, float32 or float64.
             labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
             statistics ([`ClassStatistics`]): Of the optimizer step before; read-only.
@@ -95,6 +96,9 @@ class Rescaling(LogitPerturbation):
 
     Telemetry reports the mean weight, and the loss needs no matrix for the delta.
 
+    Attributes:
+        last_weight (`torch.Tensor` of shape `[N]` or `None`): The weights of the last micro-batch of a training.
+
     Example:
 
     ```python
@@ -110,6 +114,16 @@ class Rescaling(LogitPerturbation):
     ```
     """
 
+    last_weight: Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "delta" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} overrides `delta`, which nothing calls in a `Rescaling`: write `weight`, or inherit "
+                "from `LogitPerturbation`."
+            )
+
     @abstractmethod
     def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         """
@@ -121,7 +135,6 @@ class Rescaling(LogitPerturbation):
             `torch.Tensor` of shape `[N]`: The weights; 1 for ignored samples.
         """
 
-    @final
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         return (self.weight(gradient, logits, labels, statistics) - 1)[:, None] * gradient
 

@@ -32,9 +32,6 @@ class ClassRelativeDampening(Rescaling):
             Share of the errors on the training set that are confident contradictions: where the third gate starts to
             open, and is open. There is no third gate if not given.
 
-    Attributes:
-        last_weight (`torch.Tensor` of shape `[N]` or `None`): The weights of the last micro-batch.
-
     Raises:
         ValueError: If `power` is negative or infinite, or an interval is not increasing within [0, 1].
 
@@ -72,20 +69,8 @@ class ClassRelativeDampening(Rescaling):
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
         self.decided = None if decided is None else tuple(decided)
-        self.last_weight: Tensor | None = None
 
     def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        self.last_weight = self.belief(logits, labels, statistics, statistics.batch(logits, labels).margin)
-        return self.last_weight
-
-    def belief(
-        self, logits: Tensor, labels: Tensor, statistics: ClassStatistics, margin: Tensor | None = None
-    ) -> Tensor:
-        """
-        The weights, for any logits `[N, C]`: the nearer to 0, the less the model believes the label.
-
-        `margin` is `z_y - max_j z_j`, `[N]`, where it is known already.
-        """
         gate = 1.0 if self.decided is None else ramp(statistics.confident_error_share, *self.decided)
         return relative_dampening_weight(
             logits,
@@ -96,5 +81,5 @@ class ClassRelativeDampening(Rescaling):
             self.power * gate,
             self.learned,
             self.contradicted,
-            margin,
+            statistics.batch(logits, labels).margin,
         )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..functional import logit_adjustment_delta
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check, check_not_negative
+from .base import LogitPerturbation, check
 
 
 class LogitAdjustment(LogitPerturbation):
@@ -20,12 +20,12 @@ class LogitAdjustment(LogitPerturbation):
     Source: Menon et al., Long-tail learning via logit adjustment (ICLR 2021); `min_imbalance` is ours.
 
     Args:
-        tau (`float`, *optional*, defaults to 1.0): Strength, at least 0.
+        tau (`float`, *optional*, defaults to 1.0): Strength, from 0 to 4.
         min_imbalance (`float`, *optional*, defaults to 1.0):
             Acts only where the largest class is more than this many times as large as the smallest one present.
 
     Raises:
-        ValueError: If `tau` is negative or infinite, or `min_imbalance` below 1.
+        ValueError: If `tau` is out of its range, or `min_imbalance` below 1.
 
     Example:
 
@@ -40,7 +40,7 @@ class LogitAdjustment(LogitPerturbation):
 
     def __init__(self, tau: float = 1.0, min_imbalance: float = 1.0):
         super().__init__()
-        check_not_negative("tau", tau)
+        check(0 <= tau <= 4, "tau", tau, "from 0 to 4")
         check(min_imbalance >= 1, "min_imbalance", min_imbalance, "at least 1")
         self.tau = tau
         self.min_imbalance = min_imbalance

@@ -38,10 +38,14 @@ def make_figures(tables: ReportTables) -> dict[str, Figure]:
     columns = set(tables.classes[0]) if tables.classes else set()
     with rc_context(STYLE):
         figures = {}
-        if {"train_rows", "eval_accuracy"} <= columns:
-            figures["class_accuracy"] = _class_accuracy(tables, "eval_accuracy", "accuracy on the evaluation rows")
-        elif {"train_rows", "train_accuracy"} <= columns:
-            figures["class_accuracy"] = _class_accuracy(tables, "train_accuracy", "running training accuracy")
+        accuracies = {
+            "eval_accuracy": "accuracy on the evaluation rows",
+            "train_accuracy": "running training accuracy",
+        }
+        column = next((name for name in accuracies if {"train_rows", name} <= columns), None)
+        lines = [line for line in tables.classes if column and line[column] is not None and line["train_rows"] > 0]
+        if lines:
+            figures["class_accuracy"] = _class_accuracy(lines, column, accuracies[column])
         if tables.calibration:
             figures["calibration"] = _calibration(tables)
         if tables.norms:
@@ -60,9 +64,8 @@ def _figure(width: float = 5.6, height: float = 3.5) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _class_accuracy(tables: ReportTables, column: str, label: str) -> Figure:
+def _class_accuracy(lines: list[dict], column: str, label: str) -> Figure:
     figure, axes = _figure()
-    lines = [line for line in tables.classes if line[column] is not None and line["train_rows"] > 0]
     sizes, accuracy = [line["train_rows"] for line in lines], [line[column] for line in lines]
     many = len(lines) > MOST_NAMED_CLASSES
     axes.scatter(sizes, accuracy, s=12 if many else 30, color=BLUE, alpha=0.5 if many else 0.9, linewidth=0)
