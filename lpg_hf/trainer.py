@@ -610,8 +610,8 @@ class LPGTrainer(Trainer):
         """
         if not has_rows(self.train_dataset):
             raise ValueError(
-                f"`train_dataset` is a {type(self.train_dataset).__name__}, whose rows have no index to rank them by. "
-                "Use a map-style data set."
+                f"`train_dataset` is of the type {type(self.train_dataset).__name__}, whose rows have no index to "
+                "rank them by. Use a map-style data set."
             )
         if self._row_records is None:
             cause = (

@@ -334,7 +334,7 @@ def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
     with pytest.raises(ValueError, match=r"there was no training yet: call `train\(\)` first"):
         LPGTrainer(model=make_model("bert"), args=args, train_dataset=make_dataset()).label_issues()
     stream = make_dataset().to_iterable_dataset()
-    with pytest.raises(ValueError, match="is a IterableDataset, whose rows have no index"):
+    with pytest.raises(ValueError, match="is of the type IterableDataset, whose rows have no index"):
         train(tmp_path, stream, max_steps=2, remove_unused_columns=False).label_issues()
     with pytest.raises(ValueError, match="`get_train_dataloader` is overridden"):
         train(tmp_path, cls=OwnLoader).label_issues()

@@ -1,10 +1,10 @@
 """
 Every method on every regime: balanced, long-tailed and noisy data, with paired seeds.
 
-    python examples/benchmarks/accuracy.py --output_dir results                 # digits, a small MLP
-    python examples/benchmarks/accuracy.py --data FOLDER --encoder CHECKPOINT   # a text data set, frozen features
-    python examples/benchmarks/accuracy.py settings.yaml                        # arguments from a file
-    accelerate launch --multi_gpu examples/benchmarks/accuracy.py ...           # a share of the runs per process
+    python examples/benchmarks/accuracy.py --output_dir results     # digits, a small MLP
+    python examples/benchmarks/accuracy.py --output_dir results --data FOLDER --encoder CHECKPOINT  # frozen features
+    python examples/benchmarks/accuracy.py settings.yaml            # arguments from a file
+    accelerate launch examples/benchmarks/accuracy.py ...           # a share of the runs per process
 
 All methods of a cell (data, model, optimizer, pace, regime) and seed start from the same weights and see the same
 batches in the same order, for the same number of steps, on the same schedule. A killed benchmark goes on where it was.
@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 @dataclass
 class BenchmarkArguments:
-    output_dir: str = field(default="accuracy-output", metadata={"help": "Where results, tables and figures go."})
+    output_dir: str = field(metadata={"help": "Where results, tables and figures go. Required."})
     data: list[str] = field(
         default_factory=lambda: ["digits"],
         metadata={"help": "'digits', files (parquet, csv, json), folders (parquet, images), or data sets of the hub."},
@@ -269,7 +269,9 @@ def main() -> None:
         parse = parser.parse_json_file if last.endswith(".json") else parser.parse_yaml_file
         (arguments,) = parse(os.path.abspath(last))
     else:
-        (arguments,) = parser.parse_args_into_dataclasses()
+        arguments, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}. --help lists the known ones.")
 
     rank, num_processes = take_share_of_launcher()
     initialize_worker()

@@ -335,7 +335,13 @@ def _load_parts(spec: DataSpec) -> DatasetDict:
             "data set of the hub."
         )
     else:
-        loaded = datasets.load_dataset(spec.data)
+        try:
+            loaded = datasets.load_dataset(spec.data)
+        except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+            raise ValueError(
+                f"`data` has {spec.data!r}: there is no such file or folder here, and the hub gave none ({error}). "
+                "Pass 'digits', a file, a folder or the name of a data set of the hub."
+            ) from error
     if "train" not in loaded:
         raise ValueError(f"{spec.data!r} has no split 'train'; found {sorted(loaded)}.")
     test = next((loaded[name] for name in ("test", "validation") if name in loaded), None)
