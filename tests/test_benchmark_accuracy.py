@@ -381,7 +381,7 @@ def test_redone_methods_are_kept_aside(monkeypatch, tmp_path):
 
 
 def test_processes_share_the_runs_without_tearing_a_tuning_apart():
-    arguments = accuracy.BenchmarkArguments(methods=["ce", "focal_loss", "gce"], seeds=4)
+    arguments = accuracy.BenchmarkArguments("unused", methods=["ce", "focal_loss", "gce"], seeds=4)
     runs = accuracy.make_runs(arguments, accuracy.make_settings(arguments))
     shares = [accuracy.share_of(runs, rank, 3) for rank in range(3)]
     assert sorted(run.key for share in shares for run in share) == sorted(run.key for run in runs)
@@ -428,7 +428,9 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "rows.csv").touch()
-    arguments = accuracy.BenchmarkArguments(data=[str(tmp_path / folder / "rows.csv") for folder in ("a", "b")])
+    arguments = accuracy.BenchmarkArguments(
+        "unused", data=[str(tmp_path / folder / "rows.csv") for folder in ("a", "b")]
+    )
     with pytest.raises(ValueError, match=r"go by the name 'rows/mlp/sgd/memorise'"):
         accuracy.make_settings(arguments)
 
