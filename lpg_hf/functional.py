@@ -213,9 +213,7 @@ def relative_dampening_delta(
 
 
 def clip_weight(gradient: Tensor, max_norm: float | Tensor) -> Tensor:
-    """
-    Weight of each sample under [`clip_delta`], `min(1, M/||g_i||)`, of shape `[N]`; the arguments are the same.
-    """
+    """The factor `min(1, M/||g_i||)` of [`clip_delta`], of shape `[N]`. The arguments are the same."""
     return (max_norm / gradient.norm(dim=-1)).clamp(max=1)
 
 
@@ -287,7 +285,7 @@ def logit_adjustment_delta(
 
 
 def class_weight(labels: Tensor, weights: Tensor) -> Tensor:
-    """Weight of each sample, that of its class, of shape `[N]`; 1 for ignored ones. See [`class_weight_delta`]."""
+    """The factor `w_c` of [`class_weight_delta`], of shape `[N]`; 1 for ignored samples. `weights` is `[C]`."""
     return torch.where(labels >= 0, weights[labels.clamp(min=0)], 1.0)
 
 
