@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 import torch
 from classification.arguments import Arguments, FolderArguments
-from classification.data import TRAIN, check_columns, load_file
+from classification.data import TRAIN, cast_to_files, load_file
 from classification.training import ClassificationTask, run
 from datasets import Audio, Dataset, DatasetDict
 from scipy.signal import resample_poly
@@ -59,11 +59,10 @@ class AudioClassification(ClassificationTask):
         return load_audio_folder(folder, cache_dir)
 
     def check(self, splits: DatasetDict, data: AudioArguments) -> DatasetDict:
-        check_columns(splits, "audio_column_name", data.audio_column_name)
         if data.max_length_seconds <= 0:
             raise ValueError(f"`--max_length_seconds` is {data.max_length_seconds}, but must be above 0.")
         # `datasets` decodes with torchcodec, which needs ffmpeg on the machine.
-        return splits.cast_column(data.audio_column_name, Audio(decode=False))
+        return cast_to_files(splits, "audio_column_name", data.audio_column_name, Audio(decode=False))
 
     def prepare(
         self, dataset: Dataset, split: str, processor: FeatureExtractionMixin, data: AudioArguments

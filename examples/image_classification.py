@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from classification.arguments import FolderArguments
-from classification.data import TRAIN, check_columns
+from classification.data import TRAIN, cast_to_files
 from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as PILImage
@@ -52,11 +52,10 @@ class ImageClassification(ClassificationTask):
         return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
 
     def check(self, splits: DatasetDict, data: ImageArguments) -> DatasetDict:
-        check_columns(splits, "image_column_name", data.image_column_name)
         if not 0 < data.min_crop_area <= 1:
             raise ValueError(f"`--min_crop_area` is {data.min_crop_area}, but must be in (0, 1].")
         # Decoded here rather than by `datasets`, whose error does not say which image it is.
-        return splits.cast_column(data.image_column_name, Image(decode=False))
+        return cast_to_files(splits, "image_column_name", data.image_column_name, Image(decode=False))
 
     def prepare(self, dataset: Dataset, split: str, processor: BaseImageProcessor, data: ImageArguments) -> Dataset:
         def to_inputs(batch: dict[str, list]) -> dict[str, list]:

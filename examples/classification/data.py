@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import Array2D, Array3D, Audio, ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
 
 from lpg_hf.data import LABEL_COLUMNS, add_label_noise, class_counts, make_long_tailed
 from lpg_hf.loss import IGNORE_INDEX
@@ -108,6 +108,40 @@ def check_column(dataset: Dataset, split: str, argument: str, name: str) -> None
 def check_columns(splits: DatasetDict, argument: str, name: str) -> None:
     for split, dataset in splits.items():
         check_column(dataset, split, argument, name)
+
+
+# Images and recordings
+
+
+def cast_to_files(splits: DatasetDict, argument: str, column: str, feature: Image | Audio) -> DatasetDict:
+    """
+    The splits, with paths or bytes as rows of that column: `feature` decodes nothing.
+
+    Raises:
+        ValueError: If a split has no such column, or one of something else.
+    """
+    check_columns(splits, argument, column)
+    files = DatasetDict()
+    for split, dataset in splits.items():
+        found = dataset.features[column]
+        is_pixels = isinstance(feature, Image) and isinstance(found, List | Array2D | Array3D)
+        if not (isinstance(found, type(feature)) or holds_files(found) or is_pixels):
+            raise ValueError(
+                f"`--{argument}` is {column!r}, but this column of the {split} data holds {found}. Pass a column of "
+                f"paths, of files as bytes, or of type {type(feature).__name__}."
+            )
+        if isinstance(found, Value) and "string" in found.dtype:
+            # CSV files come as large strings, which `Audio` does not take.
+            dataset = dataset.cast_column(column, Value("string"))
+        files[split] = dataset.cast_column(column, feature)
+    return files
+
+
+def holds_files(feature: object) -> bool:
+    """Whether it is paths, bytes, or both as `datasets` stores them."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} >= feature.keys()
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
 
 
 # Labels

@@ -254,6 +254,15 @@ def test_images_from_paths_in_a_csv(images, tmp_path):
     assert (results["train_samples"], results["eval_samples"]) == (27, 9)
 
 
+def test_images_as_lists_of_pixels(images, tmp_path):
+    paths = sorted((images / "train").glob("*/*.png"))
+    rows = [{"image": np.asarray(Image.open(path)).tolist(), "label": path.parent.name} for path in paths]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    argv = ["--model_name_or_path", images / "model", "--train_file", tmp_path / "train.parquet", *FAST]
+    results = image_classification.main(words(*argv, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "a"))
+    assert results["train_samples"] == TRAIN_ROWS
+
+
 def test_recordings_from_folders(tones, tmp_path):
     results = audio_classification.main(
         audio_arguments(tones, tmp_path, *DO, "--num_train_epochs", 20, "--learning_rate", 0.005)
@@ -268,6 +277,19 @@ def test_recordings_from_folders(tones, tmp_path):
         right.append(model.config.id2label[index] == path.parent.name)
     assert results["eval_accuracy"] == pytest.approx(np.mean(right))
     assert results["eval_loss"] < 0.9 * np.log(8), "eight classes, of which it has learned something"
+
+
+def test_recordings_from_paths_in_a_csv(tones, tmp_path):
+    rows = [{"audio": path, "label": path.parent.name} for path in sorted((tones / "train").glob("*/*.wav"))]
+    write_csv(tmp_path / "train.csv", rows)
+    argv = words(
+        *("--model_name_or_path", tones / "model", "--train_file", tmp_path / "train.csv", "--max_steps", 2),
+        *("--do_train", *FAST, "--output_dir"),
+    )
+    audio_classification.main([*argv, str(tmp_path / "a")])
+    audio_classification.main(audio_arguments(tones, tmp_path / "b", "--do_train", "--max_steps", 2))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_recordings_of_other_lengths_and_rates(tmp_path):

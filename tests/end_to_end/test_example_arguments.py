@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset
-from example_data import image_model, text_model, text_rows, write_csv, write_images
+from example_data import audio_model, image_model, text_model, text_rows, write_csv, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -49,7 +49,11 @@ def _cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {"text": text_model(folder / "text"), "image": image_model(folder / "image")}
+    return {
+        "text": text_model(folder / "text"),
+        "image": image_model(folder / "image"),
+        "audio": audio_model(folder / "audio"),
+    }
 
 
 @pytest.fixture
@@ -251,6 +255,19 @@ def test_texts_that_are_numbers(models, tmp_path):
     path = write_csv(tmp_path / "train.csv", [{"text": row, "label": row % 2} for row in range(6)])
     with pytest.raises(ValueError, match=r"Column 'text' of the train data holds Value\('int64'\), not texts"):
         run_text(models, tmp_path, train=path)
+
+
+def test_recordings_and_images_that_are_numbers(models, tmp_path):
+    path = write_csv(tmp_path / "train.csv", [{"audio": row, "label": row % 2} for row in range(6)])
+    argv = ["--train_file", path, "--do_train", "--output_dir", tmp_path / "out", *QUIET]
+    with pytest.raises(
+        ValueError, match=r"`--audio_column_name` is 'audio', .* holds Value\('int64'\)\. Pass a column"
+    ):
+        audio_classification.main(words("--model_name_or_path", models["audio"], *argv))
+    with pytest.raises(
+        ValueError, match=r"`--image_column_name` is 'label', .* holds Value\('int64'\)\. Pass a column"
+    ):
+        run_image(models, tmp_path, "--train_file", path, "--image_column_name", "label")
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated"])
