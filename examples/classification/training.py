@@ -1,5 +1,6 @@
 """One run of an example: from its arguments to a trained, evaluated and saved model."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ import pandas as pd
 import transformers
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from lpg_hf import LPGTrainer
-from lpg_hf.checkpoint import last_whole_checkpoint
+from lpg_hf.checkpoint import is_whole, last_whole_checkpoint
 from lpg_hf.data import CLEAN_LABEL_COLUMN, class_counts
 from lpg_hf.metrics import make_compute_metrics
 
@@ -130,10 +132,22 @@ def make_model(task: ClassificationTask, arguments: Arguments, prepared: Prepare
     return add_lora(model, arguments.model, task.peft_task_type) if arguments.model.use_lora else model
 
 
-def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs) -> LPGTrainer:
-    """An [`LPGTrainer`] on what was prepared; `kwargs` have the model or how to make it."""
+class ResumableTrainer(LPGTrainer):
+    """An [`LPGTrainer`] that takes no step more than asked for where the checkpoint has made them all."""
+
+    def _run_epoch(self, *args, **kwargs):
+        # The loop of transformers 5.23 looks whether it is done after a step alone, and so takes one where the
+        # training had ended within an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+
+def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs) -> ResumableTrainer:
+    """A trainer on what was prepared; `kwargs` have the model or how to make it."""
     arguments.training.remove_unused_columns &= not task.needs_all_columns
-    return LPGTrainer(
+    return ResumableTrainer(
         args=arguments.training,
         train_dataset=prepared.splits.get(TRAIN),
         eval_dataset=prepared.splits.get(VALIDATION),
@@ -188,11 +202,7 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
 
     results = {}
     if args.do_train:
-        results |= trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments)).metrics
-        results["train_samples"] = len(trainer.train_dataset)
-        trainer.save_model()
-        trainer.save_state()
-        log_and_save(trainer, "train", results)
+        results |= train(trainer, checkpoint_to_resume(arguments))
     if args.do_eval:
         evaluation = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
         log_and_save(trainer, "eval", evaluation)
@@ -210,6 +220,39 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
         card["dataset"] = arguments.data.dataset_name
         trainer.push_to_hub(**card) if args.push_to_hub else trainer.create_model_card(**card)
     return results
+
+
+def train(trainer: LPGTrainer, checkpoint: str | None) -> dict[str, float]:
+    """
+    Trains, saves the model, and returns the metrics of the training.
+
+    Those of a training that had come to its end before are kept: the loss and the speed of no steps say nothing.
+    """
+    earlier, first_step = read_train_results(trainer.args.output_dir), step_of(checkpoint)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    if trainer.state.global_step == first_step:
+        logger.info(f"The training was finished already: {checkpoint} is at step {first_step}, and none is left.")
+        if earlier.get("epoch") == metrics["epoch"]:
+            return earlier
+        # Killed after its last checkpoint, before it wrote them.
+        metrics = {"epoch": metrics["epoch"]}
+    metrics["train_samples"] = len(trainer.train_dataset)
+    trainer.save_state()
+    log_and_save(trainer, "train", metrics)
+    return metrics
+
+
+def read_train_results(folder: str) -> dict[str, float]:
+    path = Path(folder) / "train_results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def step_of(checkpoint: str | None) -> int | None:
+    """The optimizer steps that it has behind it; `None` for what is no checkpoint."""
+    if checkpoint is None or not is_whole(checkpoint):
+        return None
+    return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
 
 
 def log_and_save(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:

@@ -405,6 +405,24 @@ def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplo
     assert results["epoch"] == 3 and results["eval_samples"] == EVAL_ROWS
 
 
+def test_a_finished_training_keeps_its_results(texts, tmp_path, caplog):
+    """Within an epoch, where the loop of transformers would take one step more."""
+    argv = text_arguments(texts, tmp_path, "--do_train", "--max_steps", 4)
+    argv += ["--save_strategy", "steps", "--save_steps", "2"]
+    first = text_classification.main(argv)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("train_results.json", "model.safetensors")}
+    with caplog.at_level("INFO"):
+        assert text_classification.main(argv) == first
+    assert "finished already" in caplog.text and first["train_loss"] > 0
+    assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
+    # Without results, those of a shorter training are not mistaken for its own.
+    (tmp_path / "train_results.json").write_text(json.dumps(first | {"epoch": 0.5}))
+    assert text_classification.main(argv) == {"epoch": first["epoch"], "train_samples": TRAIN_ROWS}
+    more = [*argv, "--max_steps", "6"]
+    caplog.clear()
+    assert text_classification.main(more)["train_loss"] > 0 and "finished already" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "kind", ["text", pytest.param("image", marks=pytest.mark.slow), pytest.param("audio", marks=pytest.mark.slow)]
 )
