@@ -1,5 +1,8 @@
 """Config, processor and model of a task, and adapters in place of full fine-tuning."""
 
+from dataclasses import replace
+from pathlib import Path
+
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .arguments import ModelArguments
@@ -10,6 +13,30 @@ MODEL_CURE = (
     "pass a folder with the model's files, such as one that `save_pretrained` wrote or `hf download NAME --local-dir "
     "FOLDER` on another machine."
 )
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+MERGED_FOLDER = "merged"
+
+
+def with_merged_model(arguments: ModelArguments) -> ModelArguments:
+    """
+    The arguments, with the whole model in the place of the adapters where those of a run with `--use_lora` are named.
+
+    Raises:
+        ValueError: If there are only adapters in the folder.
+    """
+    folder = arguments.model_name_or_path
+    if folder is None or not (Path(folder) / ADAPTER_CONFIG).exists():
+        return arguments
+    merged = Path(folder) / MERGED_FOLDER
+    if not merged.exists():
+        raise ValueError(
+            f"`--model_name_or_path` is {folder!r}, which holds LoRA adapters alone. Pass the folder "
+            f"{MERGED_FOLDER!r} that a finished training with --use_lora leaves in its output folder, or the model "
+            "that was adapted."
+        )
+    return replace(arguments, model_name_or_path=str(merged))
 
 
 def hub_arguments(arguments: ModelArguments) -> dict:
@@ -112,3 +139,15 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments, task_type: str |
         modules_to_save=head,
     )
     return get_peft_model(model, config)
+
+
+def save_merged(model: PreTrainedModel, processor, output_dir: str) -> None:
+    """
+    Writes a model whose adapters are part of its weights, which it has from then on.
+
+    The adapters name neither the classes nor the size of the head. A config beside them would not help: transformers
+    then looks for the weights of the whole model there, too.
+    """
+    folder = Path(output_dir) / MERGED_FOLDER
+    model.merge_and_unload().save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -22,7 +22,7 @@ from lpg_hf.metrics import make_compute_metrics
 
 from .arguments import Arguments, DataArguments, parse_arguments
 from .data import TEST, TRAIN, VALIDATION, choose_rows, encode_labels, load_splits
-from .model import add_lora, load_config, load_model, load_processor
+from .model import add_lora, load_config, load_model, load_processor, save_merged, with_merged_model
 
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
         ValueError, OSError: For arguments that fit neither each other nor data nor model.
     """
     args = arguments.training
+    arguments.model = with_merged_model(arguments.model)
     # The first process writes what `datasets` keeps, the others find it.
     with args.main_process_first(desc="preparing the data"):
         config = load_config(arguments.model)
@@ -219,6 +220,9 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
         card = {"finetuned_from": arguments.model.model_name_or_path, "tasks": task.name}
         card["dataset"] = arguments.data.dataset_name
         trainer.push_to_hub(**card) if args.push_to_hub else trainer.create_model_card(**card)
+        if arguments.model.use_lora and trainer.is_world_process_zero():
+            # Last, since the model has no adapters after it.
+            save_merged(trainer.model, prepared.processor, args.output_dir)
     return results
 
 

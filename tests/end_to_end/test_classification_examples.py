@@ -29,6 +29,7 @@ from tiny import WAV2VEC2
 from transformers import (
     ASTFeatureExtractor,
     ASTForAudioClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
     GPT2Config,
@@ -384,6 +385,29 @@ def test_lora_trains_adapters_and_head_and_reloads(texts, tmp_path):
     right = [NAMES[index] == row["label"] for index, row in zip(indices, rows, strict=True)]
     assert results["eval_accuracy"] == pytest.approx(np.mean(right))
     assert results["eval_accuracy"] > 0.5
+
+
+def test_lora_leaves_a_whole_model_with_its_classes(texts, tmp_path):
+    """From a model with a head for other classes, and without the names of these."""
+    text_model(tmp_path / "base", num_labels=5)
+    more = ["--model_name_or_path", tmp_path / "base", "--ignore_mismatched_sizes", "--use_lora"]
+    more += ["--do_predict", "--test_file", texts / "test.csv", "--num_train_epochs", 20]
+    text_classification.main(text_arguments(texts, tmp_path / "a", *DO, *more))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "merged")
+    assert model.config.label2id == {name: index for index, name in enumerate(NAMES)}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "merged")
+    predictions = (tmp_path / "a" / "predictions.csv").read_text()
+    assert predict_texts(model.eval(), tokenizer, text_rows(EVAL_ROWS, seed=2)) == (
+        pd.read_csv(tmp_path / "a" / "predictions.csv")["prediction"].tolist()
+    )
+    argv = ["--do_predict", "--test_file", texts / "test.csv", *QUIET, "--output_dir", tmp_path / "b"]
+    text_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+    assert (tmp_path / "b" / "predictions.csv").read_text() == predictions
+    (tmp_path / "a" / "merged").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"`--model_name_or_path` is .*LoRA adapters alone\. Pass the folder 'merged'"
+    ):
+        text_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
 
 
 def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplog):
