@@ -62,7 +62,7 @@ class AudioClassification(ClassificationTask):
         if data.max_length_seconds <= 0:
             raise ValueError(f"`--max_length_seconds` is {data.max_length_seconds}, but must be above 0.")
         # `datasets` decodes with torchcodec, which needs ffmpeg on the machine.
-        return cast_to_files(splits, "audio_column_name", data.audio_column_name, Audio(decode=False))
+        return cast_to_files(splits, data, "audio_column_name", data.audio_column_name, Audio(decode=False))
 
     def prepare(
         self, dataset: Dataset, split: str, processor: FeatureExtractionMixin, data: AudioArguments

@@ -55,7 +55,7 @@ class ImageClassification(ClassificationTask):
         if not 0 < data.min_crop_area <= 1:
             raise ValueError(f"`--min_crop_area` is {data.min_crop_area}, but must be in (0, 1].")
         # Decoded here rather than by `datasets`, whose error does not say which image it is.
-        return cast_to_files(splits, "image_column_name", data.image_column_name, Image(decode=False))
+        return cast_to_files(splits, data, "image_column_name", data.image_column_name, Image(decode=False))
 
     def prepare(self, dataset: Dataset, split: str, processor: BaseImageProcessor, data: ImageArguments) -> Dataset:
         def to_inputs(batch: dict[str, list]) -> dict[str, list]:

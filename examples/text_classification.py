@@ -17,7 +17,7 @@ On several GPUs put `accelerate launch --config_file examples/accelerate/multi_g
 from dataclasses import dataclass, field
 
 from classification.arguments import Arguments, DataArguments
-from classification.data import check_columns, shorten
+from classification.data import check_input_column, shorten
 from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class TextClassification(ClassificationTask):
         if len(data.text_column_names) > 2:
             raise ValueError(f"`--text_column_names` is {data.text_column_names}, but must be one column or two.")
         for column in data.text_column_names:
-            check_columns(splits, "text_column_names", column)
+            check_input_column(splits, data, "text_column_names", column)
             for split, dataset in splits.items():
                 check_texts(dataset, split, column)
         return splits

@@ -105,7 +105,17 @@ def check_column(dataset: Dataset, split: str, argument: str, name: str) -> None
         )
 
 
-def check_columns(splits: DatasetDict, argument: str, name: str) -> None:
+def check_input_column(splits: DatasetDict, data: DataArguments, argument: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: If a split has no such column, or it holds the labels.
+    """
+    for label_argument in ("label_column_name", "eval_label_column_name"):
+        if getattr(data, label_argument) == name:
+            raise ValueError(
+                f"`--{argument}` and `--{label_argument}` are both {name!r}: a model that reads the labels has "
+                "nothing to learn. Pass another column as one of the two."
+            )
     for split, dataset in splits.items():
         check_column(dataset, split, argument, name)
 
@@ -113,14 +123,16 @@ def check_columns(splits: DatasetDict, argument: str, name: str) -> None:
 # Images and recordings
 
 
-def cast_to_files(splits: DatasetDict, argument: str, column: str, feature: Image | Audio) -> DatasetDict:
+def cast_to_files(
+    splits: DatasetDict, data: DataArguments, argument: str, column: str, feature: Image | Audio
+) -> DatasetDict:
     """
     The splits, with paths or bytes as rows of that column: `feature` decodes nothing.
 
     Raises:
         ValueError: If a split has no such column, or one of something else.
     """
-    check_columns(splits, argument, column)
+    check_input_column(splits, data, argument, column)
     files = DatasetDict()
     for split, dataset in splits.items():
         found = dataset.features[column]

@@ -71,6 +71,11 @@ def run_image(models, output_dir, *more):
     return image_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
 
 
+def run_audio(models, output_dir, *more):
+    base = ["--model_name_or_path", models["audio"], "--do_train", "--max_steps", 1, *QUIET]
+    return audio_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
+
+
 # Help and config files
 
 
@@ -165,7 +170,7 @@ def test_config_files_that_are_none(content, capsys, tmp_path):
     [
         (["--text_column_names", "txt"], r"`--text_column_names` is 'txt', but the train data has the columns text, "),
         (["--label_column_name", "lab"], r"`--label_column_name` is 'lab', but the train data has the columns text, "),
-        (["--text_column_names", "label", "text", "x"], r"must be one column or two"),
+        (["--text_column_names", "text", "label", "x"], r"must be one column or two"),
         (["--dataset_name", "some/data"], r"'some/data' and local data as well"),
         (["--do_predict"], r"`--do_predict` needs test data, but there is only: train"),
         (["--validation_file", "a.xlsx"], r"ends with '\.xlsx'"),
@@ -258,16 +263,23 @@ def test_texts_that_are_numbers(models, tmp_path):
 
 
 def test_recordings_and_images_that_are_numbers(models, tmp_path):
-    path = write_csv(tmp_path / "train.csv", [{"audio": row, "label": row % 2} for row in range(6)])
-    argv = ["--train_file", path, "--do_train", "--output_dir", tmp_path / "out", *QUIET]
+    path = write_csv(tmp_path / "train.csv", [{"count": row, "label": row % 2} for row in range(6)])
     with pytest.raises(
-        ValueError, match=r"`--audio_column_name` is 'audio', .* holds Value\('int64'\)\. Pass a column"
+        ValueError, match=r"`--audio_column_name` is 'count', .* Value\('int64'\)\. Pass a column of paths"
     ):
-        audio_classification.main(words("--model_name_or_path", models["audio"], *argv))
+        run_audio(models, tmp_path, "--train_file", path, "--audio_column_name", "count")
     with pytest.raises(
-        ValueError, match=r"`--image_column_name` is 'label', .* holds Value\('int64'\)\. Pass a column"
+        ValueError, match=r"`--image_column_name` is 'count', .* Value\('int64'\)\. Pass a column of paths"
     ):
-        run_image(models, tmp_path, "--train_file", path, "--image_column_name", "label")
+        run_image(models, tmp_path, "--train_file", path, "--image_column_name", "count")
+
+
+def test_labels_as_inputs(models, train_csv, tmp_path):
+    with pytest.raises(ValueError, match=r"`--text_column_names` and `--label_column_name` are both 'label': a model"):
+        run_text(models, tmp_path, "--text_column_names", "label", train=train_csv)
+    for kind, run in (("image", run_image), ("audio", run_audio)):
+        with pytest.raises(ValueError, match=rf"`--{kind}_column_name` and `--label_column_name` are both 'label'"):
+            run(models, tmp_path, "--train_file", train_csv, f"--{kind}_column_name", "label")
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated"])
