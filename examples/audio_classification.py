@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 import torch
 from classification.arguments import Arguments, FolderArguments
-from classification.data import TRAIN, cast_to_files, load_file
+from classification.data import FILE_NAME, FOLDER_CURE, TRAIN, cast_to_files, load_file, metadata_files
 from classification.training import ClassificationTask, run
 from datasets import Audio, Dataset, DatasetDict
 from scipy.signal import resample_poly
@@ -97,15 +97,15 @@ def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
         OSError: If there are no recordings.
     """
     root = Path(folder)
-    for metadata in sorted(root.glob("metadata.*")):
+    for metadata in metadata_files(folder):
         rows = load_file(str(metadata), cache_dir)
-        paths = [str(root / name) for name in rows["file_name"][:]]
-        return rows.remove_columns("file_name").add_column("audio", paths)
+        column = next(column for column in rows.column_names if column.endswith(FILE_NAME))
+        paths = [str(root / name) for name in rows[column][:]]
+        return rows.remove_columns(column).add_column("audio", paths)
     files = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise FileNotFoundError(
-            f"There are no recordings in {folder}/CLASS/ and there is no {folder}/metadata.csv. Make one folder per "
-            "class, with the recordings in it."
+            f"There are no recordings in {folder}/CLASS/, and there is no {folder}/metadata.csv. {FOLDER_CURE}"
         )
     return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
 

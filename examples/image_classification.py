@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from classification.arguments import FolderArguments
-from classification.data import TRAIN, cast_to_files
+from classification.data import FOLDER_CURE, TRAIN, cast_to_files, raise_without_rows
 from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as PILImage
@@ -49,7 +49,10 @@ class ImageClassification(ClassificationTask):
     auto_processor = AutoImageProcessor
 
     def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
-        return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+        try:
+            return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+        except ValueError as error:
+            raise_without_rows(error, f"There are no images in {folder}. {FOLDER_CURE}")
 
     def check(self, splits: DatasetDict, data: ImageArguments) -> DatasetDict:
         if not 0 < data.min_crop_area <= 1:

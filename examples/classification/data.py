@@ -3,9 +3,12 @@
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
+from typing import NoReturn
 
 from datasets import Array2D, Array3D, Audio, ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from lpg_hf.data import LABEL_COLUMNS, add_label_noise, class_counts, make_long_tailed
 from lpg_hf.loss import IGNORE_INDEX
@@ -17,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILE_NAME = "file_name"
+FOLDER_CURE = (
+    "Make one folder per class, two at least, with the files in them; or a metadata.csv with the columns file_name "
+    "and label."
+)
 SHOWN = 5
 
 
@@ -67,9 +75,28 @@ def load_splits(
         return load_named(data, model)
     if both := files.keys() & folders.keys():
         raise ValueError(f"Both a file and a folder were given for {', '.join(sorted(both))}: pass one of them.")
-    splits = {split: load_file(file, model.cache_dir) for split, file in files.items()}
-    splits |= {split: load_folder(folder, model.cache_dir) for split, folder in folders.items()}
-    return DatasetDict(splits)
+    splits = DatasetDict()
+    for split, file in files.items():
+        with naming(f"--{split}_file"):
+            splits[split] = load_file(file, model.cache_dir)
+    for split, folder in folders.items():
+        with naming(f"--{split}_dir"):
+            check_folder(folder)
+            splits[split] = load_folder(folder, model.cache_dir)
+            if split != TEST:
+                check_has_labels(splits[split], folder)
+    return splits
+
+
+@contextmanager
+def naming(argument: str):
+    """Begins the message of an error with the argument that led to it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`{argument}`: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"`{argument}`: {error}") from error
 
 
 def load_named(data: DataArguments, model: ModelArguments) -> DatasetDict:
@@ -87,10 +114,66 @@ def load_named(data: DataArguments, model: ModelArguments) -> DatasetDict:
 
 
 def load_file(pattern: str, cache_dir: str | None = None) -> Dataset:
+    """
+    Raises:
+        ValueError: If the type is unknown, or the file damaged or without rows.
+        FileNotFoundError: If there is none.
+    """
     suffix = Path(pattern).suffix.lower()
     if suffix not in LOADERS:
         raise ValueError(f"{pattern} ends with {suffix!r}, but files must be one of {', '.join(LOADERS)}.")
-    return load_dataset(LOADERS[suffix], data_files=pattern, split="train", cache_dir=cache_dir)
+    if empty := [path for path in glob(pattern, recursive=True) if Path(path).stat().st_size == 0]:
+        raise ValueError(f"{shorten(empty)} has 0 bytes. Write it anew, or leave it out.")
+    try:
+        return load_dataset(LOADERS[suffix], data_files=pattern, split="train", cache_dir=cache_dir)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no file {pattern}. Check the path.") from error
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"{pattern} cannot be read as {LOADERS[suffix]} ({error.__cause__ or error}). Correct the file."
+        ) from error
+    except ValueError as error:
+        raise_without_rows(error, f"{pattern} has no rows, only a line of column names. Add rows.")
+
+
+def raise_without_rows(error: ValueError, message: str) -> NoReturn:
+    """Instead of an error of `load_dataset` that there is no data; any other is raised as it is."""
+    if "corresponds to no data" not in str(error):
+        raise error
+    raise ValueError(message) from error
+
+
+def check_folder(folder: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: If it does not exist, or has no files.
+        ValueError: If its `metadata.csv` names none.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Check the path.")
+    if not any(path.is_file() for path in root.rglob("*")):
+        raise FileNotFoundError(f"There are no files in {folder}. {FOLDER_CURE}")
+    for metadata in metadata_files(folder):
+        columns = load_file(str(metadata)).column_names
+        if not any(column.endswith(FILE_NAME) for column in columns):
+            raise ValueError(
+                f"{metadata} has the columns {', '.join(columns)}, but needs {FILE_NAME}: the path of every file, "
+                "seen from this folder."
+            )
+
+
+def metadata_files(folder: str) -> list[Path]:
+    return sorted(path for path in Path(folder).glob("metadata.*") if path.suffix.lower() in LOADERS)
+
+
+def check_has_labels(dataset: Dataset, folder: str) -> None:
+    """
+    Raises:
+        ValueError: If the labels should be the names of folders, but these are not two at least.
+    """
+    if "label" not in dataset.column_names and not metadata_files(folder):
+        raise ValueError(f"The files in {folder} have no labels. {FOLDER_CURE}")
 
 
 def check_column(dataset: Dataset, split: str, argument: str, name: str) -> None:

@@ -282,6 +282,53 @@ def test_labels_as_inputs(models, train_csv, tmp_path):
             run(models, tmp_path, "--train_file", train_csv, f"--{kind}_column_name", "label")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"`--validation_file`: There is no file .*rows\.csv\. Check the path"),
+        ("", r"`--validation_file`: .*rows\.csv has 0 bytes"),
+        ("text,label\n", r"`--validation_file`: .*rows\.csv has no rows, only a line of column names"),
+        ('text,label\na,"b\n', r"`--validation_file`: .*rows\.csv cannot be read as csv \(.*EOF.*\)"),
+    ],
+)
+def test_files_without_rows(content, message, models, train_csv, tmp_path):
+    path = tmp_path / "rows.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_text(models, tmp_path, "--validation_file", path, "--do_eval", train=train_csv)
+
+
+@pytest.mark.parametrize(("kind", "run"), [("images", run_image), ("recordings", run_audio)])
+def test_folders_without_classes(kind, run, models, tmp_path):
+    folder = tmp_path / "train"
+    with pytest.raises(FileNotFoundError, match=r"`--train_dir`: There is no folder .*train\. Check the path"):
+        run(models, tmp_path, "--train_dir", folder)
+    (folder / "a").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"`--train_dir`: There are no files in .*train\. Make one folder per"):
+        run(models, tmp_path, "--train_dir", folder)
+    (folder / "a" / "notes.txt").touch()
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=rf"`--train_dir`: There are no {kind} in .*train.* Make"
+    ):
+        run(models, tmp_path, "--train_dir", folder)
+    (folder / "metadata.csv").write_text("name,label\na.png,x\n")
+    with pytest.raises(
+        ValueError, match=r"`--train_dir`: .*metadata\.csv has the columns name, label, but needs file_na"
+    ):
+        run(models, tmp_path, "--train_dir", folder)
+
+
+def test_images_in_one_folder(models, tmp_path):
+    folder = write_images(tmp_path / "train", 6)
+    for path in folder.glob("*/*.png"):
+        path.rename(folder / path.name)
+    with pytest.raises(
+        ValueError, match=r"`--train_dir`: The files in .*train have no labels\. Make one folder per class"
+    ):
+        run_image(models, tmp_path, "--train_dir", folder)
+
+
 @pytest.mark.parametrize("damage", ["text", "truncated"])
 def test_images_that_do_not_decode(damage, models, tmp_path):
     folder = write_images(tmp_path / "train", 6)
