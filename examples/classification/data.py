@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from datasets import Array2D, Array3D, Audio, ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
 
 from lpg_hf.data import LABEL_COLUMNS, add_label_noise, class_counts, make_long_tailed
 from lpg_hf.loss import IGNORE_INDEX
@@ -29,21 +30,30 @@ SHOWN = 5
 
 
 @contextmanager
-def explaining_what_is_missing(kind: str, name: str, argument: str, cure: str):
+def explaining_what_is_missing(kind: str, name: str, argument: str, cure: str, must_hold: str | None = None):
     """
-    Says what to do where a model or a data set can be found neither on this machine nor on the hub.
+    Says what to do where a model or a data set can be found neither on this machine nor on the hub, or where its
+    folder, which must hold something, does not.
 
     Raises:
         OSError: Instead of the one of the library that looked for it.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
         if Path(name).exists():
+            if must_hold is None:
+                raise
+            raise OSError(
+                f"`{argument}` is {name!r}, but no {kind} can be read from this folder, which must hold {must_hold} "
+                f"({reason})."
+            ) from error
+        if not isinstance(error, OSError):
             raise
         raise OSError(
             f"`{argument}` is {name!r}: there is no such folder here, and the {kind} could not be fetched from the "
-            f"hub ({str(error).partition(chr(10))[0]}). Check the name and the network. Without a network, {cure}"
+            f"hub ({reason}). Check the name and the network. Without a network, {cure}"
         ) from error
 
 

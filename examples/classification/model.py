@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from .arguments import ModelArguments
 from .data import explaining_what_is_missing
@@ -56,20 +56,52 @@ def load_config(arguments: ModelArguments) -> PretrainedConfig:
         ValueError: If neither model nor config is named.
         OSError: If there is none of that name.
     """
-    argument = "--config_name" if arguments.config_name else "--model_name_or_path"
-    name = arguments.config_name or arguments.model_name_or_path
+    argument, name = config_source(arguments)
     if name is None:
         raise ValueError("Pass --model_name_or_path for a pretrained model, or --config_name for fresh weights.")
-    with explaining_what_is_missing("config", name, argument, MODEL_CURE):
+    with explaining_what_is_missing("config", name, argument, MODEL_CURE, "a config.json with a model_type"):
         return AutoConfig.from_pretrained(name, **hub_arguments(arguments))
+
+
+def config_source(arguments: ModelArguments) -> tuple[str, str | None]:
+    """The argument that names the config, and what it names."""
+    if arguments.config_name:
+        return "--config_name", arguments.config_name
+    return "--model_name_or_path", arguments.model_name_or_path
+
+
+def check_head(arguments: ModelArguments, config: PretrainedConfig, auto_model: type) -> None:
+    """
+    Raises:
+        ValueError: If the architecture has no head for the task.
+    """
+    has_own_code = arguments.trust_remote_code and auto_model.__name__ in getattr(config, "auto_map", {})
+    if type(config) in auto_model._model_mapping or has_own_code:
+        return
+    argument, name = config_source(arguments)
+    architectures = ", ".join(config.architectures or ["unknown"])
+    raise ValueError(
+        f"`{argument}` is {name!r}, a {config.model_type!r} model (its files hold {architectures}), for which "
+        f"transformers has no classification head of this kind ({auto_model.__name__}). Choose a model of one of "
+        f"these types: {', '.join(sorted(known.model_type for known in auto_model._model_mapping))}."
+    )
 
 
 def load_processor(arguments: ModelArguments, auto_processor: type):
     """The tokenizer, image processor or feature extractor."""
-    name = arguments.processor_name or arguments.model_name_or_path or arguments.config_name
-    argument = "--processor_name" if arguments.processor_name else "--model_name_or_path"
-    with explaining_what_is_missing("processor", name, argument, MODEL_CURE):
-        return auto_processor.from_pretrained(name, **hub_arguments(arguments))
+    argument, name = "--processor_name", arguments.processor_name
+    if name is None and arguments.model_name_or_path is not None:
+        argument, name = "--model_name_or_path", arguments.model_name_or_path
+    elif name is None:
+        argument, name = "--config_name", arguments.config_name
+    is_tokenizer = auto_processor is AutoTokenizer
+    must_hold = "tokenizer.json and tokenizer_config.json" if is_tokenizer else "preprocessor_config.json"
+    with explaining_what_is_missing("processor", name, argument, MODEL_CURE, must_hold):
+        processor = auto_processor.from_pretrained(name, **hub_arguments(arguments))
+        # transformers 5.23 makes one without any words where the folder has no files of a tokenizer.
+        if is_tokenizer and processor.get_vocab().keys() <= set(processor.all_special_tokens):
+            raise OSError("the tokenizer found has no words")
+    return processor
 
 
 def load_model(arguments: ModelArguments, config: PretrainedConfig, auto_model: type) -> PreTrainedModel:
@@ -77,23 +109,14 @@ def load_model(arguments: ModelArguments, config: PretrainedConfig, auto_model: 
     The model with a head for the classes of `config`.
 
     Raises:
-        ValueError: If its architecture has no such head, or one for other classes.
+        ValueError: If its head is one for other classes.
         OSError: If there is none of that name.
     """
-    has_own_code = arguments.trust_remote_code and auto_model.__name__ in getattr(config, "auto_map", {})
-    if type(config) not in auto_model._model_mapping and not has_own_code:
-        architectures = ", ".join(config.architectures or ["unknown"])
-        raise ValueError(
-            f"{arguments.model_name_or_path or arguments.config_name} is a {config.model_type!r} model (its files "
-            f"hold {architectures}), for which transformers has no classification head of this kind "
-            f"({auto_model.__name__}). Choose a model of one of these types: "
-            f"{', '.join(sorted(known.model_type for known in auto_model._model_mapping))}."
-        )
     name = arguments.model_name_or_path
     if name is None:
         return auto_model.from_config(config, trust_remote_code=arguments.trust_remote_code)
     try:
-        with explaining_what_is_missing("model", name, "--model_name_or_path", MODEL_CURE):
+        with explaining_what_is_missing("model", name, "--model_name_or_path", MODEL_CURE, "model.safetensors"):
             return auto_model.from_pretrained(
                 name,
                 config=config,

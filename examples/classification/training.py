@@ -22,7 +22,7 @@ from lpg_hf.metrics import make_compute_metrics
 
 from .arguments import Arguments, DataArguments, parse_arguments
 from .data import TEST, TRAIN, VALIDATION, choose_rows, encode_labels, load_splits
-from .model import add_lora, load_config, load_model, load_processor, save_merged, with_merged_model
+from .model import add_lora, check_head, load_config, load_model, load_processor, save_merged, with_merged_model
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
     # The first process writes what `datasets` keeps, the others find it.
     with args.main_process_first(desc="preparing the data"):
         config = load_config(arguments.model)
+        check_head(arguments.model, config, task.auto_model)
         processor = load_processor(arguments.model, task.auto_processor)
         splits = load_splits(arguments.data, arguments.model, task.load_folder)
         splits = task.check(needed_splits(splits, arguments), arguments.data)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -352,8 +353,40 @@ def test_recordings_that_do_not_decode(tmp_path):
 
 
 def test_a_model_without_such_a_head(models, train_csv, tmp_path):
-    with pytest.raises(ValueError, match=r"is a 'resnet' model .*no classification head .*bert"):
-        run_text(models, tmp_path, "--processor_name", models["text"], train=train_csv, model="image")
+    with pytest.raises(
+        ValueError, match=r"`--model_name_or_path` is .*, a 'resnet' model .*no classification head .*bert"
+    ):
+        run_text(models, tmp_path, train=train_csv, model="image")
+    for run in (run_image, run_audio):
+        with pytest.raises(ValueError, match=r"`--model_name_or_path` is .*, a 'bert' model .*no classification head"):
+            run({"image": models["text"], "audio": models["text"]}, tmp_path, "--train_file", train_csv)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("config.json", r"no config can be read .* must hold a config\.json"),
+        (
+            "tokenizer*.json",
+            r"no processor can be read .* must hold tokenizer\.json and tokenizer_config\.json .*no words",
+        ),
+        ("model.safetensors", r"no model can be read .* must hold model\.safetensors"),
+    ],
+)
+def test_a_folder_without_some_of_a_model(removed, message, train_csv, tmp_path):
+    folder = text_model(tmp_path / "model")
+    for path in folder.glob(removed):
+        path.unlink()
+    with pytest.raises(OSError, match=rf"`--model_name_or_path` is '{folder}', but {message}"):
+        run_text({"text": folder}, tmp_path, train=train_csv)
+
+
+def test_images_and_recordings_need_a_preprocessor(models, train_csv, tmp_path):
+    for kind, run in (("image", run_image), ("audio", run_audio)):
+        folder = Path(shutil.copytree(models[kind], tmp_path / kind))
+        (folder / "preprocessor_config.json").unlink()
+        with pytest.raises(OSError, match=r"no processor can be read .* must hold preprocessor_config\.json"):
+            run({kind: folder}, tmp_path, "--train_file", train_csv)
 
 
 def test_a_head_for_other_classes(models, tmp_path):
