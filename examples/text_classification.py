@@ -60,6 +60,12 @@ class TextClassification(ClassificationTask):
     ) -> Dataset:
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token
+        own_tokens = processor.num_special_tokens_to_add(pair=len(data.text_column_names) == 2)
+        if data.max_seq_length <= own_tokens:
+            raise ValueError(
+                f"`--max_seq_length` is {data.max_seq_length}, but must be at least {own_tokens + 1}: the tokenizer "
+                f"adds {own_tokens} tokens of its own to every text."
+            )
         max_length = min(data.max_seq_length, processor.model_max_length)
         padding = "max_length" if data.pad_to_max_length else False
 

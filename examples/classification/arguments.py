@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
@@ -64,6 +65,10 @@ class ModelArguments:
         metadata={"help": "Names of the layers that get adapters; `all-linear` for every linear layer but the head."},
     )
 
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ValueError(f"`--lora_r` is {self.lora_r}, but must be at least 1. Common ranks are 8 to 64.")
+
 
 @dataclass
 class DataArguments:
@@ -101,6 +106,12 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict so many rows."})
 
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` is {value}, but must be at least 1. Leave it out for all rows.")
+
 
 @dataclass
 class FolderArguments(DataArguments):
@@ -126,6 +137,18 @@ class StressArguments:
         default=1.0,
         metadata={"help": "Cut the training data to a long tail: size of the largest class over the smallest."},
     )
+
+    def __post_init__(self):
+        if not 0 <= self.label_noise < 1:
+            raise ValueError(
+                f"`--label_noise` is {self.label_noise}, but must be in [0, 1): 0.4 gives 40 % of the rows "
+                "a wrong label."
+            )
+        if not 1 <= self.imbalance_ratio < math.inf:
+            raise ValueError(
+                f"`--imbalance_ratio` is {self.imbalance_ratio}, but must be a finite number of at least 1: with 20 "
+                "the largest class has 20 times the rows of the smallest."
+            )
 
 
 @dataclass

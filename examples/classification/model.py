@@ -3,7 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .arguments import ModelArguments
 from .data import explaining_what_is_missing
@@ -137,7 +139,7 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments, task_type: str |
     Freezes the model but for its head and new adapters.
 
     Raises:
-        ValueError: If the model has fresh weights, or `peft` is not there.
+        ValueError: If the model has fresh weights or no layers of these names, or `peft` is not there.
     """
     if arguments.model_name_or_path is None:
         raise ValueError("`--use_lora` adapts a pretrained model: pass --model_name_or_path.")
@@ -161,7 +163,23 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments, task_type: str |
         exclude_modules=rf"({'|'.join(head)})(\..*)?",
         modules_to_save=head,
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        kind, layers = model.config.model_type, adaptable_layers(model, head)
+        raise ValueError(
+            f"`--lora_target_modules` is {' '.join(targets)}, which names no layers of this {kind!r} model that can "
+            f"have adapters. It has {layers}. Pass some of these names."
+        ) from error
+
+
+def adaptable_layers(model: PreTrainedModel, head: list[str]) -> str:
+    """The names of its linear layers and convolutions, without where in the model they are."""
+    names = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | Conv1D) and path.partition(".")[0] not in head:
+            names.setdefault(type(module).__name__, set()).add(path.rpartition(".")[2])
+    return "; ".join(f"{kind}: {', '.join(sorted(found))}" for kind, found in names.items())
 
 
 def save_merged(model: PreTrainedModel, processor, output_dir: str) -> None:

@@ -175,6 +175,13 @@ def test_config_files_that_are_none(content, capsys, tmp_path):
         (["--dataset_name", "some/data"], r"'some/data' and local data as well"),
         (["--do_predict"], r"`--do_predict` needs test data, but there is only: train"),
         (["--validation_file", "a.xlsx"], r"ends with '\.xlsx'"),
+        (["--max_train_samples", 0], r"`--max_train_samples` is 0, but must be at least 1\. Leave it out"),
+        (["--max_eval_samples", -1], r"`--max_eval_samples` is -1, but must be at least 1"),
+        (["--max_seq_length", 0], r"`--max_seq_length` is 0, but must be at least 1: the tokenizer adds 0 tokens"),
+        (["--use_lora", "--lora_r", 0], r"`--lora_r` is 0, but must be at least 1"),
+        (["--label_noise", 1.5], r"`--label_noise` is 1\.5, but must be in \[0, 1\)"),
+        (["--label_noise", "nan"], r"`--label_noise` is nan"),
+        (["--imbalance_ratio", 0.5], r"`--imbalance_ratio` is 0\.5, but must be a finite number of at least 1"),
         (["--do_eval", "--train_val_split", "2"], r"`--train_val_split` is 2\.0"),
     ],
 )
@@ -400,6 +407,16 @@ def test_lora_on_fresh_weights(models, train_csv, tmp_path):
     argv = ["--config_name", models["text"], "--train_file", train_csv, "--do_train", "--use_lora", *QUIET]
     with pytest.raises(ValueError, match=r"`--use_lora` adapts a pretrained model"):
         text_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+
+
+def test_lora_on_layers_that_are_not_there(models, train_csv, tmp_path):
+    message = r"`--lora_target_modules` is qkv, .* 'bert' model .* Linear: dense, key, query, value\. Pass some"
+    with pytest.raises(ValueError, match=message):
+        run_text(models, tmp_path, "--use_lora", "--lora_target_modules", "qkv", train=train_csv)
+    folder = write_images(tmp_path / "train", 6)
+    message = r"`--lora_target_modules` is all-linear, .* 'resnet' model .* It has Conv2d: convolution\. Pass some"
+    with pytest.raises(ValueError, match=message):
+        run_image(models, tmp_path, "--use_lora", "--train_dir", folder)
 
 
 @pytest.fixture
