@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 import torch
 from classification.arguments import Arguments, FolderArguments
-from classification.data import FILE_NAME, FOLDER_CURE, TRAIN, cast_to_files, load_file, metadata_files
+from classification.data import FILE_NAME, FOLDER_CURE, TRAIN, cast_to_files, check_files, load_file, metadata_files
 from classification.training import ClassificationTask, run
 from datasets import Audio, Dataset, DatasetDict
 from scipy.signal import resample_poly
@@ -32,6 +32,10 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 
+DECODING_ERRORS = (OSError, RuntimeError)
+# Feature extractors look at windows of 25 ms, as the convolutions of Wav2Vec2 do. Of less, some make an error, others
+# no frame at all, or NaN.
+MIN_SECONDS = 0.025
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()}
 
 
@@ -69,6 +73,8 @@ class AudioClassification(ClassificationTask):
     ) -> Dataset:
         rate = processor.sampling_rate
         max_length = round(data.max_length_seconds * rate)
+
+        check_files(dataset, split, data.audio_column_name, find_damage)
 
         def to_inputs(batch: dict[str, list]) -> dict[str, list]:
             waves = [decode(recording, rate) for recording in batch[data.audio_column_name]]
@@ -110,23 +116,53 @@ def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
     return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
 
 
-def decode(recording: dict | None, rate: int) -> np.ndarray:
+def find_damage(recording: dict | None) -> str | None:
+    """What is wrong with a file, as far as its header tells."""
+    if recording is None or (recording["path"] is None and recording["bytes"] is None):
+        return "A recording is missing (None)"
+    if recording["bytes"] is None and not Path(recording["path"]).exists():
+        return f"{describe(recording)} is not there"
+    try:
+        info = soundfile.info(source_of(recording))
+    except DECODING_ERRORS as error:
+        return f"{describe(recording)} cannot be decoded ({error})"
+    return find_short(recording, info.frames, info.samplerate)
+
+
+def find_short(recording: dict, samples: int, rate: int) -> str | None:
+    if samples < MIN_SECONDS * rate:
+        return (
+            f"{describe(recording)} is too short ({samples} samples at {rate} per second, but {MIN_SECONDS} s are "
+            "needed, the window of speech models)"
+        )
+    return None
+
+
+def describe(recording: dict) -> str:
+    if recording["path"] is None:
+        return f"The recording without a file name ({len(recording['bytes'])} bytes)"
+    return f"The recording {recording['path']}"
+
+
+def source_of(recording: dict) -> str | io.BytesIO:
+    return recording["path"] if recording["bytes"] is None else io.BytesIO(recording["bytes"])
+
+
+def decode(recording: dict, rate: int) -> np.ndarray:
     """
     The mean of the channels, resampled to `rate` per second, as float32 of shape `[T]`.
 
     Raises:
-        ValueError: If it is no recording, damaged or empty; names the file.
+        ValueError: If it is no recording, damaged or too short; names the file.
     """
-    if recording is None:
-        raise ValueError("A recording is missing (None). Remove its row.")
-    name = recording["path"] or f"without a file name, {len(recording['bytes'] or b'')} bytes"
-    source = recording["path"] if recording["bytes"] is None else io.BytesIO(recording["bytes"])
     try:
-        samples, found_rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"The recording {name} cannot be decoded ({error}). Repair or remove it.") from error
-    if len(samples) == 0:
-        raise ValueError(f"The recording {name} is empty (0 samples). Remove it.")
+        samples, found_rate = soundfile.read(source_of(recording), dtype="float32", always_2d=True)
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{describe(recording)} cannot be decoded ({error}). Repair or remove it.") from error
+    if short := find_short(recording, len(samples), found_rate):
+        raise ValueError(f"{short}. Remove it, or pad it with silence.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{describe(recording)} has samples that are NaN or infinite. Repair or remove it.")
     wave = samples.mean(axis=1)
     if found_rate == rate:
         return wave

@@ -15,14 +15,16 @@ A model and images on this machine, one folder per class:
 On several GPUs put `accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml` in the place of `python`.
 """
 
+import io
 import math
 from dataclasses import dataclass, field
 
 import torch
 from classification.arguments import FolderArguments
-from classification.data import FOLDER_CURE, TRAIN, cast_to_files, raise_without_rows
+from classification.data import FOLDER_CURE, TRAIN, cast_to_files, check_files, raise_without_rows
 from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets.utils.file_utils import is_local_path
 from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
@@ -61,6 +63,8 @@ class ImageClassification(ClassificationTask):
         return cast_to_files(splits, data, "image_column_name", data.image_column_name, Image(decode=False))
 
     def prepare(self, dataset: Dataset, split: str, processor: BaseImageProcessor, data: ImageArguments) -> Dataset:
+        check_files(dataset, split, data.image_column_name, find_damage)
+
         def to_inputs(batch: dict[str, list]) -> dict[str, list]:
             images = [decode(image) for image in batch[data.image_column_name]]
             if split == TRAIN:
@@ -71,6 +75,22 @@ class ImageClassification(ClassificationTask):
         return dataset.with_transform(to_inputs)
 
 
+DECODING_ERRORS = (OSError, ValueError, TypeError, SyntaxError, PILImage.DecompressionBombError)
+
+
+def find_damage(image: dict | None) -> str | None:
+    """What is wrong with a file, as far as its header and its check sums tell."""
+    if image is None or (image["path"] is None and image["bytes"] is None):
+        return describe(None)
+    if image["bytes"] is None and not is_local_path(image["path"]):
+        return None
+    try:
+        with PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
+            opened.verify()
+    except DECODING_ERRORS as error:
+        return f"{describe(image)} cannot be decoded ({error})"
+
+
 def decode(image: dict) -> PILImage.Image:
     """
     Raises:
@@ -78,9 +98,8 @@ def decode(image: dict) -> PILImage.Image:
     """
     try:
         return Image(mode="RGB").decode_example(image)
-    except (OSError, ValueError, TypeError, SyntaxError, PILImage.DecompressionBombError) as error:
-        name = describe(image)
-        raise ValueError(f"{name} cannot be decoded ({error}). Repair or remove it.") from error
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{describe(image)} cannot be decoded ({error}). Repair or remove it.") from error
 
 
 def describe(image: dict | None) -> str:

@@ -249,6 +249,26 @@ def holds_files(feature: object) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
 
 
+def check_files(dataset: Dataset, split: str, column: str, find_damage: Callable[[dict | None], str | None]) -> None:
+    """
+    Looks at all files before the training begins, which would meet a damaged one hours later.
+
+    Args:
+        dataset, split, column: Where the files are.
+        find_damage (`Callable`): What is wrong with a file, named; `None` if nothing. Should be quick.
+
+    Raises:
+        ValueError: If there are damaged ones; names the first.
+    """
+    damaged = [damage for file in dataset[column] if (damage := find_damage(file)) is not None]
+    if damaged:
+        more = f"; and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+        raise ValueError(
+            f"{len(damaged)} of {len(dataset)} files of the {split} data cannot be used: {'; '.join(damaged[:SHOWN])}"
+            f"{more}. Repair them, or remove their rows."
+        )
+
+
 # Labels
 
 

@@ -26,6 +26,7 @@ import hyperparameter_search  # noqa: E402
 import image_classification  # noqa: E402
 import make_tones  # noqa: E402
 import numpy as np  # noqa: E402
+import PIL.Image  # noqa: E402
 import soundfile  # noqa: E402
 import text_classification  # noqa: E402
 from classification.arguments import OUR_HEADING, TRAINING_HEADING, parse_arguments  # noqa: E402
@@ -339,22 +340,73 @@ def test_images_in_one_folder(models, tmp_path):
 
 @pytest.mark.parametrize("damage", ["text", "truncated"])
 def test_images_that_do_not_decode(damage, models, tmp_path):
-    folder = write_images(tmp_path / "train", 6)
-    victim = sorted(folder.glob("*/*.png"))[2]
-    victim.write_bytes(b"no image" if damage == "text" else victim.read_bytes()[:60])
-    with pytest.raises(ValueError, match=rf"The image .*{victim.name}.* cannot be decoded"):
-        run_image(models, tmp_path, "--train_dir", folder)
+    """Those of the validation data are found before the training."""
+    folder = write_images(tmp_path / "validation", 9)
+    victims = sorted(folder.glob("*/*.png"))[2:8]
+    for victim in victims:
+        victim.write_bytes(b"no image" if damage == "text" else victim.read_bytes()[:60])
+    more = ["--train_dir", write_images(tmp_path / "train", 9), "--validation_dir", folder, "--do_eval"]
+    message = r"^6 of 9 files of the validation data cannot be used: The image .*; and 1 more\. Repair them, or"
+    with pytest.raises(ValueError, match=message) as error:
+        run_image(models, tmp_path, *more)
+    assert sum(f"{victim} cannot be decoded" in str(error.value) for victim in victims) == 5
+    assert not (tmp_path / "out").exists()
 
 
-def test_recordings_that_do_not_decode(tmp_path):
-    (tmp_path / "a.wav").write_bytes(b"no recording")
-    with pytest.raises(ValueError, match=r"The recording .*a\.wav cannot be decoded"):
-        audio_classification.decode({"path": str(tmp_path / "a.wav"), "bytes": None}, 16_000)
-    soundfile.write(tmp_path / "b.wav", np.zeros(0), 8_000)
-    with pytest.raises(ValueError, match=r"The recording .*b\.wav is empty"):
-        audio_classification.decode({"path": str(tmp_path / "b.wav"), "bytes": None}, 16_000)
-    with pytest.raises(ValueError, match=r"missing"):
-        audio_classification.decode(None, 16_000)
+def test_images_that_are_missing(models, tmp_path):
+    rows = [{"image": path, "label": path.parent.name} for path in write_images(tmp_path / "a", 6).glob("*/*.png")]
+    path = write_csv(tmp_path / "train.csv", [*rows, {"image": "gone.png", "label": "red"}, {"label": "red"}])
+    with pytest.raises(
+        ValueError, match=r"2 of 8 files .*gone\.png cannot be decoded \(.*No such file.*; A missing image"
+    ):
+        run_image(models, tmp_path, "--train_file", path)
+
+
+def test_an_image_that_is_damaged_behind_its_header(tmp_path):
+    PIL.Image.effect_noise((64, 64), 50).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"The image .*a\.jpg cannot be decoded \(.*truncated"):
+        image_classification.decode({"path": str(tmp_path / "a.jpg"), "bytes": None})
+
+
+def test_recordings_that_do_not_decode(models, tmp_path):
+    for folder in ("train", "validation"):
+        for row in range(4):
+            path = tmp_path / folder / "ab"[row % 2] / f"{row}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.zeros(4_000), 16_000)
+    (tmp_path / "validation" / "a" / "0.wav").write_bytes(b"no recording")
+    soundfile.write(tmp_path / "validation" / "a" / "2.wav", np.zeros(10), 8_000)
+    message = (
+        r"^2 of 4 files of the validation data cannot be used: The recording .*0\.wav cannot be decoded \(.*"
+        r"The recording .*2\.wav is too short \(10 samples at 8000 per second, but 0\.025 s are needed"
+    )
+    more = ["--train_dir", tmp_path / "train", "--validation_dir", tmp_path / "validation", "--do_eval"]
+    with pytest.raises(ValueError, match=message):
+        run_audio(models, tmp_path, *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_what_is_wrong_with_a_recording(is_file, tmp_path):
+    def write(samples):
+        path = tmp_path / "a.wav"
+        soundfile.write(path, samples, 16_000, subtype="FLOAT")
+        return {"path": str(path), "bytes": None} if is_file else {"path": None, "bytes": path.read_bytes()}
+
+    name = r"The recording .*a\.wav" if is_file else r"The recording without a file name \(\d+ bytes\)"
+    for samples in (0, 10, 399):
+        recording = write(np.zeros(samples))
+        assert re.match(rf"{name} is too short \({samples} samples", audio_classification.find_damage(recording))
+        with pytest.raises(ValueError, match=rf"{name} is too short \({samples} samples .*pad it with silence"):
+            audio_classification.decode(recording, 16_000)
+    assert audio_classification.find_damage(write(np.zeros(400))) is None
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=rf"{name} has samples that are NaN or infinite"):
+            audio_classification.decode(write(np.where(np.arange(800) == 7, value, 0.0)), 16_000)
+    gone = {"path": str(tmp_path / "b.wav"), "bytes": None}
+    assert audio_classification.find_damage(gone) == f"The recording {tmp_path}/b.wav is not there"
+    assert "missing" in audio_classification.find_damage(None)
     with pytest.raises(OSError, match=r"one folder per class"):
         audio_classification.load_audio_folder(str(tmp_path))
 
