@@ -386,9 +386,21 @@ def choose_rows(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
             splits[split] = rows.select(range(limit))
     if TRAIN in splits and stress.imbalance_ratio != 1:
         splits[TRAIN] = make_long_tailed(splits[TRAIN], stress.imbalance_ratio, seed=seed)
+        check_imbalance(splits[TRAIN], stress.imbalance_ratio)
     if TRAIN in splits and stress.label_noise != 0:
         splits[TRAIN] = add_label_noise(splits[TRAIN], stress.label_noise, seed=seed)
     return splits
+
+
+def check_imbalance(train: Dataset, wanted: float) -> None:
+    counts = class_counts(train)
+    largest, smallest = max(counts), min(counts)
+    # A ratio that is no whole number is met to within half a row of the largest class.
+    if largest / smallest < wanted - 0.5:
+        logger.warning(
+            f"`--imbalance_ratio` is {wanted:g}, but there are too few training rows for it: {largest / smallest:g} "
+            f"was reached, with {largest} rows of the largest class and {smallest} of the smallest."
+        )
 
 
 def split_off_validation(train: Dataset, share: float, seed: int) -> dict[str, Dataset]:

@@ -80,6 +80,7 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
         ValueError, OSError: For arguments that fit neither each other nor data nor model.
     """
     args = arguments.training
+    check_what_to_do(arguments)
     arguments.model = with_merged_model(arguments.model)
     # The first process writes what `datasets` keeps, the others find it.
     with args.main_process_first(desc="preparing the data"):
@@ -99,14 +100,27 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
     return Prepared(inputs, counts, processor, config)
 
 
+def check_what_to_do(arguments: Arguments) -> None:
+    """
+    Raises:
+        ValueError: If it is nothing, or a report of no training.
+    """
+    args = arguments.training
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
+    if arguments.report.report and not args.do_train:
+        raise ValueError(
+            "`--report` is about a training, but there is none: pass --do_train as well. With the --output_dir of a "
+            "finished training nothing is trained anew."
+        )
+
+
 def needed_splits(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
     """
     Raises:
-        ValueError: If one is not there, or there is nothing to do.
+        ValueError: If one is not there.
     """
     args, there = arguments.training, ", ".join(splits)
-    if not (args.do_train or args.do_eval or args.do_predict):
-        raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
     if args.do_train and TRAIN not in splits:
         raise ValueError(f"`--do_train` needs training data, but there is only: {there}. Pass --train_file.")
     if args.do_eval and TRAIN not in splits and VALIDATION not in splits:

@@ -207,6 +207,19 @@ def test_nothing_to_do_and_nothing_to_read(models, train_csv, tmp_path):
         run_image(models, tmp_path)
 
 
+def test_a_report_of_no_training(models, train_csv, tmp_path):
+    argv = ["--model_name_or_path", models["text"], "--validation_file", train_csv, "--do_eval", "--report", *QUIET]
+    with pytest.raises(ValueError, match=r"`--report` is about a training, but there is none: pass --do_train"):
+        text_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+
+
+def test_a_tail_longer_than_the_data(models, train_csv, tmp_path, caplog):
+    run_text(models, tmp_path, "--imbalance_ratio", 2, train=train_csv)
+    assert "--imbalance_ratio" not in caplog.text
+    run_text(models, tmp_path, "--imbalance_ratio", 100, train=train_csv)
+    assert "`--imbalance_ratio` is 100, but there are too few training rows for it: 4 was reached" in caplog.text
+
+
 def test_label_names_that_differ(models, train_csv, tmp_path):
     rows = [*text_rows(6), {"text": "a rose", "label": "pink"}]
     validation = write_csv(tmp_path / "validation.csv", rows)
