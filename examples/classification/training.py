@@ -185,8 +185,16 @@ def set_up_logging() -> None:
 def checkpoint_to_resume(arguments: Arguments) -> str | None:
     """What was asked for, else the newest whole checkpoint in the output folder, if there is one."""
     args = arguments.training
-    if args.resume_from_checkpoint is not None:
-        return args.resume_from_checkpoint
+    asked = args.resume_from_checkpoint
+    if str(asked).lower() == "true":
+        return last_whole_checkpoint(args.output_dir)
+    if asked is not None:
+        if not is_whole(asked):
+            raise ValueError(
+                f"`--resume_from_checkpoint` is {asked!r}, which is no checkpoint that was saved to its end. Pass "
+                f"another {PREFIX_CHECKPOINT_DIR}-NUMBER folder, or `true` for the newest whole one in --output_dir."
+            )
+        return asked
     if not any(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         return None
     try:
@@ -268,8 +276,8 @@ def read_train_results(folder: str) -> dict[str, float]:
 
 
 def step_of(checkpoint: str | None) -> int | None:
-    """The optimizer steps that it has behind it; `None` for what is no checkpoint."""
-    if checkpoint is None or not is_whole(checkpoint):
+    """The optimizer steps that it has behind it."""
+    if checkpoint is None:
         return None
     return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
 

@@ -447,6 +447,23 @@ def test_a_finished_training_keeps_its_results(texts, tmp_path, caplog):
     assert text_classification.main(more)["train_loss"] > 0 and "finished already" not in caplog.text
 
 
+@pytest.mark.parametrize("spelled", ["true", "True"])
+def test_resuming_when_asked_for(spelled, texts, tmp_path, caplog):
+    argv = text_arguments(texts, tmp_path, "--do_train", "--resume_from_checkpoint", spelled, "--max_steps", 2)
+    argv += ["--save_strategy", "steps", "--save_steps", "1"]
+    with pytest.raises(ValueError, match=r"no whole checkpoint in .* train without `resume_from_checkpoint`"):
+        text_classification.main(argv)
+    index = argv.index("--resume_from_checkpoint")
+    text_classification.main(argv[:index] + argv[index + 2 :])
+    with caplog.at_level("INFO"):
+        text_classification.main(argv)
+    assert f"finished already: {tmp_path / 'checkpoint-2'}" in caplog.text
+    argv[index + 1] = str(tmp_path / "checkpoint-3")
+    message = r"`--resume_from_checkpoint` is '.*checkpoint-3', which is no checkpoint .* or `true` for the newest"
+    with pytest.raises(ValueError, match=message):
+        text_classification.main(argv)
+
+
 @pytest.mark.parametrize(
     "kind", ["text", pytest.param("image", marks=pytest.mark.slow), pytest.param("audio", marks=pytest.mark.slow)]
 )
