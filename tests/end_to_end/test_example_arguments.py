@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import PIL.Image  # noqa: E402
 import soundfile  # noqa: E402
 import text_classification  # noqa: E402
-from classification.arguments import OUR_HEADING, TRAINING_HEADING, parse_arguments  # noqa: E402
+from classification.arguments import ESSENTIAL_HEADING, OUR_HEADING, TRAINING_HEADING, parse_arguments  # noqa: E402
 
 
 SCRIPTS = [text_classification, image_classification, audio_classification]
@@ -99,8 +99,12 @@ def test_no_arguments_print_a_short_help(script, capsys):
     assert exit_.value.code == 2
     text = capsys.readouterr().out
     assert f"python examples/{script.__name__}.py --model_name_or_path" in text
-    assert list(sections(text)) == ["model", "data", OUR_HEADING]
-    assert "--learning_rate" not in text, "not the hundred arguments of the Trainer"
+    assert "--output_dir FOLDER" in text.splitlines()[0] and "Required" in text
+    found = sections(text)
+    assert list(found) == [ESSENTIAL_HEADING, "model", "data", OUR_HEADING]
+    assert found[ESSENTIAL_HEADING][:4] == ["--output_dir", "--do_train", "--do_eval", "--do_predict"]
+    assert "--learning_rate" in found[ESSENTIAL_HEADING]
+    assert "--weight_decay" not in text, "not the hundred arguments of the Trainer"
 
 
 @every_script
@@ -145,6 +149,10 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
     [
         (["--do_train"], "required: --output_dir"),
         (["--output_dir", "o", "--text_colum_name", "a"], "Did you mean --text_column_name"),
+        (
+            ["--output_dir", "o", "--model_name", "a"],
+            "unknown argument --model_name. Did you mean --model_name_or_path",
+        ),
         (["missing.yaml"], r"No such file .*missing\.yaml"),
     ],
 )
