@@ -81,6 +81,12 @@ def run_audio(models, output_dir, *more):
 # Help and config files
 
 
+def test_the_readme_names_every_script():
+    table = (EXAMPLES / "README.md").read_text()
+    runs = [path for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()]
+    assert len(runs) > 10 and [path.name for path in runs if f"| `{path.name}` |" not in table] == []
+
+
 def sections(text):
     """The options under each heading of a help text."""
     found = {}
