@@ -95,7 +95,8 @@ class AudioClassification(ClassificationTask):
 
 def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
     """
-    Reads a folder with one folder per class, or with a `metadata.csv` (`.jsonl`, `.parquet`) that has `file_name`.
+    Reads a folder with one folder per class, or with a `metadata.csv` (`.jsonl`, `.parquet`) that has `file_name`, or
+    with recordings that have no labels.
 
     That is the layout of `load_dataset("audiofolder")`, which needs torchcodec to read it.
 
@@ -108,12 +109,15 @@ def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
         column = next(column for column in rows.column_names if column.endswith(FILE_NAME))
         paths = [str(root / name) for name in rows[column][:]]
         return rows.remove_columns(column).add_column("audio", paths)
-    files = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise FileNotFoundError(
-            f"There are no recordings in {folder}/CLASS/, and there is no {folder}/metadata.csv. {FOLDER_CURE}"
-        )
-    return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
+    if files := recordings_in(root, "*/*"):
+        return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
+    if files := recordings_in(root, "*"):
+        return Dataset.from_dict({"audio": list(map(str, files))})
+    raise FileNotFoundError(f"There are no recordings in {folder}. {FOLDER_CURE}")
+
+
+def recordings_in(root: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
 
 
 def find_damage(recording: dict | None) -> str | None:

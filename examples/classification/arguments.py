@@ -85,6 +85,8 @@ class ModelArguments:
     def __post_init__(self):
         if self.lora_r < 1:
             raise ValueError(f"`--lora_r` is {self.lora_r}, but must be at least 1. Common ranks are 8 to 64.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`--lora_dropout` is {self.lora_dropout}, but must be in [0, 1): a share of the inputs.")
 
 
 @dataclass
