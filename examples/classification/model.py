@@ -136,7 +136,7 @@ def load_model(arguments: ModelArguments, config: PretrainedConfig, auto_model: 
 
 def add_lora(model: PreTrainedModel, arguments: ModelArguments, task_type: str | None) -> PreTrainedModel:
     """
-    Freezes the model but for its head and new adapters.
+    Freezes the model but for its head, layers of batch normalization, and new adapters.
 
     Raises:
         ValueError: If the model has fresh weights or no layers of these names, or `peft` is not there.
@@ -161,7 +161,7 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments, task_type: str |
         lora_dropout=arguments.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         exclude_modules=rf"({'|'.join(head)})(\..*)?",
-        modules_to_save=head,
+        modules_to_save=[*head, *batch_norms(model, head)],
     )
     try:
         return get_peft_model(model, config)
@@ -171,6 +171,12 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments, task_type: str |
             f"`--lora_target_modules` is {' '.join(targets)}, which names no layers of this {kind!r} model that can "
             f"have adapters. It has {layers}. Pass some of these names."
         ) from error
+
+
+def batch_norms(model: PreTrainedModel, head: list[str]) -> list[str]:
+    """Training moves their statistics, which only layers that are trained in full save with the adapters."""
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [path for path in norms if path.partition(".")[0] not in head]
 
 
 def adaptable_layers(model: PreTrainedModel, head: list[str]) -> str:

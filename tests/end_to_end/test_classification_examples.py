@@ -410,6 +410,17 @@ def test_lora_leaves_a_whole_model_with_its_classes(texts, tmp_path):
         text_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
 
 
+def test_lora_keeps_what_batch_normalization_has_seen(images, tmp_path):
+    """Statistics are no parameters; without them what was saved is another model than what was evaluated."""
+    more = ["--use_lora", "--lora_target_modules", "convolution", "--num_train_epochs", 6, "--save_strategy", "epoch"]
+    argv = image_arguments(images, tmp_path / "a", *DO, *more)
+    trained = image_classification.main(argv)
+    again = image_classification.main(argv)
+    argv = ["--validation_dir", images / "validation", "--do_eval", "--output_dir", tmp_path / "b", *QUIET]
+    merged = image_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+    assert again["eval_loss"] == trained["eval_loss"] == pytest.approx(merged["eval_loss"], rel=1e-4)
+
+
 def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplog):
     """With random crops and flips: the generator's state is part of the checkpoint. Three steps are an epoch."""
     argv = ["--do_train", "--max_steps", 9, "--save_strategy", "steps", "--save_steps", 3]
