@@ -163,14 +163,24 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments, task_type: str |
         exclude_modules=rf"({'|'.join(head)})(\..*)?",
         modules_to_save=[*head, *batch_norms(model, head)],
     )
+    # Of several names, peft passes over those that it does not find.
+    if missing := [name for name in targets if targets != ["all-linear"] and not has_layer(model, name)]:
+        raise ValueError(describe_missing_layers(missing, model, head))
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        kind, layers = model.config.model_type, adaptable_layers(model, head)
-        raise ValueError(
-            f"`--lora_target_modules` is {' '.join(targets)}, which names no layers of this {kind!r} model that can "
-            f"have adapters. It has {layers}. Pass some of these names."
-        ) from error
+        raise ValueError(describe_missing_layers(targets, model, head)) from error
+
+
+def has_layer(model: PreTrainedModel, name: str) -> bool:
+    return any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules())
+
+
+def describe_missing_layers(names: list[str], model: PreTrainedModel, head: list[str]) -> str:
+    return (
+        f"`--lora_target_modules` has {', '.join(names)}, but this {model.config.model_type!r} model has no layers of "
+        f"that name that can have adapters. It has {adaptable_layers(model, head)}. Pass some of these names."
+    )
 
 
 def batch_norms(model: PreTrainedModel, head: list[str]) -> list[str]:

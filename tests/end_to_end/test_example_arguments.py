@@ -502,11 +502,14 @@ def test_lora_on_fresh_weights(models, train_csv, tmp_path):
 
 
 def test_lora_on_layers_that_are_not_there(models, train_csv, tmp_path):
-    message = r"`--lora_target_modules` is qkv, .* 'bert' model .* Linear: dense, key, query, value\. Pass some"
-    with pytest.raises(ValueError, match=message):
-        run_text(models, tmp_path, "--use_lora", "--lora_target_modules", "qkv", train=train_csv)
+    message = r"`--lora_target_modules` has qkv, but this 'bert' model .* Linear: dense, key, query, value\. Pass some"
+    for names in (["qkv"], ["query", "qkv"]):
+        with pytest.raises(ValueError, match=message):
+            run_text(models, tmp_path, "--use_lora", "--lora_target_modules", *names, train=train_csv)
+    with pytest.raises(ValueError, match=r"has LayerNorm, but .* that can have adapters"):
+        run_text(models, tmp_path, "--use_lora", "--lora_target_modules", "LayerNorm", train=train_csv)
     folder = write_images(tmp_path / "train", 6)
-    message = r"`--lora_target_modules` is all-linear, .* 'resnet' model .* It has Conv2d: convolution\. Pass some"
+    message = r"`--lora_target_modules` has all-linear, .* 'resnet' model .* It has Conv2d: convolution\. Pass some"
     with pytest.raises(ValueError, match=message):
         run_image(models, tmp_path, "--use_lora", "--train_dir", folder)
 
