@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 import torch
 from classification.arguments import Arguments, FolderArguments
-from classification.data import TRAIN, check_columns, load_file
+from classification.data import FILE_NAME, FOLDER_CURE, TRAIN, cast_to_files, check_files, load_file, metadata_files
 from classification.training import ClassificationTask, run
 from datasets import Audio, Dataset, DatasetDict
 from scipy.signal import resample_poly
@@ -32,6 +32,10 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 
+DECODING_ERRORS = (OSError, RuntimeError)
+# Feature extractors look at windows of 25 ms, as the convolutions of Wav2Vec2 do. Of less, some make an error, others
+# no frame at all, or NaN.
+MIN_SECONDS = 0.025
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()}
 
 
@@ -59,17 +63,18 @@ class AudioClassification(ClassificationTask):
         return load_audio_folder(folder, cache_dir)
 
     def check(self, splits: DatasetDict, data: AudioArguments) -> DatasetDict:
-        check_columns(splits, "audio_column_name", data.audio_column_name)
         if data.max_length_seconds <= 0:
             raise ValueError(f"`--max_length_seconds` is {data.max_length_seconds}, but must be above 0.")
         # `datasets` decodes with torchcodec, which needs ffmpeg on the machine.
-        return splits.cast_column(data.audio_column_name, Audio(decode=False))
+        return cast_to_files(splits, data, "audio_column_name", data.audio_column_name, Audio(decode=False))
 
     def prepare(
         self, dataset: Dataset, split: str, processor: FeatureExtractionMixin, data: AudioArguments
     ) -> Dataset:
         rate = processor.sampling_rate
         max_length = round(data.max_length_seconds * rate)
+
+        check_files(dataset, split, data.audio_column_name, find_damage)
 
         def to_inputs(batch: dict[str, list]) -> dict[str, list]:
             waves = [decode(recording, rate) for recording in batch[data.audio_column_name]]
@@ -90,7 +95,8 @@ class AudioClassification(ClassificationTask):
 
 def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
     """
-    Reads a folder with one folder per class, or with a `metadata.csv` (`.jsonl`, `.parquet`) that has `file_name`.
+    Reads a folder with one folder per class, or with a `metadata.csv` (`.jsonl`, `.parquet`) that has `file_name`, or
+    with recordings that have no labels.
 
     That is the layout of `load_dataset("audiofolder")`, which needs torchcodec to read it.
 
@@ -98,36 +104,69 @@ def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
         OSError: If there are no recordings.
     """
     root = Path(folder)
-    for metadata in sorted(root.glob("metadata.*")):
+    for metadata in metadata_files(folder):
         rows = load_file(str(metadata), cache_dir)
-        paths = [str(root / name) for name in rows["file_name"][:]]
-        return rows.remove_columns("file_name").add_column("audio", paths)
-    files = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise FileNotFoundError(
-            f"There are no recordings in {folder}/CLASS/ and there is no {folder}/metadata.csv. Make one folder per "
-            "class, with the recordings in it."
+        column = next(column for column in rows.column_names if column.endswith(FILE_NAME))
+        paths = [str(root / name) for name in rows[column][:]]
+        return rows.remove_columns(column).add_column("audio", paths)
+    if files := recordings_in(root, "*/*"):
+        return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
+    if files := recordings_in(root, "*"):
+        return Dataset.from_dict({"audio": list(map(str, files))})
+    raise FileNotFoundError(f"There are no recordings in {folder}. {FOLDER_CURE}")
+
+
+def recordings_in(root: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
+
+
+def find_damage(recording: dict | None) -> str | None:
+    """What is wrong with a file, as far as its header tells."""
+    if recording is None or (recording["path"] is None and recording["bytes"] is None):
+        return "A recording is missing (None)"
+    if recording["bytes"] is None and not Path(recording["path"]).exists():
+        return f"{describe(recording)} is not there"
+    try:
+        info = soundfile.info(source_of(recording))
+    except DECODING_ERRORS as error:
+        return f"{describe(recording)} cannot be decoded ({error})"
+    return find_short(recording, info.frames, info.samplerate)
+
+
+def find_short(recording: dict, samples: int, rate: int) -> str | None:
+    if samples < MIN_SECONDS * rate:
+        return (
+            f"{describe(recording)} is too short ({samples} samples at {rate} per second, but {MIN_SECONDS} s are "
+            "needed, the window of speech models)"
         )
-    return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
+    return None
 
 
-def decode(recording: dict | None, rate: int) -> np.ndarray:
+def describe(recording: dict) -> str:
+    if recording["path"] is None:
+        return f"The recording without a file name ({len(recording['bytes'])} bytes)"
+    return f"The recording {recording['path']}"
+
+
+def source_of(recording: dict) -> str | io.BytesIO:
+    return recording["path"] if recording["bytes"] is None else io.BytesIO(recording["bytes"])
+
+
+def decode(recording: dict, rate: int) -> np.ndarray:
     """
     The mean of the channels, resampled to `rate` per second, as float32 of shape `[T]`.
 
     Raises:
-        ValueError: If it is no recording, damaged or empty; names the file.
+        ValueError: If it is no recording, damaged or too short; names the file.
     """
-    if recording is None:
-        raise ValueError("A recording is missing (None). Remove its row.")
-    name = recording["path"] or f"without a file name, {len(recording['bytes'] or b'')} bytes"
-    source = recording["path"] if recording["bytes"] is None else io.BytesIO(recording["bytes"])
     try:
-        samples, found_rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"The recording {name} cannot be decoded ({error}). Repair or remove it.") from error
-    if len(samples) == 0:
-        raise ValueError(f"The recording {name} is empty (0 samples). Remove it.")
+        samples, found_rate = soundfile.read(source_of(recording), dtype="float32", always_2d=True)
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{describe(recording)} cannot be decoded ({error}). Repair or remove it.") from error
+    if short := find_short(recording, len(samples), found_rate):
+        raise ValueError(f"{short}. Remove it, or pad it with silence.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{describe(recording)} has samples that are NaN or infinite. Repair or remove it.")
     wave = samples.mean(axis=1)
     if found_rate == rate:
         return wave

@@ -15,14 +15,16 @@ A model and images on this machine, one folder per class:
 On several GPUs put `accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml` in the place of `python`.
 """
 
+import io
 import math
 from dataclasses import dataclass, field
 
 import torch
 from classification.arguments import FolderArguments
-from classification.data import TRAIN, check_columns
+from classification.data import FOLDER_CURE, TRAIN, cast_to_files, check_files, raise_without_rows
 from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets.utils.file_utils import is_local_path
 from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
@@ -49,16 +51,20 @@ class ImageClassification(ClassificationTask):
     auto_processor = AutoImageProcessor
 
     def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
-        return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+        try:
+            return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+        except ValueError as error:
+            raise_without_rows(error, f"There are no images in {folder}. {FOLDER_CURE}")
 
     def check(self, splits: DatasetDict, data: ImageArguments) -> DatasetDict:
-        check_columns(splits, "image_column_name", data.image_column_name)
         if not 0 < data.min_crop_area <= 1:
             raise ValueError(f"`--min_crop_area` is {data.min_crop_area}, but must be in (0, 1].")
         # Decoded here rather than by `datasets`, whose error does not say which image it is.
-        return splits.cast_column(data.image_column_name, Image(decode=False))
+        return cast_to_files(splits, data, "image_column_name", data.image_column_name, Image(decode=False))
 
     def prepare(self, dataset: Dataset, split: str, processor: BaseImageProcessor, data: ImageArguments) -> Dataset:
+        check_files(dataset, split, data.image_column_name, find_damage)
+
         def to_inputs(batch: dict[str, list]) -> dict[str, list]:
             images = [decode(image) for image in batch[data.image_column_name]]
             if split == TRAIN:
@@ -69,6 +75,22 @@ class ImageClassification(ClassificationTask):
         return dataset.with_transform(to_inputs)
 
 
+DECODING_ERRORS = (OSError, ValueError, TypeError, SyntaxError, PILImage.DecompressionBombError)
+
+
+def find_damage(image: dict | None) -> str | None:
+    """What is wrong with a file, as far as its header and its check sums tell."""
+    if image is None or (image["path"] is None and image["bytes"] is None):
+        return describe(None)
+    if image["bytes"] is None and not is_local_path(image["path"]):
+        return None
+    try:
+        with PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
+            opened.verify()
+    except DECODING_ERRORS as error:
+        return f"{describe(image)} cannot be decoded ({error})"
+
+
 def decode(image: dict) -> PILImage.Image:
     """
     Raises:
@@ -76,9 +98,8 @@ def decode(image: dict) -> PILImage.Image:
     """
     try:
         return Image(mode="RGB").decode_example(image)
-    except (OSError, ValueError, TypeError, SyntaxError, PILImage.DecompressionBombError) as error:
-        name = describe(image)
-        raise ValueError(f"{name} cannot be decoded ({error}). Repair or remove it.") from error
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{describe(image)} cannot be decoded ({error}). Repair or remove it.") from error
 
 
 def describe(image: dict | None) -> str:

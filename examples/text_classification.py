@@ -17,7 +17,7 @@ On several GPUs put `accelerate launch --config_file examples/accelerate/multi_g
 from dataclasses import dataclass, field
 
 from classification.arguments import Arguments, DataArguments
-from classification.data import check_columns, shorten
+from classification.data import check_input_column, shorten
 from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class TextClassification(ClassificationTask):
         if len(data.text_column_names) > 2:
             raise ValueError(f"`--text_column_names` is {data.text_column_names}, but must be one column or two.")
         for column in data.text_column_names:
-            check_columns(splits, "text_column_names", column)
+            check_input_column(splits, data, "text_column_names", column)
             for split, dataset in splits.items():
                 check_texts(dataset, split, column)
         return splits
@@ -60,6 +60,12 @@ class TextClassification(ClassificationTask):
     ) -> Dataset:
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token
+        own_tokens = processor.num_special_tokens_to_add(pair=len(data.text_column_names) == 2)
+        if data.max_seq_length <= own_tokens:
+            raise ValueError(
+                f"`--max_seq_length` is {data.max_seq_length}, but must be at least {own_tokens + 1}: the tokenizer "
+                f"adds {own_tokens} tokens of its own to every text."
+            )
         max_length = min(data.max_seq_length, processor.model_max_length)
         padding = "max_length" if data.pad_to_max_length else False
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,23 @@ from lpg_hf.report import check_installed
 
 OUR_HEADING = "noisy and imbalanced labels (lpg_hf)"
 TRAINING_HEADING = "training (transformers.TrainingArguments)"
+ESSENTIAL_HEADING = "what to do"
+ESSENTIALS = (
+    "--output_dir",
+    "--do_train",
+    "--do_eval",
+    "--do_predict",
+    "--num_train_epochs",
+    "--learning_rate",
+    "--per_device_train_batch_size",
+)
+# Where transformers tells what its Trainer makes of an argument, not what a script does.
+OWN_HELP = {
+    "output_dir": "Required: folder for the model and all results.",
+    "do_train": "Whether to train, and to save the model.",
+    "do_eval": "Whether to evaluate on the validation data.",
+    "do_predict": "Whether to write predictions.csv for the test data.",
+}
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -64,6 +82,12 @@ class ModelArguments:
         metadata={"help": "Names of the layers that get adapters; `all-linear` for every linear layer but the head."},
     )
 
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ValueError(f"`--lora_r` is {self.lora_r}, but must be at least 1. Common ranks are 8 to 64.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`--lora_dropout` is {self.lora_dropout}, but must be in [0, 1): a share of the inputs.")
+
 
 @dataclass
 class DataArguments:
@@ -101,6 +125,12 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict so many rows."})
 
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` is {value}, but must be at least 1. Leave it out for all rows.")
+
 
 @dataclass
 class FolderArguments(DataArguments):
@@ -126,6 +156,18 @@ class StressArguments:
         default=1.0,
         metadata={"help": "Cut the training data to a long tail: size of the largest class over the smallest."},
     )
+
+    def __post_init__(self):
+        if not 0 <= self.label_noise < 1:
+            raise ValueError(
+                f"`--label_noise` is {self.label_noise}, but must be in [0, 1): 0.4 gives 40 % of the rows "
+                "a wrong label."
+            )
+        if not 1 <= self.imbalance_ratio < math.inf:
+            raise ValueError(
+                f"`--imbalance_ratio` is {self.imbalance_ratio}, but must be a finite number of at least 1: with 20 "
+                "the largest class has 20 times the rows of the smallest."
+            )
 
 
 @dataclass
@@ -186,7 +228,9 @@ class ArgumentParser(HfArgumentParser):
         self._headings = {f.name: TRAINING_HEADING if f.name in inherited else OUR_HEADING for f in fields(LPGConfig)}
         super().__init__(
             dataclasses,
-            usage="%(prog)s [CONFIG.yaml] [--argument VALUE ...]",
+            usage="%(prog)s [CONFIG.yaml] --output_dir FOLDER [--argument VALUE ...]",
+            # Else what is misspelled may be another argument's beginning, and a new argument make it ambiguous.
+            allow_abbrev=False,
             formatter_class=HelpFormatter,
             **kwargs,
         )
@@ -201,19 +245,23 @@ class ArgumentParser(HfArgumentParser):
         name = flags[0].removeprefix("--").removeprefix("no_")
         if name == "output_dir":
             settings = settings | {"required": True}
+        if name in OWN_HELP:
+            settings = settings | {"help": OWN_HELP[name]}
         if name in self._headings:
             return self.add_argument_group(self._headings[name]).add_argument(*flags, **settings)
         return super().add_argument(*flags, **settings)
 
     def format_short_help(self) -> str:
-        """Without the arguments of the Trainer, of which there are more than a hundred."""
+        """Of the arguments of the Trainer, which are more than a hundred, the few that every run needs."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
-        for heading, group in self._groups_by_heading.items():
+        sections = {ESSENTIAL_HEADING: [self._option_string_actions[name] for name in ESSENTIALS]}
+        sections |= {heading: group._group_actions for heading, group in self._groups_by_heading.items()}
+        for heading, actions in sections.items():
             if heading not in ("options", TRAINING_HEADING):
                 formatter.start_section(heading)
-                formatter.add_arguments(group._group_actions)
+                formatter.add_arguments(actions)
                 formatter.end_section()
         formatter.add_text("--help also lists the arguments of transformers.TrainingArguments.")
         return formatter.format_help()
@@ -254,7 +302,9 @@ def parse_arguments(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        similar = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=3)
+        names = parser._option_string_actions
+        longer = [name for name in names if name.startswith(unknown[0])]
+        similar = longer[:3] or difflib.get_close_matches(unknown[0], names, n=3)
         hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
         parser.error(f"unknown argument {unknown[0]}.{hint}")
     return *parsed[:-5], Arguments(*parsed[-5:])

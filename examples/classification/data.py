@@ -3,9 +3,13 @@
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
+from typing import NoReturn
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import Array2D, Array3D, Audio, ClassLabel, Dataset, DatasetDict, Image, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
 
 from lpg_hf.data import LABEL_COLUMNS, add_label_noise, class_counts, make_long_tailed
 from lpg_hf.loss import IGNORE_INDEX
@@ -17,25 +21,39 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILE_NAME = "file_name"
+FOLDER_CURE = (
+    "Make one folder per class, two at least, with the files in them; or a metadata.csv with the columns file_name "
+    "and label."
+)
 SHOWN = 5
 
 
 @contextmanager
-def explaining_what_is_missing(kind: str, name: str, argument: str, cure: str):
+def explaining_what_is_missing(kind: str, name: str, argument: str, cure: str, must_hold: str | None = None):
     """
-    Says what to do where a model or a data set can be found neither on this machine nor on the hub.
+    Says what to do where a model or a data set can be found neither on this machine nor on the hub, or where its
+    folder, which must hold something, does not.
 
     Raises:
         OSError: Instead of the one of the library that looked for it.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
         if Path(name).exists():
+            if must_hold is None:
+                raise
+            raise OSError(
+                f"`{argument}` is {name!r}, but no {kind} can be read from this folder, which must hold {must_hold} "
+                f"({reason})."
+            ) from error
+        if not isinstance(error, OSError):
             raise
         raise OSError(
             f"`{argument}` is {name!r}: there is no such folder here, and the {kind} could not be fetched from the "
-            f"hub ({str(error).partition(chr(10))[0]}). Check the name and the network. Without a network, {cure}"
+            f"hub ({reason}). Check the name and the network. Without a network, {cure}"
         ) from error
 
 
@@ -67,9 +85,28 @@ def load_splits(
         return load_named(data, model)
     if both := files.keys() & folders.keys():
         raise ValueError(f"Both a file and a folder were given for {', '.join(sorted(both))}: pass one of them.")
-    splits = {split: load_file(file, model.cache_dir) for split, file in files.items()}
-    splits |= {split: load_folder(folder, model.cache_dir) for split, folder in folders.items()}
-    return DatasetDict(splits)
+    splits = DatasetDict()
+    for split, file in files.items():
+        with naming(f"--{split}_file"):
+            splits[split] = load_file(file, model.cache_dir)
+    for split, folder in folders.items():
+        with naming(f"--{split}_dir"):
+            check_folder(folder)
+            splits[split] = load_folder(folder, model.cache_dir)
+            if split != TEST:
+                check_has_labels(splits[split], folder)
+    return splits
+
+
+@contextmanager
+def naming(argument: str):
+    """Begins the message of an error with the argument that led to it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`{argument}`: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"`{argument}`: {error}") from error
 
 
 def load_named(data: DataArguments, model: ModelArguments) -> DatasetDict:
@@ -87,10 +124,66 @@ def load_named(data: DataArguments, model: ModelArguments) -> DatasetDict:
 
 
 def load_file(pattern: str, cache_dir: str | None = None) -> Dataset:
+    """
+    Raises:
+        ValueError: If the type is unknown, or the file damaged or without rows.
+        FileNotFoundError: If there is none.
+    """
     suffix = Path(pattern).suffix.lower()
     if suffix not in LOADERS:
         raise ValueError(f"{pattern} ends with {suffix!r}, but files must be one of {', '.join(LOADERS)}.")
-    return load_dataset(LOADERS[suffix], data_files=pattern, split="train", cache_dir=cache_dir)
+    if empty := [path for path in glob(pattern, recursive=True) if Path(path).stat().st_size == 0]:
+        raise ValueError(f"{shorten(empty)} has 0 bytes. Write it anew, or leave it out.")
+    try:
+        return load_dataset(LOADERS[suffix], data_files=pattern, split="train", cache_dir=cache_dir)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no file {pattern}. Check the path.") from error
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"{pattern} cannot be read as {LOADERS[suffix]} ({error.__cause__ or error}). Correct the file."
+        ) from error
+    except ValueError as error:
+        raise_without_rows(error, f"{pattern} has no rows, only a line of column names. Add rows.")
+
+
+def raise_without_rows(error: ValueError, message: str) -> NoReturn:
+    """Instead of an error of `load_dataset` that there is no data; any other is raised as it is."""
+    if "corresponds to no data" not in str(error):
+        raise error
+    raise ValueError(message) from error
+
+
+def check_folder(folder: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: If it does not exist, or has no files.
+        ValueError: If its `metadata.csv` names none.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Check the path.")
+    if not any(path.is_file() for path in root.rglob("*")):
+        raise FileNotFoundError(f"There are no files in {folder}. {FOLDER_CURE}")
+    for metadata in metadata_files(folder):
+        columns = load_file(str(metadata)).column_names
+        if not any(column.endswith(FILE_NAME) for column in columns):
+            raise ValueError(
+                f"{metadata} has the columns {', '.join(columns)}, but needs {FILE_NAME}: the path of every file, "
+                "seen from this folder."
+            )
+
+
+def metadata_files(folder: str) -> list[Path]:
+    return sorted(path for path in Path(folder).glob("metadata.*") if path.suffix.lower() in LOADERS)
+
+
+def check_has_labels(dataset: Dataset, folder: str) -> None:
+    """
+    Raises:
+        ValueError: If the labels should be the names of folders, but these are not two at least.
+    """
+    if "label" not in dataset.column_names and not metadata_files(folder):
+        raise ValueError(f"The files in {folder} have no labels. {FOLDER_CURE}")
 
 
 def check_column(dataset: Dataset, split: str, argument: str, name: str) -> None:
@@ -105,9 +198,75 @@ def check_column(dataset: Dataset, split: str, argument: str, name: str) -> None
         )
 
 
-def check_columns(splits: DatasetDict, argument: str, name: str) -> None:
+def check_input_column(splits: DatasetDict, data: DataArguments, argument: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: If a split has no such column, or it holds the labels.
+    """
+    for label_argument in ("label_column_name", "eval_label_column_name"):
+        if getattr(data, label_argument) == name:
+            raise ValueError(
+                f"`--{argument}` and `--{label_argument}` are both {name!r}: a model that reads the labels has "
+                "nothing to learn. Pass another column as one of the two."
+            )
     for split, dataset in splits.items():
         check_column(dataset, split, argument, name)
+
+
+# Images and recordings
+
+
+def cast_to_files(
+    splits: DatasetDict, data: DataArguments, argument: str, column: str, feature: Image | Audio
+) -> DatasetDict:
+    """
+    The splits, with paths or bytes as rows of that column: `feature` decodes nothing.
+
+    Raises:
+        ValueError: If a split has no such column, or one of something else.
+    """
+    check_input_column(splits, data, argument, column)
+    files = DatasetDict()
+    for split, dataset in splits.items():
+        found = dataset.features[column]
+        is_pixels = isinstance(feature, Image) and isinstance(found, List | Array2D | Array3D)
+        if not (isinstance(found, type(feature)) or holds_files(found) or is_pixels):
+            raise ValueError(
+                f"`--{argument}` is {column!r}, but this column of the {split} data holds {found}. Pass a column of "
+                f"paths, of files as bytes, or of type {type(feature).__name__}."
+            )
+        if isinstance(found, Value) and "string" in found.dtype:
+            # CSV files come as large strings, which `Audio` does not take.
+            dataset = dataset.cast_column(column, Value("string"))
+        files[split] = dataset.cast_column(column, feature)
+    return files
+
+
+def holds_files(feature: object) -> bool:
+    """Whether it is paths, bytes, or both as `datasets` stores them."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} >= feature.keys()
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
+
+
+def check_files(dataset: Dataset, split: str, column: str, find_damage: Callable[[dict | None], str | None]) -> None:
+    """
+    Looks at all files before the training begins, which would meet a damaged one hours later.
+
+    Args:
+        dataset, split, column: Where the files are.
+        find_damage (`Callable`): What is wrong with a file, named; `None` if nothing. Should be quick.
+
+    Raises:
+        ValueError: If there are damaged ones; names the first.
+    """
+    damaged = [damage for file in dataset[column] if (damage := find_damage(file)) is not None]
+    if damaged:
+        more = f"; and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+        raise ValueError(
+            f"{len(damaged)} of {len(dataset)} files of the {split} data cannot be used: {'; '.join(damaged[:SHOWN])}"
+            f"{more}. Repair them, or remove their rows."
+        )
 
 
 # Labels
@@ -227,9 +386,21 @@ def choose_rows(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
             splits[split] = rows.select(range(limit))
     if TRAIN in splits and stress.imbalance_ratio != 1:
         splits[TRAIN] = make_long_tailed(splits[TRAIN], stress.imbalance_ratio, seed=seed)
+        check_imbalance(splits[TRAIN], stress.imbalance_ratio)
     if TRAIN in splits and stress.label_noise != 0:
         splits[TRAIN] = add_label_noise(splits[TRAIN], stress.label_noise, seed=seed)
     return splits
+
+
+def check_imbalance(train: Dataset, wanted: float) -> None:
+    counts = class_counts(train)
+    largest, smallest = max(counts), min(counts)
+    # A ratio that is no whole number is met to within half a row of the largest class.
+    if largest / smallest < wanted - 0.5:
+        logger.warning(
+            f"`--imbalance_ratio` is {wanted:g}, but there are too few training rows for it: {largest / smallest:g} "
+            f"was reached, with {largest} rows of the largest class and {smallest} of the smallest."
+        )
 
 
 def split_off_validation(train: Dataset, share: float, seed: int) -> dict[str, Dataset]:

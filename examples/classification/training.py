@@ -1,5 +1,6 @@
 """One run of an example: from its arguments to a trained, evaluated and saved model."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,17 +11,18 @@ import pandas as pd
 import transformers
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from lpg_hf import LPGTrainer
-from lpg_hf.checkpoint import last_whole_checkpoint
+from lpg_hf.checkpoint import is_whole, last_whole_checkpoint
 from lpg_hf.data import CLEAN_LABEL_COLUMN, class_counts
 from lpg_hf.metrics import make_compute_metrics
 
 from .arguments import Arguments, DataArguments, parse_arguments
 from .data import TEST, TRAIN, VALIDATION, choose_rows, encode_labels, load_splits
-from .model import add_lora, load_config, load_model, load_processor
+from .model import add_lora, check_head, load_config, load_model, load_processor, save_merged, with_merged_model
 
 
 logger = logging.getLogger(__name__)
@@ -78,9 +80,12 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
         ValueError, OSError: For arguments that fit neither each other nor data nor model.
     """
     args = arguments.training
+    check_what_to_do(arguments)
+    arguments.model = with_merged_model(arguments.model)
     # The first process writes what `datasets` keeps, the others find it.
     with args.main_process_first(desc="preparing the data"):
         config = load_config(arguments.model)
+        check_head(arguments.model, config, task.auto_model)
         processor = load_processor(arguments.model, task.auto_processor)
         splits = load_splits(arguments.data, arguments.model, task.load_folder)
         splits = task.check(needed_splits(splits, arguments), arguments.data)
@@ -95,14 +100,27 @@ def prepare(task: ClassificationTask, arguments: Arguments) -> Prepared:
     return Prepared(inputs, counts, processor, config)
 
 
+def check_what_to_do(arguments: Arguments) -> None:
+    """
+    Raises:
+        ValueError: If it is nothing, or a report of no training.
+    """
+    args = arguments.training
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
+    if arguments.report.report and not args.do_train:
+        raise ValueError(
+            "`--report` is about a training, but there is none: pass --do_train as well. With the --output_dir of a "
+            "finished training nothing is trained anew."
+        )
+
+
 def needed_splits(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
     """
     Raises:
-        ValueError: If one is not there, or there is nothing to do.
+        ValueError: If one is not there.
     """
     args, there = arguments.training, ", ".join(splits)
-    if not (args.do_train or args.do_eval or args.do_predict):
-        raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
     if args.do_train and TRAIN not in splits:
         raise ValueError(f"`--do_train` needs training data, but there is only: {there}. Pass --train_file.")
     if args.do_eval and TRAIN not in splits and VALIDATION not in splits:
@@ -130,10 +148,22 @@ def make_model(task: ClassificationTask, arguments: Arguments, prepared: Prepare
     return add_lora(model, arguments.model, task.peft_task_type) if arguments.model.use_lora else model
 
 
-def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs) -> LPGTrainer:
-    """An [`LPGTrainer`] on what was prepared; `kwargs` have the model or how to make it."""
+class ResumableTrainer(LPGTrainer):
+    """An [`LPGTrainer`] that takes no step more than asked for where the checkpoint has made them all."""
+
+    def _run_epoch(self, *args, **kwargs):
+        # The loop of transformers 5.23 looks whether it is done after a step alone, and so takes one where the
+        # training had ended within an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+
+def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs) -> ResumableTrainer:
+    """A trainer on what was prepared; `kwargs` have the model or how to make it."""
     arguments.training.remove_unused_columns &= not task.needs_all_columns
-    return LPGTrainer(
+    return ResumableTrainer(
         args=arguments.training,
         train_dataset=prepared.splits.get(TRAIN),
         eval_dataset=prepared.splits.get(VALIDATION),
@@ -155,8 +185,16 @@ def set_up_logging() -> None:
 def checkpoint_to_resume(arguments: Arguments) -> str | None:
     """What was asked for, else the newest whole checkpoint in the output folder, if there is one."""
     args = arguments.training
-    if args.resume_from_checkpoint is not None:
-        return args.resume_from_checkpoint
+    asked = args.resume_from_checkpoint
+    if str(asked).lower() == "true":
+        return last_whole_checkpoint(args.output_dir)
+    if asked is not None:
+        if not is_whole(asked):
+            raise ValueError(
+                f"`--resume_from_checkpoint` is {asked!r}, which is no checkpoint that was saved to its end. Pass "
+                f"another {PREFIX_CHECKPOINT_DIR}-NUMBER folder, or `true` for the newest whole one in --output_dir."
+            )
+        return asked
     if not any(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         return None
     try:
@@ -188,11 +226,7 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
 
     results = {}
     if args.do_train:
-        results |= trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments)).metrics
-        results["train_samples"] = len(trainer.train_dataset)
-        trainer.save_model()
-        trainer.save_state()
-        log_and_save(trainer, "train", results)
+        results |= train(trainer, checkpoint_to_resume(arguments))
     if args.do_eval:
         evaluation = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
         log_and_save(trainer, "eval", evaluation)
@@ -209,7 +243,43 @@ def run(task: ClassificationTask, description: str, argv: list[str] | None = Non
         card = {"finetuned_from": arguments.model.model_name_or_path, "tasks": task.name}
         card["dataset"] = arguments.data.dataset_name
         trainer.push_to_hub(**card) if args.push_to_hub else trainer.create_model_card(**card)
+        if arguments.model.use_lora and trainer.is_world_process_zero():
+            # Last, since the model has no adapters after it.
+            save_merged(trainer.model, prepared.processor, args.output_dir)
     return results
+
+
+def train(trainer: LPGTrainer, checkpoint: str | None) -> dict[str, float]:
+    """
+    Trains, saves the model, and returns the metrics of the training.
+
+    Those of a training that had come to its end before are kept: the loss and the speed of no steps say nothing.
+    """
+    earlier, first_step = read_train_results(trainer.args.output_dir), step_of(checkpoint)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    if trainer.state.global_step == first_step:
+        logger.info(f"The training was finished already: {checkpoint} is at step {first_step}, and none is left.")
+        if earlier.get("epoch") == metrics["epoch"]:
+            return earlier
+        # Killed after its last checkpoint, before it wrote them.
+        metrics = {"epoch": metrics["epoch"]}
+    metrics["train_samples"] = len(trainer.train_dataset)
+    trainer.save_state()
+    log_and_save(trainer, "train", metrics)
+    return metrics
+
+
+def read_train_results(folder: str) -> dict[str, float]:
+    path = Path(folder) / "train_results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def step_of(checkpoint: str | None) -> int | None:
+    """The optimizer steps that it has behind it."""
+    if checkpoint is None:
+        return None
+    return TrainerState.load_from_json(Path(checkpoint) / TRAINER_STATE_NAME).global_step
 
 
 def log_and_save(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:

@@ -29,6 +29,7 @@ from tiny import WAV2VEC2
 from transformers import (
     ASTFeatureExtractor,
     ASTForAudioClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
     GPT2Config,
@@ -254,6 +255,15 @@ def test_images_from_paths_in_a_csv(images, tmp_path):
     assert (results["train_samples"], results["eval_samples"]) == (27, 9)
 
 
+def test_images_as_lists_of_pixels(images, tmp_path):
+    paths = sorted((images / "train").glob("*/*.png"))
+    rows = [{"image": np.asarray(Image.open(path)).tolist(), "label": path.parent.name} for path in paths]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    argv = ["--model_name_or_path", images / "model", "--train_file", tmp_path / "train.parquet", *FAST]
+    results = image_classification.main(words(*argv, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "a"))
+    assert results["train_samples"] == TRAIN_ROWS
+
+
 def test_recordings_from_folders(tones, tmp_path):
     results = audio_classification.main(
         audio_arguments(tones, tmp_path, *DO, "--num_train_epochs", 20, "--learning_rate", 0.005)
@@ -268,6 +278,19 @@ def test_recordings_from_folders(tones, tmp_path):
         right.append(model.config.id2label[index] == path.parent.name)
     assert results["eval_accuracy"] == pytest.approx(np.mean(right))
     assert results["eval_loss"] < 0.9 * np.log(8), "eight classes, of which it has learned something"
+
+
+def test_recordings_from_paths_in_a_csv(tones, tmp_path):
+    rows = [{"audio": path, "label": path.parent.name} for path in sorted((tones / "train").glob("*/*.wav"))]
+    write_csv(tmp_path / "train.csv", rows)
+    argv = words(
+        *("--model_name_or_path", tones / "model", "--train_file", tmp_path / "train.csv", "--max_steps", 2),
+        *("--do_train", *FAST, "--output_dir"),
+    )
+    audio_classification.main([*argv, str(tmp_path / "a")])
+    audio_classification.main(audio_arguments(tones, tmp_path / "b", "--do_train", "--max_steps", 2))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_recordings_of_other_lengths_and_rates(tmp_path):
@@ -364,6 +387,40 @@ def test_lora_trains_adapters_and_head_and_reloads(texts, tmp_path):
     assert results["eval_accuracy"] > 0.5
 
 
+def test_lora_leaves_a_whole_model_with_its_classes(texts, tmp_path):
+    """From a model with a head for other classes, and without the names of these."""
+    text_model(tmp_path / "base", num_labels=5)
+    more = ["--model_name_or_path", tmp_path / "base", "--ignore_mismatched_sizes", "--use_lora"]
+    more += ["--do_predict", "--test_file", texts / "test.csv", "--num_train_epochs", 20]
+    text_classification.main(text_arguments(texts, tmp_path / "a", *DO, *more))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "merged")
+    assert model.config.label2id == {name: index for index, name in enumerate(NAMES)}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "merged")
+    predictions = (tmp_path / "a" / "predictions.csv").read_text()
+    assert predict_texts(model.eval(), tokenizer, text_rows(EVAL_ROWS, seed=2)) == (
+        pd.read_csv(tmp_path / "a" / "predictions.csv")["prediction"].tolist()
+    )
+    argv = ["--do_predict", "--test_file", texts / "test.csv", *QUIET, "--output_dir", tmp_path / "b"]
+    text_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+    assert (tmp_path / "b" / "predictions.csv").read_text() == predictions
+    (tmp_path / "a" / "merged").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"`--model_name_or_path` is .*LoRA adapters alone\. Pass the folder 'merged'"
+    ):
+        text_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+
+
+def test_lora_keeps_what_batch_normalization_has_seen(images, tmp_path):
+    """Statistics are no parameters; without them what was saved is another model than what was evaluated."""
+    more = ["--use_lora", "--lora_target_modules", "convolution", "--num_train_epochs", 6, "--save_strategy", "epoch"]
+    argv = image_arguments(images, tmp_path / "a", *DO, *more)
+    trained = image_classification.main(argv)
+    again = image_classification.main(argv)
+    argv = ["--validation_dir", images / "validation", "--do_eval", "--output_dir", tmp_path / "b", *QUIET]
+    merged = image_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+    assert again["eval_loss"] == trained["eval_loss"] == pytest.approx(merged["eval_loss"], rel=1e-4)
+
+
 def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplog):
     """With random crops and flips: the generator's state is part of the checkpoint. Three steps are an epoch."""
     argv = ["--do_train", "--max_steps", 9, "--save_strategy", "steps", "--save_steps", 3]
@@ -381,6 +438,41 @@ def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplo
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
         results = image_classification.main(image_arguments(images, tmp_path, *argv, "--do_eval"))
     assert results["epoch"] == 3 and results["eval_samples"] == EVAL_ROWS
+
+
+def test_a_finished_training_keeps_its_results(texts, tmp_path, caplog):
+    """Within an epoch, where the loop of transformers would take one step more."""
+    argv = text_arguments(texts, tmp_path, "--do_train", "--max_steps", 4)
+    argv += ["--save_strategy", "steps", "--save_steps", "2"]
+    first = text_classification.main(argv)
+    kept = {name: (tmp_path / name).read_bytes() for name in ("train_results.json", "model.safetensors")}
+    with caplog.at_level("INFO"):
+        assert text_classification.main(argv) == first
+    assert "finished already" in caplog.text and first["train_loss"] > 0
+    assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
+    # Without results, those of a shorter training are not mistaken for its own.
+    (tmp_path / "train_results.json").write_text(json.dumps(first | {"epoch": 0.5}))
+    assert text_classification.main(argv) == {"epoch": first["epoch"], "train_samples": TRAIN_ROWS}
+    more = [*argv, "--max_steps", "6"]
+    caplog.clear()
+    assert text_classification.main(more)["train_loss"] > 0 and "finished already" not in caplog.text
+
+
+@pytest.mark.parametrize("spelled", ["true", "True"])
+def test_resuming_when_asked_for(spelled, texts, tmp_path, caplog):
+    argv = text_arguments(texts, tmp_path, "--do_train", "--resume_from_checkpoint", spelled, "--max_steps", 2)
+    argv += ["--save_strategy", "steps", "--save_steps", "1"]
+    with pytest.raises(ValueError, match=r"no whole checkpoint in .* train without `resume_from_checkpoint`"):
+        text_classification.main(argv)
+    index = argv.index("--resume_from_checkpoint")
+    text_classification.main(argv[:index] + argv[index + 2 :])
+    with caplog.at_level("INFO"):
+        text_classification.main(argv)
+    assert f"finished already: {tmp_path / 'checkpoint-2'}" in caplog.text
+    argv[index + 1] = str(tmp_path / "checkpoint-3")
+    message = r"`--resume_from_checkpoint` is '.*checkpoint-3', which is no checkpoint .* or `true` for the newest"
+    with pytest.raises(ValueError, match=message):
+        text_classification.main(argv)
 
 
 @pytest.mark.parametrize(

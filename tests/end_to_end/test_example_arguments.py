@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset
-from example_data import image_model, text_model, text_rows, write_csv, write_images
+from example_data import audio_model, image_model, text_model, text_rows, write_csv, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -25,9 +26,10 @@ import hyperparameter_search  # noqa: E402
 import image_classification  # noqa: E402
 import make_tones  # noqa: E402
 import numpy as np  # noqa: E402
+import PIL.Image  # noqa: E402
 import soundfile  # noqa: E402
 import text_classification  # noqa: E402
-from classification.arguments import OUR_HEADING, TRAINING_HEADING, parse_arguments  # noqa: E402
+from classification.arguments import ESSENTIAL_HEADING, OUR_HEADING, TRAINING_HEADING, parse_arguments  # noqa: E402
 
 
 SCRIPTS = [text_classification, image_classification, audio_classification]
@@ -49,7 +51,11 @@ def _cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {"text": text_model(folder / "text"), "image": image_model(folder / "image")}
+    return {
+        "text": text_model(folder / "text"),
+        "image": image_model(folder / "image"),
+        "audio": audio_model(folder / "audio"),
+    }
 
 
 @pytest.fixture
@@ -67,7 +73,18 @@ def run_image(models, output_dir, *more):
     return image_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
 
 
+def run_audio(models, output_dir, *more):
+    base = ["--model_name_or_path", models["audio"], "--do_train", "--max_steps", 1, *QUIET]
+    return audio_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
+
+
 # Help and config files
+
+
+def test_the_readme_names_every_script():
+    table = (EXAMPLES / "README.md").read_text()
+    runs = [path for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()]
+    assert len(runs) > 10 and [path.name for path in runs if f"| `{path.name}` |" not in table] == []
 
 
 def sections(text):
@@ -88,8 +105,12 @@ def test_no_arguments_print_a_short_help(script, capsys):
     assert exit_.value.code == 2
     text = capsys.readouterr().out
     assert f"python examples/{script.__name__}.py --model_name_or_path" in text
-    assert list(sections(text)) == ["model", "data", OUR_HEADING]
-    assert "--learning_rate" not in text, "not the hundred arguments of the Trainer"
+    assert "--output_dir FOLDER" in text.splitlines()[0] and "Required" in text
+    found = sections(text)
+    assert list(found) == [ESSENTIAL_HEADING, "model", "data", OUR_HEADING]
+    assert found[ESSENTIAL_HEADING][:4] == ["--output_dir", "--do_train", "--do_eval", "--do_predict"]
+    assert "--learning_rate" in found[ESSENTIAL_HEADING]
+    assert "--weight_decay" not in text, "not the hundred arguments of the Trainer"
 
 
 @every_script
@@ -134,6 +155,10 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
     [
         (["--do_train"], "required: --output_dir"),
         (["--output_dir", "o", "--text_colum_name", "a"], "Did you mean --text_column_name"),
+        (
+            ["--output_dir", "o", "--model_name", "a"],
+            "unknown argument --model_name. Did you mean --model_name_or_path",
+        ),
         (["missing.yaml"], r"No such file .*missing\.yaml"),
     ],
 )
@@ -161,10 +186,18 @@ def test_config_files_that_are_none(content, capsys, tmp_path):
     [
         (["--text_column_names", "txt"], r"`--text_column_names` is 'txt', but the train data has the columns text, "),
         (["--label_column_name", "lab"], r"`--label_column_name` is 'lab', but the train data has the columns text, "),
-        (["--text_column_names", "label", "text", "x"], r"must be one column or two"),
+        (["--text_column_names", "text", "label", "x"], r"must be one column or two"),
         (["--dataset_name", "some/data"], r"'some/data' and local data as well"),
         (["--do_predict"], r"`--do_predict` needs test data, but there is only: train"),
         (["--validation_file", "a.xlsx"], r"ends with '\.xlsx'"),
+        (["--max_train_samples", 0], r"`--max_train_samples` is 0, but must be at least 1\. Leave it out"),
+        (["--max_eval_samples", -1], r"`--max_eval_samples` is -1, but must be at least 1"),
+        (["--max_seq_length", 0], r"`--max_seq_length` is 0, but must be at least 1: the tokenizer adds 0 tokens"),
+        (["--use_lora", "--lora_r", 0], r"`--lora_r` is 0, but must be at least 1"),
+        (["--use_lora", "--lora_dropout", 1], r"`--lora_dropout` is 1\.0, but must be in \[0, 1\)"),
+        (["--label_noise", 1.5], r"`--label_noise` is 1\.5, but must be in \[0, 1\)"),
+        (["--label_noise", "nan"], r"`--label_noise` is nan"),
+        (["--imbalance_ratio", 0.5], r"`--imbalance_ratio` is 0\.5, but must be a finite number of at least 1"),
         (["--do_eval", "--train_val_split", "2"], r"`--train_val_split` is 2\.0"),
     ],
 )
@@ -187,6 +220,19 @@ def test_nothing_to_do_and_nothing_to_read(models, train_csv, tmp_path):
         text_classification.main([*base, "--do_train"])
     with pytest.raises(ValueError, match=r"or --train_dir and --validation_dir"):
         run_image(models, tmp_path)
+
+
+def test_a_report_of_no_training(models, train_csv, tmp_path):
+    argv = ["--model_name_or_path", models["text"], "--validation_file", train_csv, "--do_eval", "--report", *QUIET]
+    with pytest.raises(ValueError, match=r"`--report` is about a training, but there is none: pass --do_train"):
+        text_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+
+
+def test_a_tail_longer_than_the_data(models, train_csv, tmp_path, caplog):
+    run_text(models, tmp_path, "--imbalance_ratio", 2, train=train_csv)
+    assert "--imbalance_ratio" not in caplog.text
+    run_text(models, tmp_path, "--imbalance_ratio", 100, train=train_csv)
+    assert "`--imbalance_ratio` is 100, but there are too few training rows for it: 4 was reached" in caplog.text
 
 
 def test_label_names_that_differ(models, train_csv, tmp_path):
@@ -253,31 +299,193 @@ def test_texts_that_are_numbers(models, tmp_path):
         run_text(models, tmp_path, train=path)
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated"])
-def test_images_that_do_not_decode(damage, models, tmp_path):
+def test_recordings_and_images_that_are_numbers(models, tmp_path):
+    path = write_csv(tmp_path / "train.csv", [{"count": row, "label": row % 2} for row in range(6)])
+    with pytest.raises(
+        ValueError, match=r"`--audio_column_name` is 'count', .* Value\('int64'\)\. Pass a column of paths"
+    ):
+        run_audio(models, tmp_path, "--train_file", path, "--audio_column_name", "count")
+    with pytest.raises(
+        ValueError, match=r"`--image_column_name` is 'count', .* Value\('int64'\)\. Pass a column of paths"
+    ):
+        run_image(models, tmp_path, "--train_file", path, "--image_column_name", "count")
+
+
+def test_labels_as_inputs(models, train_csv, tmp_path):
+    with pytest.raises(ValueError, match=r"`--text_column_names` and `--label_column_name` are both 'label': a model"):
+        run_text(models, tmp_path, "--text_column_names", "label", train=train_csv)
+    for kind, run in (("image", run_image), ("audio", run_audio)):
+        with pytest.raises(ValueError, match=rf"`--{kind}_column_name` and `--label_column_name` are both 'label'"):
+            run(models, tmp_path, "--train_file", train_csv, f"--{kind}_column_name", "label")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"`--validation_file`: There is no file .*rows\.csv\. Check the path"),
+        ("", r"`--validation_file`: .*rows\.csv has 0 bytes"),
+        ("text,label\n", r"`--validation_file`: .*rows\.csv has no rows, only a line of column names"),
+        ('text,label\na,"b\n', r"`--validation_file`: .*rows\.csv cannot be read as csv \(.*EOF.*\)"),
+    ],
+)
+def test_files_without_rows(content, message, models, train_csv, tmp_path):
+    path = tmp_path / "rows.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_text(models, tmp_path, "--validation_file", path, "--do_eval", train=train_csv)
+
+
+@pytest.mark.parametrize(("kind", "run"), [("images", run_image), ("recordings", run_audio)])
+def test_folders_without_classes(kind, run, models, tmp_path):
+    folder = tmp_path / "train"
+    with pytest.raises(FileNotFoundError, match=r"`--train_dir`: There is no folder .*train\. Check the path"):
+        run(models, tmp_path, "--train_dir", folder)
+    (folder / "a").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"`--train_dir`: There are no files in .*train\. Make one folder per"):
+        run(models, tmp_path, "--train_dir", folder)
+    (folder / "a" / "notes.txt").touch()
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=rf"`--train_dir`: There are no {kind} in .*train.* Make"
+    ):
+        run(models, tmp_path, "--train_dir", folder)
+    (folder / "metadata.csv").write_text("name,label\na.png,x\n")
+    with pytest.raises(
+        ValueError, match=r"`--train_dir`: .*metadata\.csv has the columns name, label, but needs file_na"
+    ):
+        run(models, tmp_path, "--train_dir", folder)
+
+
+def test_images_in_one_folder(models, tmp_path):
     folder = write_images(tmp_path / "train", 6)
-    victim = sorted(folder.glob("*/*.png"))[2]
-    victim.write_bytes(b"no image" if damage == "text" else victim.read_bytes()[:60])
-    with pytest.raises(ValueError, match=rf"The image .*{victim.name}.* cannot be decoded"):
+    for path in folder.glob("*/*.png"):
+        path.rename(folder / path.name)
+    with pytest.raises(
+        ValueError, match=r"`--train_dir`: The files in .*train have no labels\. Make one folder per class"
+    ):
         run_image(models, tmp_path, "--train_dir", folder)
 
 
-def test_recordings_that_do_not_decode(tmp_path):
-    (tmp_path / "a.wav").write_bytes(b"no recording")
-    with pytest.raises(ValueError, match=r"The recording .*a\.wav cannot be decoded"):
-        audio_classification.decode({"path": str(tmp_path / "a.wav"), "bytes": None}, 16_000)
-    soundfile.write(tmp_path / "b.wav", np.zeros(0), 8_000)
-    with pytest.raises(ValueError, match=r"The recording .*b\.wav is empty"):
-        audio_classification.decode({"path": str(tmp_path / "b.wav"), "bytes": None}, 16_000)
-    with pytest.raises(ValueError, match=r"missing"):
-        audio_classification.decode(None, 16_000)
-    with pytest.raises(OSError, match=r"one folder per class"):
-        audio_classification.load_audio_folder(str(tmp_path))
+def test_recordings_in_one_folder(models, tmp_path):
+    """Enough to predict them."""
+    (tmp_path / "flat").mkdir()
+    for row in range(3):
+        soundfile.write(tmp_path / "flat" / f"{row}.wav", np.zeros(4_000), 16_000)
+    with pytest.raises(
+        ValueError, match=r"`--train_dir`: The files in .*flat have no labels\. Make one folder per class"
+    ):
+        run_audio(models, tmp_path, "--train_dir", tmp_path / "flat")
+    argv = ["--model_name_or_path", models["audio"], "--test_dir", tmp_path / "flat", "--do_predict", *QUIET]
+    audio_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated"])
+def test_images_that_do_not_decode(damage, models, tmp_path):
+    """Those of the validation data are found before the training."""
+    folder = write_images(tmp_path / "validation", 9)
+    victims = sorted(folder.glob("*/*.png"))[2:8]
+    for victim in victims:
+        victim.write_bytes(b"no image" if damage == "text" else victim.read_bytes()[:60])
+    more = ["--train_dir", write_images(tmp_path / "train", 9), "--validation_dir", folder, "--do_eval"]
+    message = r"^6 of 9 files of the validation data cannot be used: The image .*; and 1 more\. Repair them, or"
+    with pytest.raises(ValueError, match=message) as error:
+        run_image(models, tmp_path, *more)
+    assert sum(f"{victim} cannot be decoded" in str(error.value) for victim in victims) == 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_missing(models, tmp_path):
+    rows = [{"image": path, "label": path.parent.name} for path in write_images(tmp_path / "a", 6).glob("*/*.png")]
+    path = write_csv(tmp_path / "train.csv", [*rows, {"image": "gone.png", "label": "red"}, {"label": "red"}])
+    with pytest.raises(
+        ValueError, match=r"2 of 8 files .*gone\.png cannot be decoded \(.*No such file.*; A missing image"
+    ):
+        run_image(models, tmp_path, "--train_file", path)
+
+
+def test_an_image_that_is_damaged_behind_its_header(tmp_path):
+    PIL.Image.effect_noise((64, 64), 50).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"The image .*a\.jpg cannot be decoded \(.*truncated"):
+        image_classification.decode({"path": str(tmp_path / "a.jpg"), "bytes": None})
+
+
+def test_recordings_that_do_not_decode(models, tmp_path):
+    for folder in ("train", "validation"):
+        for row in range(4):
+            path = tmp_path / folder / "ab"[row % 2] / f"{row}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.zeros(4_000), 16_000)
+    (tmp_path / "validation" / "a" / "0.wav").write_bytes(b"no recording")
+    soundfile.write(tmp_path / "validation" / "a" / "2.wav", np.zeros(10), 8_000)
+    message = (
+        r"^2 of 4 files of the validation data cannot be used: The recording .*0\.wav cannot be decoded \(.*"
+        r"The recording .*2\.wav is too short \(10 samples at 8000 per second, but 0\.025 s are needed"
+    )
+    more = ["--train_dir", tmp_path / "train", "--validation_dir", tmp_path / "validation", "--do_eval"]
+    with pytest.raises(ValueError, match=message):
+        run_audio(models, tmp_path, *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_what_is_wrong_with_a_recording(is_file, tmp_path):
+    def write(samples):
+        path = tmp_path / "a.wav"
+        soundfile.write(path, samples, 16_000, subtype="FLOAT")
+        return {"path": str(path), "bytes": None} if is_file else {"path": None, "bytes": path.read_bytes()}
+
+    name = r"The recording .*a\.wav" if is_file else r"The recording without a file name \(\d+ bytes\)"
+    for samples in (0, 10, 399):
+        recording = write(np.zeros(samples))
+        assert re.match(rf"{name} is too short \({samples} samples", audio_classification.find_damage(recording))
+        with pytest.raises(ValueError, match=rf"{name} is too short \({samples} samples .*pad it with silence"):
+            audio_classification.decode(recording, 16_000)
+    assert audio_classification.find_damage(write(np.zeros(400))) is None
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=rf"{name} has samples that are NaN or infinite"):
+            audio_classification.decode(write(np.where(np.arange(800) == 7, value, 0.0)), 16_000)
+    gone = {"path": str(tmp_path / "b.wav"), "bytes": None}
+    assert audio_classification.find_damage(gone) == f"The recording {tmp_path}/b.wav is not there"
+    assert "missing" in audio_classification.find_damage(None)
 
 
 def test_a_model_without_such_a_head(models, train_csv, tmp_path):
-    with pytest.raises(ValueError, match=r"is a 'resnet' model .*no classification head .*bert"):
-        run_text(models, tmp_path, "--processor_name", models["text"], train=train_csv, model="image")
+    with pytest.raises(
+        ValueError, match=r"`--model_name_or_path` is .*, a 'resnet' model .*no classification head .*bert"
+    ):
+        run_text(models, tmp_path, train=train_csv, model="image")
+    for run in (run_image, run_audio):
+        with pytest.raises(ValueError, match=r"`--model_name_or_path` is .*, a 'bert' model .*no classification head"):
+            run({"image": models["text"], "audio": models["text"]}, tmp_path, "--train_file", train_csv)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("config.json", r"no config can be read .* must hold a config\.json"),
+        (
+            "tokenizer*.json",
+            r"no processor can be read .* must hold tokenizer\.json and tokenizer_config\.json .*no words",
+        ),
+        ("model.safetensors", r"no model can be read .* must hold model\.safetensors"),
+    ],
+)
+def test_a_folder_without_some_of_a_model(removed, message, train_csv, tmp_path):
+    folder = text_model(tmp_path / "model")
+    for path in folder.glob(removed):
+        path.unlink()
+    with pytest.raises(OSError, match=rf"`--model_name_or_path` is '{folder}', but {message}"):
+        run_text({"text": folder}, tmp_path, train=train_csv)
+
+
+def test_images_and_recordings_need_a_preprocessor(models, train_csv, tmp_path):
+    for kind, run in (("image", run_image), ("audio", run_audio)):
+        folder = Path(shutil.copytree(models[kind], tmp_path / kind))
+        (folder / "preprocessor_config.json").unlink()
+        with pytest.raises(OSError, match=r"no processor can be read .* must hold preprocessor_config\.json"):
+            run({kind: folder}, tmp_path, "--train_file", train_csv)
 
 
 def test_a_head_for_other_classes(models, tmp_path):
@@ -291,6 +499,19 @@ def test_lora_on_fresh_weights(models, train_csv, tmp_path):
     argv = ["--config_name", models["text"], "--train_file", train_csv, "--do_train", "--use_lora", *QUIET]
     with pytest.raises(ValueError, match=r"`--use_lora` adapts a pretrained model"):
         text_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+
+
+def test_lora_on_layers_that_are_not_there(models, train_csv, tmp_path):
+    message = r"`--lora_target_modules` has qkv, but this 'bert' model .* Linear: dense, key, query, value\. Pass some"
+    for names in (["qkv"], ["query", "qkv"]):
+        with pytest.raises(ValueError, match=message):
+            run_text(models, tmp_path, "--use_lora", "--lora_target_modules", *names, train=train_csv)
+    with pytest.raises(ValueError, match=r"has LayerNorm, but .* that can have adapters"):
+        run_text(models, tmp_path, "--use_lora", "--lora_target_modules", "LayerNorm", train=train_csv)
+    folder = write_images(tmp_path / "train", 6)
+    message = r"`--lora_target_modules` has all-linear, .* 'resnet' model .* It has Conv2d: convolution\. Pass some"
+    with pytest.raises(ValueError, match=message):
+        run_image(models, tmp_path, "--use_lora", "--train_dir", folder)
 
 
 @pytest.fixture
