@@ -250,13 +250,19 @@ def logit_adjustment_delta(
     tau: float | Tensor = 1.0,
     base_gradient: Tensor | None = None,
     own_log_probability: Tensor | None = None,
+    weight_share: float | Tensor = 0.0,
 ) -> Tensor:
     r"""
     Logit adjustment, `softmax(z + tau log pi) - softmax(z)`: the tail pulls harder, the head less.
 
-    Source: Menon et al., Long-tail learning via logit adjustment (ICLR 2021); at `tau = 1` the balanced softmax of
-    Ren et al. (NeurIPS 2020). A class without samples is given the prior of the rarest class that has some (ours: a
-    prior of zero would stop the model from ever learning to leave that class out).
+    With a `weight_share` a of `tau` given to weights, `w_y (softmax(z + (1 - a) tau log pi) - onehot(y)) - g` with
+    `w_c` proportional to `pi_c^(-a tau)` and 1 on average: whatever a is, the expected gradient is zero at the same
+    logits, `log p(y|x) - tau log pi_y`.
+
+    Source: Menon et al., Long-tail learning via logit adjustment (ICLR 2021), who also show what pairs of offsets and
+    weights are consistent; at `tau = 1` the balanced softmax of Ren et al. (NeurIPS 2020). A class without samples is
+    given the prior of the rarest class that has some (ours: a prior of zero would stop the model from ever learning to
+    leave that class out).
 
     Args:
         logits (`torch.Tensor` of shape `[N, C]`): The model's own logits.
@@ -266,6 +272,8 @@ def logit_adjustment_delta(
         base_gradient (`torch.Tensor` of shape `[N, C]`, *optional*):
             The [`logit_gradient`] of the same logits and labels, where it is known already.
         own_log_probability (`torch.Tensor` of shape `[N]`, *optional*): `log p_{i,y}`, where it is known already.
+        weight_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
+            Share of `tau` that weights take over from the offsets, in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero. Where a class is rarer than the largest by more
@@ -274,13 +282,18 @@ def logit_adjustment_delta(
     base = logit_gradient(logits, labels) if base_gradient is None else base_gradient
     log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
     smallest = torch.where(prior > 0, prior, torch.inf).min()
-    # Relative to the largest class; the bound keeps the sums below from underflow.
-    weights = (prior.clamp(min=smallest) / prior.max()).to(base).pow(tau).clamp(min=1e-30)
+    relative = (prior.clamp(min=smallest) / prior.max()).to(base)
+    # The bound keeps the sums below from underflow.
+    factors = relative.pow(tau * (1 - weight_share)).clamp(min=1e-30)
+    weights = relative.pow(-tau * weight_share)
+    weights = weights * (prior.sum() / (weights * prior).sum())
     # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
-    adjusted = base.scatter(-1, labels.clamp(min=0)[:, None], log_p.exp()[:, None])
+    classes = labels.clamp(min=0)
+    adjusted = base.scatter(-1, classes[:, None], log_p.exp()[:, None])
     # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
-    total = adjusted.sum(-1, keepdim=True)
-    adjusted.mul_(weights).mul_(total / adjusted.sum(-1, keepdim=True))
+    scale = weights[classes] * adjusted.sum(-1)
+    adjusted.mul_(factors)
+    adjusted.mul_((scale / adjusted.sum(-1))[:, None])
     return balance_label_entry_(adjusted.sub_(base), labels)
 
 

@@ -138,12 +138,19 @@ def clip_delta(gradient, max_norm):
     return delta
 
 
-def logit_adjustment_delta(logits, labels, prior, tau=1.0):
-    """`softmax(z + tau log pi) - softmax(z)`; an absent class has the smallest prior of the classes present."""
+def logit_adjustment_delta(logits, labels, prior, tau=1.0, weight_share=0.0):
+    """
+    `w_y (softmax(z + (1 - a) tau log pi) - onehot(y)) - g` for a weight share a, weights of mean 1 over the samples;
+    an absent class has the smallest prior of the classes present.
+    """
     smallest = min(share for share in prior if share > 0)
-    offset = [tau * math.log(share if share > 0 else smallest) for share in prior]
+    filled = [share if share > 0 else smallest for share in prior]
+    offset = [(1 - weight_share) * tau * math.log(share) for share in filled]
+    weights = [share ** (-weight_share * tau) for share in filled]
+    mean = sum(weight * share for weight, share in zip(weights, prior, strict=True))
     adjusted = np.array([[z + shift for z, shift in zip(row, offset, strict=True)] for row in logits])
-    return logit_gradient(adjusted, labels) - logit_gradient(np.asarray(logits), labels)
+    weight = np.array([[weights[label] / mean if label >= 0 else 0.0] for label in labels])
+    return weight * logit_gradient(adjusted, labels) - logit_gradient(np.asarray(logits), labels)
 
 
 class RunningStatistics:

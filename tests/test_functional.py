@@ -651,14 +651,31 @@ def priors(num_classes, absent=()):
     batch=batches(),
     tau=st.sampled_from([0.0, 0.5, 1.0, 2.5]),
     absent=st.sampled_from([(), (0,), (1,)]),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
 )
-def test_logit_adjustment_delta_equals_the_reference(batch, tau, absent):
+def test_logit_adjustment_delta_equals_the_reference(batch, tau, absent, share):
     prior = priors(batch.num_classes, absent)
-    delta = logit_adjustment_delta(batch.logits, batch.labels, prior, tau)
-    expected = reference.logit_adjustment_delta(batch.logits.numpy(), batch.labels.tolist(), prior.tolist(), tau)
-    assert_equal(delta, expected, 1e-12)
-    assert_equal(delta.sum(-1), torch.zeros(len(delta)), 1e-12)
-    assert torch.equal(logit_adjustment_delta(batch.logits, batch.labels, prior, torch.tensor(tau)), delta)
+    delta = logit_adjustment_delta(batch.logits, batch.labels, prior, tau, weight_share=share)
+    expected = reference.logit_adjustment_delta(
+        batch.logits.numpy(), batch.labels.tolist(), prior.tolist(), tau, share
+    )
+    assert_rows_close(delta, expected, 1e-11)
+    assert_equal(delta.sum(-1), torch.zeros(len(delta)), 1e-11)
+    tensors = torch.tensor(tau), torch.tensor(share)
+    as_tensors = logit_adjustment_delta(batch.logits, batch.labels, prior, tensors[0], weight_share=tensors[1])
+    assert_rows_close(as_tensors, expected, 1e-6)
+
+
+@given(share=st.floats(0, 1), tau=st.floats(0, 2), seed=st.integers(0, 1000))
+def test_no_share_of_weights_moves_the_logits_that_logit_adjustment_leads_to(share, tau, seed):
+    """At `log p(y|x) - tau log pi_y` the expected gradient is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    posterior = torch.rand(5, dtype=torch.float64, generator=generator).add(0.05)
+    posterior, prior = posterior / posterior.sum(), priors(5)
+    logits = (posterior.log() - tau * prior.log()).expand(5, 5)
+    labels = torch.arange(5)
+    delta = logit_adjustment_delta(logits, labels, prior, tau, weight_share=share)
+    assert_equal(posterior @ (logit_gradient(logits, labels) + delta), torch.zeros(5), 1e-11)
 
 
 @few_examples

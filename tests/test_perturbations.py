@@ -285,6 +285,25 @@ def test_logit_adjustment_acts_only_above_min_imbalance_over_the_classes_present
     assert (delta != 0).any() == acts
 
 
+@pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT])
+@pytest.mark.parametrize(
+    ("level", "learned", "share"), [(0.05, (0.1, 0.5), 1.0), (0.2, (0.1, 0.5), 0.75), (0.6, (0.1, 0.5), 0.0)]
+)
+def test_weights_give_way_as_the_classes_present_are_learned(counts, level, learned, share):
+    statistics = make_statistics(counts)
+    present = torch.tensor(counts) > 0
+    spread = torch.linspace(-0.04, 0.04, int(present.sum()), dtype=torch.float64)
+    # What is said of classes without rows does not count.
+    statistics.own_probability[:] = 0.9
+    statistics.own_probability[present] = level + spread
+    method = LogitAdjustment(0.8, learned=learned)
+    assert float(method.weight_share(statistics)) == pytest.approx(share, abs=1e-12)
+    delta, _, logits, labels = run(method, statistics)
+    prior = [count / sum(counts) for count in counts]
+    expected = reference.logit_adjustment_delta(logits.numpy(), labels.tolist(), prior, 0.8, share)
+    assert_equal(delta, expected, 1e-11)
+
+
 def test_logit_adjustment_waits_for_a_running_prior_to_be_ready():
     statistics = make_statistics()
     statistics.prior_is_ready = False
@@ -322,7 +341,7 @@ EXAMPLES = [
         sync=True,
     ),
     ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5), decided=(0.0, 0.4)),
-    LogitAdjustment(tau=0.5, min_imbalance=3.0),
+    LogitAdjustment(tau=0.5, min_imbalance=3.0, learned=(0.1, 0.9)),
     LogitClipping(max_norm=0.7),
     LPL("fixed", 0.5, steps=3, warmup_steps=2, signs=[1, 0, -1, 1, -1], bounds=[0.1, 0.2, 0.3, 0.4, 0.5]),
     LogitNoise(sigma=0.3, seed=4),
@@ -453,7 +472,7 @@ BALANCED_CHAIN = [
     "label_smoothing(alpha=0.05, target='prior')",
     "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18))",
 ]
-IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0)", *BALANCED_CHAIN]
+IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))", *BALANCED_CHAIN]
 
 
 @pytest.mark.parametrize(
@@ -590,7 +609,7 @@ def test_nothing_in_a_string_is_evaluated(text, tmp_path):
             "lpg(nope=1)",
             r"Cannot build the perturbation 'lpg\(nope=1\)': .*'nope'. Its arguments: strategy, epsilon,",
         ),
-        ("logit_adjustment(1, 2, 3)", r"Cannot build the perturbation 'logit_adjustment\(1, 2, 3\)': .*positional"),
+        ("logit_adjustment(1, 2, (0.1, 0.2), 4)", r"Cannot build the perturbation 'logit_adjustment.*positional"),
         ("lpg('frequency', strategy='fixed')", r"Cannot build the perturbation .*multiple values .*'strategy'"),
         ("lpg(epsilon='large')", r"Cannot build the perturbation \"lpg\(epsilon='large'\)\": .*'str'"),
         ("lpg(epsilon=-1)", r"`epsilon` must be at least 0; found -1"),
@@ -654,6 +673,7 @@ def test_arguments_that_are_not_the_methods_are_refused(text, message):
         (ClassRelativeDampening, {"contradicted": (0.1,)}, r"`contradicted` must be two increasing .*found \(0.1,\)"),
         (LogitAdjustment, {"tau": -0.5}, r"`tau` must be from 0 to 4; found -0.5"),
         (LogitAdjustment, {"tau": 6.0}, r"`tau` must be from 0 to 4; found 6.0"),
+        (LogitAdjustment, {"learned": (0.3, 0.3)}, r"`learned` must be two increasing .*found \(0.3, 0.3\)"),
         (LogitAdjustment, {"min_imbalance": 0.9}, r"`min_imbalance` must be at least 1; found 0.9"),
         (LogitClipping, {"max_norm": 0.0}, r"`max_norm` must be positive; found 0.0"),
         (LogitClipping, {"max_norm": -1.0}, r"`max_norm` must be positive; found -1.0"),

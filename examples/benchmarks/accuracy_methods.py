@@ -100,7 +100,7 @@ def _plug_in(base: str, label: str, call: str, edit: Edit | None = None) -> Meth
 
 
 # What corrects the imbalance itself takes the place of the adjustment of `auto`.
-_OWN_ADJUSTMENT = "logit_adjustment(min_imbalance=2.0)"
+_OWN_ADJUSTMENT = "logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))"
 
 
 def _without_own_adjustment(chain: list[Perturbation]) -> list[Perturbation]:
@@ -205,6 +205,12 @@ def _lpg_step(name: str, label: str, call: str) -> Method:
 
 _ABLATION = (
     _variant("auto-adjustment", "without logit adjustment", without("logit_adjustment")),
+    _variant("auto-weights", "without weights at first", with_arguments("logit_adjustment", learned=None)),
+    *(
+        _variant(f"weights={low}..{high}", f"weights until learned = {low} to {high}", edit)
+        for low, high in ((0.0, 0.2), (0.05, 0.3), (0.2, 0.5))
+        for edit in [with_arguments("logit_adjustment", learned=(low, high))]
+    ),
     _variant("auto-dampening", "without dampening", without(_AUTO_DAMPENING)),
     _variant("auto-smoothing", "without smoothing", without("label_smoothing")),
     # The narrowest interval opens the gate at once.

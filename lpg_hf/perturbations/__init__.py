@@ -185,7 +185,7 @@ def _auto_chain(class_counts: Sequence[int] | None) -> list[Perturbation]:
     While the counts are unknown the adjustment stays in the chain and looks at the running prior itself.
     """
     chain: list[Perturbation] = [
-        LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE),
+        LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE, learned=(0.05, 0.2)),
         LabelSmoothing(alpha=0.05, target="prior"),
         ClassRelativeDampening(8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18)),
     ]

@@ -193,5 +193,10 @@ def check_count(argument: str, value: int) -> None:
     check(isinstance(value, Integral), argument, value, "a whole number")
 
 
+def check_interval(argument: str, value: tuple[float, float]) -> None:
+    is_one = len(value) == 2 and 0 <= value[0] < value[1] <= 1
+    check(is_one, argument, value, "two increasing numbers in [0, 1]")
+
+
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     check(value in choices, argument, value, f"one of {', '.join(map(repr, choices))}")

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..functional import ramp, relative_dampening_weight
 from ..statistics import ClassStatistics
-from .base import Rescaling, check, check_not_negative
+from .base import Rescaling, check_interval, check_not_negative
 
 
 class ClassRelativeDampening(Rescaling):
@@ -59,12 +59,7 @@ class ClassRelativeDampening(Rescaling):
         if decided is not None:
             intervals["decided"] = decided
         for argument, interval in intervals.items():
-            check(
-                len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
-                argument,
-                interval,
-                "two increasing numbers in [0, 1]",
-            )
+            check_interval(argument, interval)
         self.power = power
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
