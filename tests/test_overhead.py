@@ -201,7 +201,7 @@ BALANCED = [5] * C
     ("chain", "counts", "operations", "passes", "matrices"),
     [
         ("auto", BALANCED, 120, 17, 4),
-        ("auto", COUNTS, 180, 30, 5),
+        ("auto", COUNTS, 181, 30, 5),
         ("lpg", COUNTS, 138, 20, 6),
         ("logit_clipping", COUNTS, 80, 13, 3),
         ("focal_loss", COUNTS, 94, 12, 3),
