@@ -5,7 +5,7 @@ The report of a training on noisy, long-tailed digits: which labels are wrong, w
 
 The picture in the README is its page in a headless browser:
 
-    chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1582 \
+    chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1602 \
         --screenshot=report.png report-output/report/report.html
 """
 
