@@ -286,8 +286,8 @@ def plug_in_table(scored: pd.DataFrame) -> str:
             ]
         )
     note = (
-        "The chain of `auto` behind the loss's own perturbation, against the loss alone, both with the usual value. "
-        "Behind what corrects the imbalance itself, `auto` leaves its own adjustment out."
+        "The chain of `auto` with the loss's own perturbation, against the loss alone, both with the usual value. "
+        "Beside what corrects the imbalance itself, `auto` leaves its own adjustment out."
     )
     header = ["loss", *regimes, "all cells", "cells won", "worst cell"]
     return f"## auto on top of a loss\n\n{note}\n\n{_markdown(header, rows)}"
