@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 # Below it a probability says no more: one visit must not outweigh all others.
 SMALLEST_PROBABILITY = 1e-4
+# What waits to be added up at most: micro-batches, and logits in all of them.
+MAX_WAITING_BATCHES = 32
+MAX_WAITING_LOGITS = 2**20
 
 
 class RowRecords(nn.Module):
@@ -150,6 +153,36 @@ class RowRecords(nn.Module):
         return Dataset.from_dict(
             {name: column.numpy() for name, column in columns.items()}, features=Features(features)
         )
+
+
+class VisitQueue:
+    """
+    Adds up the visits of many micro-batches at once: operations that small ask for time by their number alone.
+
+    Whoever reads the records calls `flush` first. A row should be visited once between two flushes, as only its last
+    vote counts: [`LPGTrainer`] flushes after each epoch.
+
+    Args:
+        records ([`RowRecords`]): Where the visits go.
+    """
+
+    def __init__(self, records: RowRecords):
+        self.records = records
+        self._waiting: list[tuple[Tensor, ...]] = []
+        self._num_logits = 0
+
+    def add(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
+        """Takes what [`RowRecords.update`] takes; nobody else may change the tensors any more."""
+        self._waiting.append((rows, logits, labels) if weight is None else (rows, logits, labels, weight))
+        self._num_logits += logits.numel()
+        if len(self._waiting) == MAX_WAITING_BATCHES or self._num_logits >= MAX_WAITING_LOGITS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._waiting:
+            is_alone = len(self._waiting) == 1
+            self.records.update(*(self._waiting[0] if is_alone else map(torch.cat, zip(*self._waiting, strict=True))))
+            self._waiting, self._num_logits = [], 0
 
 
 def _merge_votes(leader: Tensor, votes: Tensor, other: Tensor, other_votes: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
 from .functional import zero_ignored_
-from .label_issues import RowRecords
+from .label_issues import RowRecords, VisitQueue
 from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
 from .model_card import add_section
 from .pac_bayes import PathLength
@@ -159,7 +159,7 @@ class LPGTrainer(Trainer):
         self._is_classifier = None
         self._is_verified = False
         self._saved_state = None
-        self._row_records = None
+        self._visits: VisitQueue | None = None
         self._numbers_next_loader = False
         self._can_be_ranked = None
         # Row numbers of the micro-batches of a step, each beside the batch it was taken from, and of the present one.
@@ -270,7 +270,7 @@ class LPGTrainer(Trainer):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
         self._numbers_next_loader = False
-        self._row_records = RowRecords(len(dataset)).to(self.args.device)
+        self._visits = VisitQueue(RowRecords(len(dataset)).to(self.args.device))
         # The Trainer's own treatment of columns comes first: below it finds no columns, and leaves all as it is.
         own_collator = collator = self.data_collator
         if isinstance(dataset, Dataset):
@@ -287,16 +287,26 @@ class LPGTrainer(Trainer):
 
     def _prepare_for_training(self, *args, **kwargs) -> tuple:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._row_records is not None:
+        if self._visits is not None:
             # Callbacks may look at the batches, too.
             self.callback_handler.train_dataloader = UnnumberedBatches(self.callback_handler.train_dataloader)
         return prepared
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # The loop of transformers 5.23 looks whether it is done after a step alone: resumed where the training had
+        # ended within an epoch, it would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self._visits is not None:
+            self._visits.flush()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._row_records is not None:
+        if self._visits is not None:
             self._step_rows = [(b, b.pop(ROWS_KEY)) for b in batch_samples if isinstance(b, Mapping) and ROWS_KEY in b]
         self._step_items = self._count_labelled(batch_samples, num_items_in_batch, device)
         return batch_samples, num_items_in_batch
@@ -476,10 +486,11 @@ class LPGTrainer(Trainer):
         if not self._can_be_ranked:
             return
         logits, labels = self._logits(outputs).detach(), labels.reshape(-1).long()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # A compiled model may write its next logits into the memory of these.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         dampening = self._dampening()
         weight = None if dampening is None else dampening.last_weight
-        self._row_records.update(rows.to(logits.device), logits, labels, weight)
+        self._visits.add(rows.to(logits.device), logits, labels, weight)
 
     def _dampening(self) -> ClassRelativeDampening | None:
         """The chain's first class-relative dampening, if it acts."""
@@ -613,7 +624,7 @@ class LPGTrainer(Trainer):
                 f"`train_dataset` is of the type {type(self.train_dataset).__name__}, whose rows have no index to "
                 "rank them by. Use a map-style data set."
             )
-        if self._row_records is None:
+        if self._visits is None:
             cause = (
                 "`get_train_dataloader` is overridden without a call of LPGTrainer's, so rows have no number on their "
                 "way: call `super().get_train_dataloader()` in it"
@@ -659,7 +670,8 @@ class LPGTrainer(Trainer):
         return write_report(self, output_dir)
 
     def _merged_records(self) -> RowRecords:
-        return self._row_records.merged(lambda tensor: self.accelerator.gather(tensor[None]))
+        self._visits.flush()
+        return self._visits.records.merged(lambda tensor: self.accelerator.gather(tensor[None]))
 
     def class_names(self, num_labels: int) -> list[str]:
         """Names of the classes: the data set's where it has them, else the model's."""
@@ -746,7 +758,7 @@ class LPGTrainer(Trainer):
         if modules and self.args.should_save:
             reprs = {prefix: list(map(repr, chain)) for prefix, chain in chains.items()}
             save_state(output_dir, modules, reprs, self.accelerator.num_processes)
-        if self._row_records is not None:
+        if self._visits is not None:
             records = self._merged_records()
             if records.has_visits and self.args.should_save:
                 save_rows(output_dir, records)
@@ -787,16 +799,17 @@ class LPGTrainer(Trainer):
 
     def _load_rows(self, checkpoint: str) -> None:
         saved = load_rows(checkpoint)
-        if saved is None or self._row_records is None:
+        if saved is None or self._visits is None:
             return
         num_rows = RowRecords.num_rows_of(saved)
-        if num_rows != self._row_records.num_rows:
+        records = self._visits.records
+        if num_rows != records.num_rows:
             logger.warning(
                 f"The checkpoint was written with a `train_dataset` of {num_rows} rows and this run has "
-                f"{self._row_records.num_rows}: what is known of them for `label_issues` starts anew."
+                f"{records.num_rows}: what is known of them for `label_issues` starts anew."
             )
         elif self.accelerator.is_main_process:  # the sums of all processes are one
-            self._row_records.load_state_dict(saved)
+            records.load_state_dict(saved)
 
     def _restore_loss(self) -> None:
         if self._saved_state is None:

@@ -118,6 +118,13 @@ def test_the_last_whole_checkpoint_outlives_the_rotation(tmp_path, monkeypatch):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def test_a_training_that_ended_within_an_epoch_takes_no_step_more(tmp_path):
+    done = state_of(train(tmp_path, max_steps=4))
+    again = train(tmp_path, max_steps=4, resume=True)
+    assert again.state.global_step == 4
+    assert torch.equal(flat_parameters(again.model), done["parameters"])
+
+
 def test_a_kill_inside_an_accumulation_resumes_from_the_last_whole_step(whole, tmp_path, monkeypatch):
     step = LPGTrainer.training_step
     calls = iter(range(1000))

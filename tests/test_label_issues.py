@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import lpg_hf.trainer
-from lpg_hf import ClassRelativeDampening, LPGTrainer
-from lpg_hf.label_issues import SMALLEST_PROBABILITY, RowRecords, _merge_votes
+from lpg_hf import ClassRelativeDampening, LPGTrainer, label_issues
+from lpg_hf.label_issues import SMALLEST_PROBABILITY, RowRecords, VisitQueue, _merge_votes
 from lpg_hf.rows import ROWS_KEY, NumberedCollator, NumberedItems, NumberedRows
 
 
@@ -184,7 +184,7 @@ def test_training_is_bit_for_bit_what_it_is_without_row_numbers(perturbations, a
     assert followed.label_issues().num_rows == ROWS
     monkeypatch.setattr(lpg_hf.trainer, "has_rows", lambda dataset: False)
     alone = train(tmp_path, perturbations=perturbations, **args)
-    assert alone._row_records is None
+    assert alone._visits is None
     assert torch.equal(flat_parameters(followed.model), flat_parameters(alone.model))
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (followed, alone)]
     assert losses[0] == losses[1]
@@ -432,6 +432,35 @@ def test_records_of_two_processes_are_one():
     first, second = merged.ranked(["a", "b", "c"]), whole.ranked(["a", "b", "c"])
     assert first["row"][:] == second["row"][:] and first["visits"][:] == second["visits"][:]
     assert first["score"][:] == pytest.approx(second["score"][:], abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_batches", "num_logits"), [(1, 2**20), (3, 2**20), (32, 13), (32, 2**20)])
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_visits_that_wait_count_as_those_that_do_not(with_weight, num_batches, num_logits, monkeypatch):
+    monkeypatch.setattr(label_issues, "MAX_WAITING_BATCHES", num_batches)
+    monkeypatch.setattr(label_issues, "MAX_WAITING_LOGITS", num_logits)
+    at_once, later = RowRecords(14), RowRecords(14)
+    queue = VisitQueue(later)
+    for _ in range(4):
+        for rows in torch.randperm(14).split(3):
+            weight = (torch.rand(len(rows)),) if with_weight else ()
+            visit = (rows, 3 * torch.randn(len(rows), 3), rows % 3, *weight)
+            at_once.update(*visit)
+            queue.add(*visit)
+        queue.flush()
+    queue.flush()
+    for name, expected in at_once.state_dict().items():
+        torch.testing.assert_close(later.state_dict()[name], expected)
+
+
+def test_large_batches_do_not_wait(monkeypatch):
+    monkeypatch.setattr(label_issues, "MAX_WAITING_LOGITS", 6)
+    records = RowRecords(4)
+    queue = VisitQueue(records)
+    queue.add(torch.arange(2), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+    assert not records.has_visits
+    queue.add(torch.arange(2, 3), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+    assert records.has_visits
 
 
 def test_callbacks_see_batches_without_row_numbers(tmp_path):

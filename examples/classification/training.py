@@ -148,22 +148,10 @@ def make_model(task: ClassificationTask, arguments: Arguments, prepared: Prepare
     return add_lora(model, arguments.model, task.peft_task_type) if arguments.model.use_lora else model
 
 
-class ResumableTrainer(LPGTrainer):
-    """An [`LPGTrainer`] that takes no step more than asked for where the checkpoint has made them all."""
-
-    def _run_epoch(self, *args, **kwargs):
-        # The loop of transformers 5.23 looks whether it is done after a step alone, and so takes one where the
-        # training had ended within an epoch.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-
-def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs) -> ResumableTrainer:
+def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs) -> LPGTrainer:
     """A trainer on what was prepared; `kwargs` have the model or how to make it."""
     arguments.training.remove_unused_columns &= not task.needs_all_columns
-    return ResumableTrainer(
+    return LPGTrainer(
         args=arguments.training,
         train_dataset=prepared.splits.get(TRAIN),
         eval_dataset=prepared.splits.get(VALIDATION),
