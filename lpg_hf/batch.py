@@ -1,14 +1,18 @@
 """What the logits of a micro-batch say, computed once for the loss, the methods and the statistics."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from .functional import balance_label_entry_
+from .functional import balance_label_entry_, labelled_bits
 
 
 IGNORE_INDEX = -100
+# A model contradicts a label confidently if it finds another class this many times as likely, with this probability.
+CONTRADICTION_RATIO = 10
+CONTRADICTION_CONFIDENCE = 0.3
 
 
 class Batch:
@@ -21,9 +25,12 @@ class Batch:
 
     Attributes:
         labelled (`torch.Tensor` of shape `[N]`): Whether a sample counts; what follows is arbitrary where not.
+        labelled_bits (`torch.Tensor` of shape `[N, 1]`): The same as [`~functional.labelled_bits`].
         own_log_probability (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy.
         margin (`torch.Tensor` of shape `[N]`): `z_y - max_j z_j`, so that `exp(margin)` is `p_y / max_j p_j`.
-        largest_probability (`torch.Tensor` of shape `[N]`): `max_j p_j`.
+        is_contradicted (`torch.Tensor` of shape `[N]`):
+            Whether the model contradicts the label confidently: `p_y < max_j p_j / 10` and `max_j p_j > 0.3`.
+        expected_contradiction (`torch.Tensor` of shape `[N]`): How likely the model itself finds that.
         gradient (`torch.Tensor` of shape `[N, C]`):
             Of the cross-entropy, as [`~functional.logit_gradient`] gives it; zero for ignored samples. Read-only.
 
@@ -47,12 +54,18 @@ class Batch:
         self.logits = logits
         self.labels = labels
         self.labelled = labels != IGNORE_INDEX
+        self.labelled_bits = labelled_bits(logits, labels)
         self.margin = _own_logit(logits, labels) - logits.amax(-1)
         probabilities = logits.softmax(-1)
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
-        self.largest_probability = probabilities.amax(-1)
-        self.own_log_probability = self.margin + self.largest_probability.log()
-        self.gradient = balance_label_entry_(probabilities, labels)
+        largest = probabilities.amax(-1)
+        self.own_log_probability = self.margin + largest.log()
+        is_confident = largest > CONTRADICTION_CONFIDENCE
+        self.is_contradicted = (self.margin < -math.log(CONTRADICTION_RATIO)) & is_confident
+        # Shrunk by a threshold, and not chosen by a mask: on the CPU a third of the time.
+        not_excluded = F.threshold_(probabilities / largest[:, None], 1 / CONTRADICTION_RATIO, 0.0).sum(-1) * largest
+        self.expected_contradiction = (1 - not_excluded) * is_confident
+        self.gradient = balance_label_entry_(probabilities, labels, self.labelled_bits)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ __all__ = [
     "class_weight_delta",
     "clip_delta",
     "clip_weight",
+    "dampening_compensation",
+    "dampening_gate",
     "focal_delta",
     "focal_weight",
     "gce_delta",
@@ -31,6 +33,7 @@ __all__ = [
     "noise_delta",
     "relative_dampening_delta",
     "relative_dampening_weight",
+    "relative_prior",
 ]
 
 
@@ -152,15 +155,15 @@ def relative_dampening_weight(
     learned: tuple[float, float] = (0.1, 0.5),
     contradicted: tuple[float, float] = (0.02, 0.08),
     margin: Tensor | None = None,
+    gate: Tensor | None = None,
+    compensated: bool = False,
 ) -> Tensor:
     r"""
     Weight of each sample under class-relative dampening: `min(1, rho_i / rhobar_c) ^ (power gamma_c)`.
 
     `rho_i = p_{i,c} / max_j p_ij` says how far the model believes the label of sample i, `rhobar_c` how far it
-    believes that class as a whole. `gamma_c` is the product of two gates in [0, 1]: the class has been learned (its
-    mean own probability rises through the interval `learned`) and the model confidently contradicts a share of it
-    (`contradiction` rises through `contradicted`). A sample as good as the mean of its class, and every sample of a
-    class with a closed gate, has weight 1.
+    believes that class as a whole. `gamma_c` is the product of two gates in [0, 1], see [`dampening_gate`]. A sample
+    as good as the mean of its class, and every sample of a class with a closed gate, has weight 1.
 
     Source: ours.
 
@@ -174,17 +177,67 @@ def relative_dampening_weight(
         learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`): Where the first gate opens and is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`): The same for the second gate.
         margin (`torch.Tensor` of shape `[N]`, *optional*): `log rho_i`, where it is known already.
+        gate (`torch.Tensor` of shape `[C]`, *optional*): `gamma_c`, where it is known already.
+        compensated (`bool`, *optional*, defaults to `False`): Multiply with [`dampening_compensation`].
 
     Returns:
-        `torch.Tensor` of shape `[N]`: Weights in [0, 1].
+        `torch.Tensor` of shape `[N]`: Weights in [0, 1]; compensated, in [0, 2].
     """
-    gate = ramp(own_probability, *learned) * ramp(contradiction, *contradicted)
+    if gate is None:
+        gate = dampening_gate(own_probability, contradiction, learned, contradicted)
     classes = labels.clamp(min=0)
     if margin is None:
         margin = logits.gather(-1, classes[:, None])[:, 0] - logits.amax(-1)
     class_confidence = relative_confidence[classes].clamp(min=torch.finfo(logits.dtype).tiny)
     weight = (margin.exp() / class_confidence).clamp(max=1) ** (power * gate[classes])
+    if compensated:
+        weight = weight * dampening_compensation(contradiction, gate)[classes]
     return torch.where(labels >= 0, weight, 1.0)
+
+
+def dampening_gate(
+    own_probability: Tensor,
+    contradiction: Tensor,
+    learned: tuple[float, float] = (0.1, 0.5),
+    contradicted: tuple[float, float] = (0.02, 0.08),
+) -> Tensor:
+    """
+    Where class-relative dampening acts, `gamma_c`: on classes that have been learned (the mean own probability rises
+    through the interval `learned`) and of which the model confidently contradicts a share (`contradiction` rises
+    through `contradicted`).
+
+    Source: ours. The arguments are those of [`relative_dampening_weight`].
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: The product of the two gates, in [0, 1].
+    """
+    return ramp(own_probability, *learned) * ramp(contradiction, *contradicted)
+
+
+def dampening_compensation(contradiction: Tensor, gate: Tensor) -> Tensor:
+    """
+    What the weights of a class are multiplied with so that it keeps its share of the gradient under class-relative
+    dampening, `1 / max(1 - gamma_c k_c, 1/2)`: what the contradicted share `k_c` loses, the rest of the class gets.
+
+    Source: ours.
+
+    Args:
+        contradiction (`torch.Tensor` of shape `[C]`): Running share of samples that the model contradicts, `k_c`.
+        gate (`torch.Tensor` of shape `[C]`): How far dampening acts on the class, `gamma_c`.
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: Factors in [1, 2]. A class that is contradicted as a whole is left dampened.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> dampening_compensation(torch.tensor([0.0, 0.2, 0.9]), gate=torch.ones(3))
+    tensor([1.0000, 1.2500, 2.0000])
+
+    ```
+    """
+    return 1 / (1 - gate * contradiction).clamp(min=0.5)
 
 
 def relative_dampening_delta(
@@ -251,6 +304,8 @@ def logit_adjustment_delta(
     base_gradient: Tensor | None = None,
     own_log_probability: Tensor | None = None,
     weight_share: float | Tensor = 0.0,
+    relative: Tensor | None = None,
+    bits: Tensor | None = None,
 ) -> Tensor:
     r"""
     Logit adjustment, `softmax(z + tau log pi) - softmax(z)`: the tail pulls harder, the head less.
@@ -274,6 +329,8 @@ def logit_adjustment_delta(
         own_log_probability (`torch.Tensor` of shape `[N]`, *optional*): `log p_{i,y}`, where it is known already.
         weight_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
             Share of `tau` that weights take over from the offsets, in [0, 1].
+        relative (`torch.Tensor` of shape `[C]`, *optional*): The [`relative_prior`], where it is known already.
+        bits (`torch.Tensor` of shape `[N, 1]`, *optional*): The [`labelled_bits`], where they are known already.
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero. Where a class is rarer than the largest by more
@@ -281,12 +338,11 @@ def logit_adjustment_delta(
     """
     base = logit_gradient(logits, labels) if base_gradient is None else base_gradient
     log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
-    smallest = torch.where(prior > 0, prior, torch.inf).min()
-    relative = (prior.clamp(min=smallest) / prior.max()).to(base)
+    relative = (relative_prior(prior) if relative is None else relative).to(base)
     # The bound keeps the sums below from underflow.
     factors = relative.pow(tau * (1 - weight_share)).clamp(min=1e-30)
     weights = relative.pow(-tau * weight_share)
-    weights = weights * (prior.sum() / (weights * prior).sum())
+    weights = weights / (weights @ prior.to(base))
     # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
     classes = labels.clamp(min=0)
     adjusted = base.scatter(-1, classes[:, None], log_p.exp()[:, None])
@@ -294,7 +350,30 @@ def logit_adjustment_delta(
     scale = weights[classes] * adjusted.sum(-1)
     adjusted.mul_(factors)
     adjusted.mul_((scale / adjusted.sum(-1))[:, None])
-    return balance_label_entry_(adjusted.sub_(base), labels)
+    return balance_label_entry_(adjusted.sub_(base), labels, bits)
+
+
+def relative_prior(prior: Tensor) -> Tensor:
+    """
+    How frequent each class is beside the largest one; a class without samples counts as the rarest one that has some.
+
+    Args:
+        prior (`torch.Tensor` of shape `[C]`): Share of each class in the training set, not negative.
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: In (0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> relative_prior(torch.tensor([0.8, 0.2, 0.0]))
+    tensor([1.0000, 0.2500, 0.2500])
+
+    ```
+    """
+    smallest = torch.where(prior > 0, prior, torch.inf).min()
+    return prior.clamp(min=smallest) / prior.max()
 
 
 def class_weight(labels: Tensor, weights: Tensor) -> Tensor:
@@ -495,20 +574,29 @@ def _own_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
 
 
-def balance_label_entry_(matrix: Tensor, labels: Tensor) -> Tensor:
+def balance_label_entry_(matrix: Tensor, labels: Tensor, bits: Tensor | None = None) -> Tensor:
     """Sets each row's entry of the label to minus the sum of the others, in place; ignored samples' rows to zero."""
     index = labels.clamp(min=0)[:, None]
     matrix.scatter_(-1, index, 0.0)
     matrix.scatter_(-1, index, -matrix.sum(-1, keepdim=True))
-    return zero_ignored_(matrix, labels)
+    return zero_ignored_(matrix, labels, bits)
 
 
-def zero_ignored_(matrix: Tensor, labels: Tensor) -> Tensor:
-    """Sets the rows of ignored samples to zero in place, whatever is in them: NaN and infinity, too."""
+def zero_ignored_(matrix: Tensor, labels: Tensor, bits: Tensor | None = None) -> Tensor:
+    """
+    Sets the rows of ignored samples to zero in place, whatever is in them: NaN and infinity, too. `bits` are the
+    [`labelled_bits`], where they are known already.
+    """
     # By the bits: on the CPU four times as fast as `masked_fill_` with a mask of one entry per row.
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    matrix.view(integer).bitwise_and_(-(labels >= 0).to(integer)[:, None])
+    bits = labelled_bits(matrix, labels) if bits is None else bits
+    matrix.view(bits.dtype).bitwise_and_(bits)
     return matrix
+
+
+def labelled_bits(matrix: Tensor, labels: Tensor) -> Tensor:
+    """All bits set where a sample has a label and none where it is ignored, `[N, 1]`, as wide as the matrix's own."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
+    return -(labels >= 0).to(integer)[:, None]
 
 
 def ramp(value: Tensor, start: float, end: float) -> Tensor:

@@ -197,7 +197,7 @@ class LPGLoss(nn.Module):
                 gradient = (gradient.add_ if is_ours else gradient.add)(change)
                 norm = gradient.norm(dim=-1)
         if gradient is not unperturbed:
-            zero_ignored_(gradient, labels)
+            zero_ignored_(gradient, labels, self.statistics.batch(logits, labels).labelled_bits)
         return gradient, rows
 
     @contextmanager

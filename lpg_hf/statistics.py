@@ -11,6 +11,10 @@ from .batch import Batch
 # Running means give a step's n samples of a class the weight n / (n + INERTIA).
 MEAN_INERTIA = 20
 CONTRADICTION_INERTIA = 40
+# What a step leaves of the counts of contradictions before it, and how many are thought to have been expected before
+# the first, so that a few samples don't decide.
+CONTRADICTION_MEMORY = 0.999
+CONTRADICTION_PSEUDO_COUNT = 10
 # Samples added to every class while the prior is still being counted, so that a few batches don't look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
 
@@ -55,6 +59,7 @@ class ClassStatistics(nn.Module):
     class_counts: Tensor
     steps: Tensor
     _running: Tensor
+    _contradictions: Tensor
     _pending: Tensor
 
     def __init__(self, num_labels: int, class_counts: Sequence[int] | None = None):
@@ -69,11 +74,14 @@ class ClassStatistics(nn.Module):
         self.register_buffer("_running", torch.zeros(4, num_labels))
         inertia = [[MEAN_INERTIA]] * 3 + [[CONTRADICTION_INERTIA]]
         self.register_buffer("_inertia", torch.tensor(inertia, dtype=torch.float32), persistent=False)
+        # Contradictions that happened, and that the model expected.
+        self.register_buffer("_contradictions", torch.zeros(2))
         # Zero between optimizer steps, which is when state is saved.
-        self.register_buffer("_pending", torch.zeros(5, num_labels), persistent=False)
+        self.register_buffer("_pending", torch.zeros(6, num_labels), persistent=False)
         # What a step looks at again and again.
         self._batch: Batch | None = None
         self._prior: Tensor | None = None
+        self._prior_key: tuple = ()
 
     @property
     def num_labels(self) -> int:
@@ -81,11 +89,12 @@ class ClassStatistics(nn.Module):
 
     @property
     def prior(self) -> Tensor:
-        """Share of each class in the training set, `[C]`; uniform while it is unknown."""
-        if self._batch is None:
-            return self._computed_prior()
-        if self._prior is None:
-            self._prior = self._computed_prior()
+        """Share of each class in the training set, `[C]`, the same tensor until it changes; uniform while unknown."""
+        # Whatever changes the counts in place, loading a state among it, changes their version.
+        counts = self.class_counts
+        key = (id(counts), counts._version, counts.device, self._running.dtype, self.prior_is_ready)
+        if key != self._prior_key:
+            self._prior, self._prior_key = self._computed_prior(), key
         return self._prior
 
     def _computed_prior(self) -> Tensor:
@@ -129,8 +138,19 @@ class ClassStatistics(nn.Module):
         Both shares are weighted by [`~ClassStatistics.prior`]. A model that finds its data hard is mostly unsure where
         it errs; one that has learned the classes and meets wrong labels is sure of itself.
         """
-        errors = (self.prior * (1 - self.accuracy)).sum()
-        return (self.prior * self.contradiction).sum() / errors.clamp(min=0.01)
+        accuracy, _, _, contradiction = self._running @ self.prior
+        return contradiction / (1 - accuracy).clamp(min=0.01)
+
+    @property
+    def unexpected_contradiction(self) -> Tensor:
+        """
+        How many times as often the model confidently contradicts a label as its own probabilities say, a scalar.
+
+        It is near 1 for a model that is calibrated on its labels, the wrong ones among them, above 1 for one that is
+        sure of itself where labels are wrong, and far below 1 where label smoothing alone makes it expect them.
+        """
+        observed, expected = self._contradictions
+        return observed / (expected + CONTRADICTION_PSEUDO_COUNT)
 
     def batch(self, logits: Tensor, labels: Tensor) -> Batch:
         """
@@ -143,18 +163,16 @@ class ClassStatistics(nn.Module):
         return Batch(logits, labels)
 
     def share(self, batch: Batch | None) -> None:
-        """Keeps a batch, and the prior, for all who ask for it during a step; `None` lets them go."""
+        """Keeps a batch for all who ask for it during a step; `None` lets it go."""
         self._batch = batch
-        self._prior = None
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Adds a micro-batch (logits `[N, C]`, labels `[N]`, -100 ignored) to the pending sums."""
         batch = self.batch(logits, labels)
-        relative = batch.margin.exp()
-        is_contradicted = (relative < 0.1) & (batch.largest_probability > 0.3)
-        own = batch.own_log_probability.exp()
-        rows = torch.stack([torch.ones_like(own), batch.margin == 0, own, relative, is_contradicted])
+        own, relative = batch.own_log_probability.exp(), batch.margin.exp()
+        is_right, expected = batch.margin == 0, batch.expected_contradiction
+        rows = torch.stack([torch.ones_like(own), is_right, own, relative, batch.is_contradicted, expected])
         # `where` and not a product: an ignored sample may have logits that are not finite.
         rows = torch.where(batch.labelled, rows, 0.0)
         self._pending.index_add_(1, labels.clamp(min=0), rows.to(self._pending.dtype))
@@ -169,8 +187,9 @@ class ClassStatistics(nn.Module):
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
-        means = pending[1:] / counts.clamp(min=1)
+        means = pending[1:5] / counts.clamp(min=1)
         self._running.lerp_(means, counts / (counts + self._inertia))
+        self._contradictions.mul_(CONTRADICTION_MEMORY).add_(pending[4:].sum(1))
         if not self.counts_are_given:
             self.class_counts += counts.long()
         self.steps += 1

@@ -489,7 +489,8 @@ class LPGTrainer(Trainer):
         # A compiled model may write its next logits into the memory of these.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         dampening = self._dampening()
-        weight = None if dampening is None else dampening.last_weight
+        # Compensation is not the sample's own.
+        weight = None if dampening is None else dampening.last_weight.clamp(max=1)
         self._visits.add(rows.to(logits.device), logits, labels, weight)
 
     def _dampening(self) -> ClassRelativeDampening | None:

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpg_hf.functional import (
     clip_delta,
+    dampening_compensation,
+    dampening_gate,
     logit_adjustment_delta,
     logit_gradient,
     lpg_delta,
@@ -774,9 +776,13 @@ def test_relative_dampening_equals_the_reference(batch, means, power):
 @given(batch=batches(), means=class_means())
 def test_relative_dampening_with_other_gates_equals_the_reference(batch, means):
     options = {"power": 1.5, "learned": (0.0, 0.3), "contradicted": (0.04, 1.0)}
-    weight = relative_dampening_weight(batch.logits, batch.labels, **vars(means), **options)
-    expected = reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), **means.as_lists(), **options)
-    assert_equal(weight, expected, 1e-12)
+    arguments = batch.logits.numpy(), batch.labels.tolist()
+    for compensated in (True, False):
+        weight = relative_dampening_weight(
+            batch.logits, batch.labels, **vars(means), **options, compensated=compensated
+        )
+        expected = reference.dampening_weight(*arguments, **means.as_lists(), **options, compensated=compensated)
+        assert_equal(weight, expected, 1e-12)
     delta = relative_dampening_delta(batch.gradient, batch.logits, batch.labels, **vars(means), **options)
     assert_equal(delta, reference.dampening_delta(batch.gradient.numpy(), expected), 1e-12)
 
@@ -834,6 +840,24 @@ def test_default_power_squares_the_share_of_confidence_where_both_gates_are_open
     # rho = exp(-log 10) = 0.1 against a class mean of 0.6.
     logits = torch.tensor([[0.0, math.log(10), 0, 0, 0, 0, 0]], dtype=torch.float64)
     assert_equal(relative_dampening_weight(logits, torch.tensor([0]), **vars(OPEN)), [(0.1 / 0.6) ** 2], 1e-12)
+
+
+@given(k=st.floats(0, 1), gate=st.floats(0, 1))
+def test_compensation_gives_the_rest_of_a_class_what_the_contradicted_share_loses(k, gate):
+    """Where the gate takes a share `gate` of the weight of all that is contradicted, the mean weight is 1 again."""
+    factor = dampening_compensation(torch.tensor([k], dtype=torch.float64), torch.tensor([gate], dtype=torch.float64))
+    mean_weight = factor.item() * (k * (1 - gate) + (1 - k))
+    assert 1 <= factor.item() <= 2
+    assert math.isclose(mean_weight, 1.0 if k * gate <= 0.5 else 2 * (1 - k * gate), abs_tol=1e-12)
+
+
+@few_examples
+@given(batch=batches(), means=class_means())
+def test_a_gate_that_is_known_already_changes_nothing(batch, means):
+    gate = dampening_gate(means.own_probability, means.contradiction, (0.0, 0.3), (0.04, 1.0))
+    known = relative_dampening_weight(batch.logits, batch.labels, **vars(means), gate=gate)
+    options = {"learned": (0.0, 0.3), "contradicted": (0.04, 1.0)}
+    assert torch.equal(known, relative_dampening_weight(batch.logits, batch.labels, **vars(means), **options))
 
 
 @every_dtype

@@ -200,13 +200,13 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 120, 17, 4),
-        ("auto", COUNTS, 181, 30, 5),
-        ("lpg", COUNTS, 138, 20, 6),
-        ("logit_clipping", COUNTS, 80, 13, 3),
-        ("focal_loss", COUNTS, 94, 12, 3),
-        ("label_smoothing", COUNTS, 82, 17, 4),
-        ("lpl", COUNTS, 305, 95, 25),
+        ("auto", BALANCED, 133, 22, 5),
+        ("auto", COUNTS, 168, 35, 6),
+        ("lpg", COUNTS, 141, 25, 7),
+        ("logit_clipping", COUNTS, 86, 18, 4),
+        ("focal_loss", COUNTS, 100, 17, 4),
+        ("label_smoothing", COUNTS, 88, 22, 5),
+        ("lpl", COUNTS, 308, 100, 26),
     ],
 )
 def test_a_step_takes_no_more_operations_and_matrices_than_it_did(chain, counts, operations, passes, matrices):

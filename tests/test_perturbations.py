@@ -199,6 +199,12 @@ def test_the_pgd_solver_iterates():
         {"power": 4.0, "learned": (0.0, 0.9), "contradicted": (0.0, 0.5)},
         {"power": 0.0},
         {"power": 8.0, "decided": (0.0, 0.9)},
+        {"compensated": True},
+        {"power": 4.0, "learned": (0.0, 0.9), "contradicted": (0.0, 0.5), "compensated": True},
+        {"power": 8.0, "decided": (0.0, 0.9), "compensated": True},
+        {"power": 8.0, "unexpected": (0.0, 0.9)},
+        {"power": 8.0, "decided": (0.0, 0.5), "unexpected": (0.0, 1.0), "compensated": True},
+        {"power": 8.0, "decided": (0.0, 1.0), "unexpected": (0.0, 0.5)},
     ],
 )
 def test_class_relative_dampening_equals_the_reference(options):
@@ -212,12 +218,14 @@ def test_class_relative_dampening_equals_the_reference(options):
         statistics.relative_confidence.tolist(),
         statistics.contradiction.tolist(),
         confident_error_share=statistics.confident_error_share.item(),
+        unexpected_contradiction=statistics.unexpected_contradiction.item(),
         **options,
     )
     weight = method.weight(logit_gradient(logits, labels), logits, labels, statistics)
     assert_equal(weight, expected, 1e-12)
     assert_equal(delta, reference.dampening_delta(gradient.numpy(), expected), 1e-12)
     assert expected.min() < 0.5 or options == {"power": 0.0}
+    assert (expected.max() > 1) == options.get("compensated", False)
 
 
 def test_where_errors_are_unsure_the_third_gate_leaves_everything_as_it_is():
@@ -340,7 +348,14 @@ EXAMPLES = [
         bounds=[0.1, 0.2, 0.3, 0.4, 0.5],
         sync=True,
     ),
-    ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5), decided=(0.0, 0.4)),
+    ClassRelativeDampening(
+        power=1.5,
+        learned=(0.2, 0.6),
+        contradicted=(0.01, 0.5),
+        decided=(0.0, 0.4),
+        unexpected=(0.5, 0.9),
+        compensated=True,
+    ),
     LogitAdjustment(tau=0.5, min_imbalance=3.0, learned=(0.1, 0.9)),
     LogitClipping(max_norm=0.7),
     LPL("fixed", 0.5, steps=3, warmup_steps=2, signs=[1, 0, -1, 1, -1], bounds=[0.1, 0.2, 0.3, 0.4, 0.5]),
@@ -469,8 +484,9 @@ def reprs(*args, **options):
 
 
 BALANCED_CHAIN = [
-    "label_smoothing(alpha=0.05, target='prior')",
-    "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18))",
+    "label_smoothing(target='prior')",
+    "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18), "
+    "unexpected=(0.6, 0.8), compensated=True)",
 ]
 IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))", *BALANCED_CHAIN]
 

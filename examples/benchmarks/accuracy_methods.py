@@ -221,6 +221,7 @@ _ABLATION = (
         "without the gate 'contradicted'",
         with_arguments(_AUTO_DAMPENING, contradicted=(0.0, 1e-9)),
     ),
+    _variant("auto-compensation", "without compensation", with_arguments(_AUTO_DAMPENING, compensated=False)),
     _variant("auto-decided", "without the gate 'decided'", with_arguments(_AUTO_DAMPENING, decided=None)),
     *(
         _variant(f"power={value}", f"power q = {value}", with_arguments(_AUTO_DAMPENING, power=value))
@@ -243,7 +244,7 @@ _ABLATION = (
     ),
     *(
         _variant(f"alpha={value}", f"smoothing alpha = {value}", with_arguments("label_smoothing", alpha=value))
-        for value in (0.02, 0.1)
+        for value in (0.05, 0.2)
     ),
     _variant("alpha_uniform", "smoothing with a uniform target", with_arguments("label_smoothing", target="uniform")),
     *(_variant(f"ema={value}", f"EMA constant = {value}", constants={"MEAN_INERTIA": value}) for value in (5, 80)),

@@ -10,6 +10,7 @@ on the machine hits them alike. On the CPU they are processor time; on a GPU, or
 shows. Data and weights are random; nothing is downloaded. Prints Markdown.
 """
 
+import os
 import random
 import sys
 import time
@@ -123,7 +124,7 @@ def tasks() -> dict[str, Task]:
 
 
 def make_trainer(task: Task, perturbations: list[str] | None, output_dir: str, **args) -> Trainer:
-    """A Trainer where `perturbations` is `None`, else an LPGTrainer, that trains on the same batch again and again."""
+    """A Trainer where `perturbations` is `None`, else an LPGTrainer, that trains on the same rows again and again."""
     torch.manual_seed(0)
     shares = torch.tensor(task.class_counts, dtype=torch.float64)
     labels = torch.multinomial(shares, BATCH_SIZE, replacement=True)
@@ -144,7 +145,8 @@ def make_trainer(task: Task, perturbations: list[str] | None, output_dir: str, *
             use_cpu=not torch.cuda.is_available(),
             **(task.args | args),
         ),
-        train_dataset=rows * torch.distributed.get_world_size() if torch.distributed.is_initialized() else rows,
+        # An epoch is longer than the training: what happens once per epoch is not a step's.
+        train_dataset=rows * (1000 * int(os.environ.get("WORLD_SIZE", 1))),
         **lpg,
     )
 

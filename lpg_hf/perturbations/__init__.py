@@ -186,8 +186,15 @@ def _auto_chain(class_counts: Sequence[int] | None) -> list[Perturbation]:
     """
     chain: list[Perturbation] = [
         LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE, learned=(0.05, 0.2)),
-        LabelSmoothing(alpha=0.05, target="prior"),
-        ClassRelativeDampening(8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18)),
+        LabelSmoothing(alpha=0.1, target="prior"),
+        ClassRelativeDampening(
+            power=8.0,
+            learned=(0.05, 0.3),
+            contradicted=(0.01, 0.03),
+            decided=(0.13, 0.18),
+            unexpected=(0.6, 0.8),
+            compensated=True,
+        ),
     ]
     if class_counts is not None:
         present = [count for count in class_counts if count > 0]

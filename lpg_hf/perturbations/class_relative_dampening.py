@@ -1,8 +1,11 @@
 """Class-relative dampening: fit less what the model believes far less than it believes the class as a whole."""
 
+from functools import reduce
+
+import torch
 from torch import Tensor
 
-from ..functional import ramp, relative_dampening_weight
+from ..functional import dampening_gate, ramp, relative_dampening_weight
 from ..statistics import ClassStatistics
 from .base import Rescaling, check_interval, check_not_negative
 
@@ -13,7 +16,7 @@ class ClassRelativeDampening(Rescaling):
 
     It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient, a
     class that is not learned yet or that the model never contradicts is left alone. See
-    [`~functional.relative_dampening_weight`] for the two gates, whose product is `gamma_c`.
+    [`~functional.dampening_gate`] for the two gates, whose product is `gamma_c`.
 
     Level: sample, by statistics of its class.
     Formula: `delta = (w - 1) g` with `w = min(1, rho / rhobar_c) ^ (power gamma_c)`, `rho = p_y / max_j p_j`.
@@ -29,8 +32,14 @@ class ClassRelativeDampening(Rescaling):
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`):
             Share of a class that the model confidently contradicts: where the second gate starts to open, and is open.
         decided (`tuple[float, float]`, *optional*):
-            Share of the errors on the training set that are confident contradictions: where the third gate starts to
-            open, and is open. There is no third gate if not given.
+            Share of the errors on the training set that are confident contradictions: where a third gate starts to
+            open, and is open.
+        unexpected (`tuple[float, float]`, *optional*):
+            Confident contradictions for each one that the model expects: the same for that gate. With both, the one
+            that opens it further counts; without, there is no third gate.
+        compensated (`bool`, *optional*, defaults to `False`):
+            Whether the other samples of a class get what dampening takes from its contradicted share, so that the
+            class keeps its share of the gradient; see [`~functional.dampening_compensation`].
 
     Raises:
         ValueError: If `power` is negative or infinite, or an interval is not increasing within [0, 1].
@@ -52,29 +61,40 @@ class ClassRelativeDampening(Rescaling):
         learned: tuple[float, float] = (0.1, 0.5),
         contradicted: tuple[float, float] = (0.02, 0.08),
         decided: tuple[float, float] | None = None,
+        unexpected: tuple[float, float] | None = None,
+        compensated: bool = False,
     ):
         super().__init__()
         check_not_negative("power", power)
-        intervals = {"learned": learned, "contradicted": contradicted}
-        if decided is not None:
-            intervals["decided"] = decided
+        intervals = {"learned": learned, "contradicted": contradicted, "decided": decided, "unexpected": unexpected}
         for argument, interval in intervals.items():
-            check_interval(argument, interval)
+            if interval is not None:
+                check_interval(argument, interval)
         self.power = power
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
         self.decided = None if decided is None else tuple(decided)
+        self.unexpected = None if unexpected is None else tuple(unexpected)
+        self.compensated = compensated
 
     def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        gate = 1.0 if self.decided is None else ramp(statistics.confident_error_share, *self.decided)
+        own_probability, contradiction = statistics.own_probability, statistics.contradiction
+        gate = dampening_gate(own_probability, contradiction, self.learned, self.contradicted)
+        third_gates = []
+        if self.decided is not None:
+            third_gates.append(ramp(statistics.confident_error_share, *self.decided))
+        if self.unexpected is not None:
+            third_gates.append(ramp(statistics.unexpected_contradiction, *self.unexpected))
+        if third_gates:
+            gate = gate * reduce(torch.maximum, third_gates)
         return relative_dampening_weight(
             logits,
             labels,
-            statistics.own_probability,
+            own_probability,
             statistics.relative_confidence,
-            statistics.contradiction,
-            self.power * gate,
-            self.learned,
-            self.contradicted,
-            statistics.batch(logits, labels).margin,
+            contradiction,
+            self.power,
+            margin=statistics.batch(logits, labels).margin,
+            gate=gate,
+            compensated=self.compensated,
         )

@@ -1,9 +1,8 @@
 """Logit adjustment: cross-entropy on logits shifted by the log prior, as a perturbation."""
 
-import torch
 from torch import Tensor
 
-from ..functional import logit_adjustment_delta, ramp
+from ..functional import logit_adjustment_delta, ramp, relative_prior
 from ..statistics import ClassStatistics
 from .base import LogitPerturbation, check, check_interval
 
@@ -53,19 +52,36 @@ class LogitAdjustment(LogitPerturbation):
         self.tau = tau
         self.min_imbalance = min_imbalance
         self.learned = None if learned is None else tuple(learned)
+        self._prior: Tensor | None = None
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        prior = statistics.prior
-        smallest = torch.where(prior > 0, prior, torch.inf).min()
-        tau = self.tau * (prior.max() > self.min_imbalance * smallest).to(prior)
+        self._look_at(statistics.prior)
         batch = statistics.batch(logits, labels)
         return logit_adjustment_delta(
-            logits, labels, prior, tau, batch.gradient, batch.own_log_probability, self.weight_share(statistics)
+            logits,
+            labels,
+            self._prior,
+            self._tau_of_prior,
+            batch.gradient,
+            batch.own_log_probability,
+            self.weight_share(statistics),
+            self._relative_prior,
+            batch.labelled_bits,
         )
 
     def weight_share(self, statistics: ClassStatistics) -> Tensor | float:
         """Share of the correction that is made by weights, a scalar in [0, 1]."""
         if self.learned is None:
             return 0.0
-        present = statistics.prior > 0
-        return 1 - ramp((statistics.own_probability * present).sum() / present.sum(), *self.learned)
+        self._look_at(statistics.prior)
+        return 1 - ramp(statistics.own_probability @ self._share_of_present, *self.learned)
+
+    def _look_at(self, prior: Tensor) -> None:
+        """What follows from a prior alone, which seldom changes."""
+        if prior is self._prior:
+            return
+        self._prior = prior
+        self._relative_prior = relative_prior(prior)
+        self._tau_of_prior = self.tau * (self._relative_prior.min() * self.min_imbalance < 1).to(prior)
+        present = (prior > 0).to(prior)
+        self._share_of_present = present / present.sum()
