@@ -173,7 +173,7 @@ class VisitQueue:
 
     def add(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
         """Takes what [`RowRecords.update`] takes; nobody else may change the tensors any more."""
-        self._waiting.append((rows, logits, labels) if weight is None else (rows, logits, labels, weight))
+        self._waiting.append((rows, logits, labels, logits.new_ones(len(logits)) if weight is None else weight))
         self._num_logits += logits.numel()
         if len(self._waiting) == MAX_WAITING_BATCHES or self._num_logits >= MAX_WAITING_LOGITS:
             self.flush()

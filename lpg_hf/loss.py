@@ -172,12 +172,12 @@ class LPGLoss(nn.Module):
     def _run_chain(self, unperturbed: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The perturbed gradient, and for telemetry a pair of `[N]` for the gradient and for each method."""
         gradient = unperturbed
-        norm = gradient.norm(dim=-1)
+        norm = base_norm = gradient.norm(dim=-1)
         rows = [torch.ones_like(norm), norm]
         for method in self.perturbations:
             rescales = isinstance(method, Rescaling)
             change = (method.weight if rescales else method.delta)(gradient, logits, labels, self.statistics)
-            expected = norm.shape if rescales else gradient.shape
+            expected = base_norm.shape if rescales else gradient.shape
             if change.shape != expected:
                 raise ValueError(
                     f"`{method!r}` returned a {'weight' if rescales else 'delta'} of shape {list(change.shape)} for a "
@@ -188,14 +188,15 @@ class LPGLoss(nn.Module):
             # The first gradient is not ours to change, those after it are: new memory costs more than the arithmetic.
             is_ours = gradient is not unperturbed
             if rescales:
-                method.last_weight = change = change.to(norm.dtype)
+                method.last_weight = change = change.to(base_norm.dtype)
+                norm = gradient.norm(dim=-1) if norm is None else norm
                 rows += [(change - 1).abs() * norm, change]
                 gradient = (gradient.mul_ if is_ours else gradient.mul)(change[:, None])
                 norm = change.abs() * norm
             else:
-                rows += [change.norm(dim=-1), torch.zeros_like(norm)]
+                rows += [change.norm(dim=-1), torch.zeros_like(base_norm)]
                 gradient = (gradient.add_ if is_ours else gradient.add)(change)
-                norm = gradient.norm(dim=-1)
+                norm = None
         if gradient is not unperturbed:
             zero_ignored_(gradient, labels, self.statistics.batch(logits, labels).labelled_bits)
         return gradient, rows

@@ -81,7 +81,6 @@ class ClassStatistics(nn.Module):
         # What a step looks at again and again.
         self._batch: Batch | None = None
         self._prior: Tensor | None = None
-        self._prior_key: tuple = ()
 
     @property
     def num_labels(self) -> int:
@@ -89,13 +88,20 @@ class ClassStatistics(nn.Module):
 
     @property
     def prior(self) -> Tensor:
-        """Share of each class in the training set, `[C]`, the same tensor until it changes; uniform while unknown."""
-        # Whatever changes the counts in place, loading a state among it, changes their version.
-        counts = self.class_counts
-        key = (id(counts), counts._version, counts.device, self._running.dtype, self.prior_is_ready)
-        if key != self._prior_key:
-            self._prior, self._prior_key = self._computed_prior(), key
+        """Share of each class in the training set, `[C]`; uniform while it is unknown."""
+        if self._batch is None and not self.counts_are_given:
+            return self._computed_prior()
+        if self._prior is None:
+            self._prior = self._computed_prior()
         return self._prior
+
+    def _apply(self, *args, **kwargs) -> "ClassStatistics":
+        self._prior = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._prior = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _computed_prior(self) -> Tensor:
         if self.counts_are_given:
@@ -163,8 +169,10 @@ class ClassStatistics(nn.Module):
         return Batch(logits, labels)
 
     def share(self, batch: Batch | None) -> None:
-        """Keeps a batch for all who ask for it during a step; `None` lets it go."""
+        """Keeps a batch, and a prior that is being counted, for all who ask in a step; `None` lets them go."""
         self._batch = batch
+        if not self.counts_are_given:
+            self._prior = None
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:

@@ -311,6 +311,14 @@ def test_state_dict_round_trip_goes_on_bit_for_bit(counts):
     assert_same_state(resumed, unbroken, tolerance=0)
 
 
+def test_the_prior_of_given_counts_follows_a_state_that_is_loaded_and_the_dtype():
+    statistics, other = ClassStatistics(2, [1, 3]), ClassStatistics(2, [4, 1])
+    assert statistics.prior.tolist() == [0.25, 0.75]
+    statistics.load_state_dict(other.state_dict())
+    assert_equal(statistics.prior, [0.8, 0.2], 1e-7)
+    assert_equal(statistics.double().prior, [0.8, 0.2], 1e-15)
+
+
 def test_state_dict_holds_no_pending_sums():
     statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
     before = copy.deepcopy(statistics.state_dict())
