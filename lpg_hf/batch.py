@@ -1,6 +1,5 @@
 """What the logits of a micro-batch say, computed once for the loss, the methods and the statistics."""
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -26,8 +25,10 @@ class Batch:
     Attributes:
         labelled (`torch.Tensor` of shape `[N]`): Whether a sample counts; what follows is arbitrary where not.
         labelled_bits (`torch.Tensor` of shape `[N, 1]`): The same as [`~functional.labelled_bits`].
+        classes (`torch.Tensor` of shape `[N]`): The labels, 0 where there is none.
         own_log_probability (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy.
-        margin (`torch.Tensor` of shape `[N]`): `z_y - max_j z_j`, so that `exp(margin)` is `p_y / max_j p_j`.
+        is_right (`torch.Tensor` of shape `[N]`): Whether no logit is larger than the label's.
+        relative_confidence (`torch.Tensor` of shape `[N]`): `p_y / max_j p_j`.
         is_contradicted (`torch.Tensor` of shape `[N]`):
             Whether the model contradicts the label confidently: `p_y < max_j p_j / 10` and `max_j p_j > 0.3`.
         expected_contradiction (`torch.Tensor` of shape `[N]`): How likely the model itself finds that.
@@ -54,14 +55,17 @@ class Batch:
         self.logits = logits
         self.labels = labels
         self.labelled = labels != IGNORE_INDEX
-        self.labelled_bits = labelled_bits(logits, labels)
-        self.margin = _own_logit(logits, labels) - logits.amax(-1)
+        self.labelled_bits = labelled_bits(logits, self.labelled)
+        self.classes = labels.clamp(min=0)
+        margin = _own_logit(logits, labels) - logits.amax(-1)
+        self.is_right = margin == 0
+        self.relative_confidence = margin.exp()
         probabilities = logits.softmax(-1)
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         largest = probabilities.amax(-1)
-        self.own_log_probability = self.margin + largest.log()
+        self.own_log_probability = margin + largest.log()
         is_confident = largest > CONTRADICTION_CONFIDENCE
-        self.is_contradicted = (self.margin < -math.log(CONTRADICTION_RATIO)) & is_confident
+        self.is_contradicted = (self.relative_confidence < 1 / CONTRADICTION_RATIO) & is_confident
         # Shrunk by a threshold, and not chosen by a mask: on the CPU a third of the time.
         not_excluded = F.threshold_(probabilities / largest[:, None], 1 / CONTRADICTION_RATIO, 0.0).sum(-1) * largest
         self.expected_contradiction = (1 - not_excluded) * is_confident

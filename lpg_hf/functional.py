@@ -154,7 +154,7 @@ def relative_dampening_weight(
     power: float | Tensor = 2.0,
     learned: tuple[float, float] = (0.1, 0.5),
     contradicted: tuple[float, float] = (0.02, 0.08),
-    margin: Tensor | None = None,
+    relative: Tensor | None = None,
     gate: Tensor | None = None,
     compensated: bool = False,
 ) -> Tensor:
@@ -176,7 +176,7 @@ def relative_dampening_weight(
         power (`float` or scalar `torch.Tensor`, *optional*, defaults to 2.0): Strength of the dampening, at least 0.
         learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`): Where the first gate opens and is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`): The same for the second gate.
-        margin (`torch.Tensor` of shape `[N]`, *optional*): `log rho_i`, where it is known already.
+        relative (`torch.Tensor` of shape `[N]`, *optional*): `rho_i`, where it is known already.
         gate (`torch.Tensor` of shape `[C]`, *optional*): `gamma_c`, where it is known already.
         compensated (`bool`, *optional*, defaults to `False`): Multiply with [`dampening_compensation`].
 
@@ -186,13 +186,13 @@ def relative_dampening_weight(
     if gate is None:
         gate = dampening_gate(own_probability, contradiction, learned, contradicted)
     classes = labels.clamp(min=0)
-    if margin is None:
-        margin = logits.gather(-1, classes[:, None])[:, 0] - logits.amax(-1)
+    if relative is None:
+        relative = (logits.gather(-1, classes[:, None])[:, 0] - logits.amax(-1)).exp()
     class_confidence = relative_confidence[classes].clamp(min=torch.finfo(logits.dtype).tiny)
-    weight = (margin.exp() / class_confidence).clamp(max=1) ** (power * gate[classes])
+    weight = (relative / class_confidence).clamp(max=1) ** (power * gate[classes])
     if compensated:
         weight = weight * dampening_compensation(contradiction, gate)[classes]
-    return torch.where(labels >= 0, weight, 1.0)
+    return weight.masked_fill(labels < 0, 1.0)
 
 
 def dampening_gate(
@@ -237,7 +237,7 @@ def dampening_compensation(contradiction: Tensor, gate: Tensor) -> Tensor:
 
     ```
     """
-    return 1 / (1 - gate * contradiction).clamp(min=0.5)
+    return (1 - gate * contradiction).clamp(min=0.5).reciprocal()
 
 
 def relative_dampening_delta(
@@ -340,8 +340,9 @@ def logit_adjustment_delta(
     log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
     relative = (relative_prior(prior) if relative is None else relative).to(base)
     # The bound keeps the sums below from underflow.
-    factors = relative.pow(tau * (1 - weight_share)).clamp(min=1e-30)
-    weights = relative.pow(-tau * weight_share)
+    given_to_weights = tau * weight_share
+    factors = relative.pow(tau - given_to_weights).clamp(min=1e-30)
+    weights = relative.pow(-given_to_weights)
     weights = weights / (weights @ prior.to(base))
     # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
     classes = labels.clamp(min=0)
@@ -588,15 +589,15 @@ def zero_ignored_(matrix: Tensor, labels: Tensor, bits: Tensor | None = None) ->
     [`labelled_bits`], where they are known already.
     """
     # By the bits: on the CPU four times as fast as `masked_fill_` with a mask of one entry per row.
-    bits = labelled_bits(matrix, labels) if bits is None else bits
+    bits = labelled_bits(matrix, labels >= 0) if bits is None else bits
     matrix.view(bits.dtype).bitwise_and_(bits)
     return matrix
 
 
-def labelled_bits(matrix: Tensor, labels: Tensor) -> Tensor:
-    """All bits set where a sample has a label and none where it is ignored, `[N, 1]`, as wide as the matrix's own."""
+def labelled_bits(matrix: Tensor, labelled: Tensor) -> Tensor:
+    """All bits set for the samples that are `labelled`, and none for the others, `[N, 1]`, as wide as the matrix's."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    return -(labels >= 0).to(integer)[:, None]
+    return -labelled.to(integer)[:, None]
 
 
 def ramp(value: Tensor, start: float, end: float) -> Tensor:

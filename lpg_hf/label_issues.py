@@ -101,7 +101,8 @@ class RowRecords(nn.Module):
         floor = math.log(SMALLEST_PROBABILITY)
         own = torch.where(own > floor, own, floor)
         visit = labelled.to(own.dtype)
-        values = torch.stack([visit, own, visit if weight is None else weight])
+        # Above 1 it is compensation, which is not the sample's own.
+        values = torch.stack([visit, own, visit if weight is None else weight.clamp(max=1)])
         self._sums.index_add_(1, rows, torch.where(labelled, values, 0.0).to(self._sums.dtype))
 
         largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)

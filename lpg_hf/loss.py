@@ -87,7 +87,7 @@ class LPGLoss(nn.Module):
         self.observer = None
         self._is_frozen = False
         # Sums since the last report. Row 0: samples, norm of g; a row per method: norm of its delta, weight; last row:
-        # the first step with values that are not finite.
+        # the number of steps before the first one with values that are not finite.
         self.register_buffer("_telemetry", torch.zeros(len(self.perturbations) + 2, 2), persistent=False)
         self._clear_telemetry()
 
@@ -172,8 +172,10 @@ class LPGLoss(nn.Module):
     def _run_chain(self, unperturbed: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The perturbed gradient, and for telemetry a pair of `[N]` for the gradient and for each method."""
         gradient = unperturbed
+        batch = self.statistics.batch(logits, labels)
         norm = base_norm = gradient.norm(dim=-1)
-        rows = [torch.ones_like(norm), norm]
+        no_weight = torch.zeros_like(norm)
+        rows = [batch.labelled, norm]
         for method in self.perturbations:
             rescales = isinstance(method, Rescaling)
             change = (method.weight if rescales else method.delta)(gradient, logits, labels, self.statistics)
@@ -194,11 +196,11 @@ class LPGLoss(nn.Module):
                 gradient = (gradient.mul_ if is_ours else gradient.mul)(change[:, None])
                 norm = change.abs() * norm
             else:
-                rows += [change.norm(dim=-1), torch.zeros_like(base_norm)]
+                rows += [change.norm(dim=-1), no_weight]
                 gradient = (gradient.add_ if is_ours else gradient.add)(change)
                 norm = None
         if gradient is not unperturbed:
-            zero_ignored_(gradient, labels, self.statistics.batch(logits, labels).labelled_bits)
+            zero_ignored_(gradient, labels, batch.labelled_bits)
         return gradient, rows
 
     @contextmanager
@@ -243,8 +245,8 @@ class LPGLoss(nn.Module):
         bad_step = min(rows[-1][0] for rows in stacked)
         if bad_step < math.inf:
             raise FloatingPointError(
-                f"The logits of step {int(bad_step)}, or the gradient that loss and methods make of them, were not "
-                "finite (NaN or infinite). Lower the learning rate, clip gradients, or look for bad values in the "
+                f"The logits of step {int(bad_step) + 1}, or the gradient that loss and methods make of them, were "
+                "not finite (NaN or infinite). Lower the learning rate, clip gradients, or look for bad values in the "
                 "inputs of that step."
             )
         sums = [[sum(values) for values in zip(*rows, strict=True)] for rows in zip(*stacked, strict=True)]
@@ -303,7 +305,7 @@ class LPGLoss(nn.Module):
         # The sums of the norms are finite if and only if all gradients are (unless they are too large to sum up).
         total = sums.sum()
         is_finite = total - total == 0
-        self._telemetry[-1, 0].clamp_(max=torch.where(is_finite, torch.inf, self.statistics.steps + 1))
+        self._telemetry[-1, 0].clamp_(max=torch.where(is_finite, torch.inf, self.statistics.steps))
 
     def _head_and_tail_accuracy(self) -> dict[str, float]:
         counts = self.statistics.class_counts.tolist()

@@ -144,10 +144,10 @@ class UnnumberedBatches:
 
 def _integer_labels(items: object) -> list[int] | None:
     """The labels as they are before the collator, `None` where they cannot be told."""
-    if not (isinstance(items, list) and all(isinstance(item, Mapping) for item in items)):
+    if not (isinstance(items, list) and items and isinstance(items[0], Mapping)):
         return None
-    column = next((name for name in LABEL_COLUMNS if all(name in item for item in items)), None)
+    column = next((name for name in LABEL_COLUMNS if name in items[0]), None)
     try:
-        return None if column is None else [operator.index(item[column]) for item in items]
-    except TypeError:
+        return [operator.index(item[column]) for item in items]
+    except (LookupError, TypeError):
         return None

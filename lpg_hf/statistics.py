@@ -178,12 +178,19 @@ class ClassStatistics(nn.Module):
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Adds a micro-batch (logits `[N, C]`, labels `[N]`, -100 ignored) to the pending sums."""
         batch = self.batch(logits, labels)
-        own, relative = batch.own_log_probability.exp(), batch.margin.exp()
-        is_right, expected = batch.margin == 0, batch.expected_contradiction
-        rows = torch.stack([torch.ones_like(own), is_right, own, relative, batch.is_contradicted, expected])
+        rows = torch.stack(
+            [
+                batch.labelled,
+                batch.is_right,
+                batch.own_log_probability.exp(),
+                batch.relative_confidence,
+                batch.is_contradicted,
+                batch.expected_contradiction,
+            ]
+        )
         # `where` and not a product: an ignored sample may have logits that are not finite.
         rows = torch.where(batch.labelled, rows, 0.0)
-        self._pending.index_add_(1, labels.clamp(min=0), rows.to(self._pending.dtype))
+        self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
     def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -197,7 +204,7 @@ class ClassStatistics(nn.Module):
         counts = pending[0]
         means = pending[1:5] / counts.clamp(min=1)
         self._running.lerp_(means, counts / (counts + self._inertia))
-        self._contradictions.mul_(CONTRADICTION_MEMORY).add_(pending[4:].sum(1))
+        torch.add(pending[4:].sum(1), self._contradictions, alpha=CONTRADICTION_MEMORY, out=self._contradictions)
         if not self.counts_are_given:
             self.class_counts += counts.long()
         self.steps += 1

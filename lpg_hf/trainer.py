@@ -308,7 +308,8 @@ class LPGTrainer(Trainer):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._visits is not None:
             self._step_rows = [(b, b.pop(ROWS_KEY)) for b in batch_samples if isinstance(b, Mapping) and ROWS_KEY in b]
-        self._step_items = self._count_labelled(batch_samples, num_items_in_batch, device)
+        if self._replaces_loss():
+            self._step_items = self._count_labelled(batch_samples, num_items_in_batch, device)
         return batch_samples, num_items_in_batch
 
     def _count_labelled(
@@ -489,8 +490,7 @@ class LPGTrainer(Trainer):
         # A compiled model may write its next logits into the memory of these.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         dampening = self._dampening()
-        # Compensation is not the sample's own.
-        weight = None if dampening is None else dampening.last_weight.clamp(max=1)
+        weight = None if dampening is None else dampening.last_weight
         self._visits.add(rows.to(logits.device), logits, labels, weight)
 
     def _dampening(self) -> ClassRelativeDampening | None:

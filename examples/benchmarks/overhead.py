@@ -129,7 +129,7 @@ def make_trainer(task: Task, perturbations: list[str] | None, output_dir: str, *
     shares = torch.tensor(task.class_counts, dtype=torch.float64)
     labels = torch.multinomial(shares, BATCH_SIZE, replacement=True)
     rows = [dict(zip(task.inputs, row, strict=True)) for row in zip(*task.inputs.values(), strict=True)]
-    rows = [row | {"labels": label} for row, label in zip(rows, labels, strict=True)]
+    rows = [row | {"labels": label} for row, label in zip(rows, labels.tolist(), strict=True)]
     lpg = {} if perturbations is None else {"perturbations": perturbations, "class_counts": task.class_counts}
     return (Trainer if perturbations is None else LPGTrainer)(
         model=task.make_model(),

@@ -94,7 +94,7 @@ class ClassRelativeDampening(Rescaling):
             statistics.relative_confidence,
             contradiction,
             self.power,
-            margin=statistics.batch(logits, labels).margin,
+            relative=statistics.batch(logits, labels).relative_confidence,
             gate=gate,
             compensated=self.compensated,
         )
