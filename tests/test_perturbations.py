@@ -485,7 +485,7 @@ def reprs(*args, **options):
 
 BALANCED_CHAIN = [
     "label_smoothing(target='prior')",
-    "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.13, 0.18), "
+    "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.1, 0.13), "
     "unexpected=(0.6, 0.8), compensated=True)",
 ]
 IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))", *BALANCED_CHAIN]

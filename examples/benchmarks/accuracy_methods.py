@@ -223,6 +223,8 @@ _ABLATION = (
     ),
     _variant("auto-compensation", "without compensation", with_arguments(_AUTO_DAMPENING, compensated=False)),
     _variant("auto-decided", "without the gate 'decided'", with_arguments(_AUTO_DAMPENING, decided=None)),
+    _variant("auto-unexpected", "without the gate 'unexpected'", with_arguments(_AUTO_DAMPENING, unexpected=None)),
+    _variant("auto-both", "without these two gates", with_arguments(_AUTO_DAMPENING, decided=None, unexpected=None)),
     *(
         _variant(f"power={value}", f"power q = {value}", with_arguments(_AUTO_DAMPENING, power=value))
         for value in (1.0, 2.0, 4.0, 16.0)
@@ -239,7 +241,7 @@ _ABLATION = (
     ),
     *(
         _variant(f"decided={low}..{high}", f"decided = {low} to {high}", edit)
-        for low, high in ((0.1, 0.15), (0.16, 0.2), (0.2, 0.3))
+        for low, high in ((0.08, 0.1), (0.13, 0.18), (0.2, 0.3))
         for edit in [with_arguments(_AUTO_DAMPENING, decided=(low, high))]
     ),
     *(
