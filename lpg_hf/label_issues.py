@@ -8,8 +8,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor, nn
 
 
-# Below it a probability says no more: one visit must not outweigh all others.
-SMALLEST_PROBABILITY = 1e-4
+# Below it a relative confidence says no more: one visit must not outweigh all others.
+SMALLEST_CONFIDENCE = 1e-4
 # What waits to be added up at most: micro-batches, and logits in all of them.
 MAX_WAITING_BATCHES = 32
 MAX_WAITING_LOGITS = 2**20
@@ -19,14 +19,15 @@ class RowRecords(nn.Module):
     r"""
     What a training run makes of each row of its data set: sums over the visits, kept on the device.
 
-    The score of a row is one minus the geometric mean, over its visits, of the probability that the model gave to the
-    row's label just before it learned from it. A network believes right labels before it memorises wrong ones, so the
-    whole run tells them apart where its end no longer does; a method that keeps the model from memorising widens the
-    gap. The suggested label is the other class that the visits vote for, each with the probability it gave to it.
+    The score of a row is one minus the geometric mean, over its visits, of `p_y / max_j p_j`: how far the model
+    believed the label just before it learned from it, 1 where no class was more likely. A network believes right labels
+    before it memorises wrong ones, so the whole run tells them apart where its end no longer does; a method that keeps
+    the model from memorising widens the gap. The suggested label is the other class that the visits vote for, each with
+    the probability it gave to it.
 
     Source: the mean over epochs is the confidence of Swayamdipta et al., Dataset cartography (EMNLP 2020), the vote
     in one counter per row that of Boyer and Moore (1981), with the merging of Misra and Gries (1982) over processes;
-    the geometric mean, the weights and taking both from a training that is perturbed are ours.
+    the ratio, the geometric mean, the weights and taking both from a training that is perturbed are ours.
 
     Args:
         num_rows (`int`): Rows of the data set, n.
@@ -40,7 +41,7 @@ class RowRecords(nn.Module):
     >>> records.update(torch.tensor([2, 0]), logits, labels=torch.tensor([1, 1]))
     >>> issues = records.ranked(["cat", "dog"])  # row 1 has not been visited
     >>> issues["row"][:], [round(score, 4) for score in issues["score"]]
-    ([2, 0], [0.8808, 0.1192])
+    ([2, 0], [0.8647, 0.0])
 
     ```
     """
@@ -52,7 +53,7 @@ class RowRecords(nn.Module):
     def __init__(self, num_rows: int):
         super().__init__()
         # The last column of each is for samples whose row is not known.
-        # Visits, log-probability of the label, weight under class-relative dampening (1 without it).
+        # Visits, log of the relative confidence, weight under class-relative dampening (1 without it).
         self.register_buffer("_sums", torch.zeros(3, num_rows + 1))
         # The label, -1 before the first visit, and the class that leads the vote with the votes below.
         self.register_buffer("_labels", torch.full((2, num_rows + 1), -1, dtype=torch.int64))
@@ -97,15 +98,16 @@ class RowRecords(nn.Module):
         labelled = classes == labels
         log_probabilities = logits.log_softmax(-1)
         own = log_probabilities.gather(-1, classes[:, None])[:, 0]
+        largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)
+        confidence = (own - largest).clamp(max=0)
         # `where` and not `clamp`, which would keep a NaN for good.
-        floor = math.log(SMALLEST_PROBABILITY)
-        own = torch.where(own > floor, own, floor)
+        floor = math.log(SMALLEST_CONFIDENCE)
+        confidence = torch.where(confidence > floor, confidence, floor)
         visit = labelled.to(own.dtype)
         # Above 1 it is compensation, which is not the sample's own.
-        values = torch.stack([visit, own, visit if weight is None else weight.clamp(max=1)])
+        values = torch.stack([visit, confidence, visit if weight is None else weight.clamp(max=1)])
         self._sums.index_add_(1, rows, torch.where(labelled, values, 0.0).to(self._sums.dtype))
 
-        largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)
         vote = torch.where(labelled & largest.isfinite(), largest.exp(), 0.0).to(self._votes.dtype)
         label, leader = self._labels[:, rows]
         leader, votes = _merge_votes(leader, self._votes[rows], others, vote)
@@ -137,8 +139,8 @@ class RowRecords(nn.Module):
             names (`Sequence[str]`): Of the classes.
             with_weight (`bool`, *optional*, defaults to `False`): Whether there was class-relative dampening.
         """
-        visits, log_probability, weight = self._sums[:, :-1].double().cpu()
-        score = 1 - (log_probability / visits).exp()
+        visits, log_confidence, weight = self._sums[:, :-1].double().cpu()
+        score = 1 - (log_confidence / visits).exp()
         rows = score.nan_to_num(nan=-1).sort(descending=True, stable=True).indices
         rows = rows[visits[rows] > 0]
         labels = self._labels[:, rows].cpu()

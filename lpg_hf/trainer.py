@@ -593,7 +593,8 @@ class LPGTrainer(Trainer):
 
             - `row`: its index in `train_dataset`;
             - `label`, and `suggested_label`: the class that the model believed most beside it;
-            - `score`, in [0, 1]: one minus the geometric mean of the probability that the model gave to the label;
+            - `score`, in [0, 1]: one minus the geometric mean of the probability that the model gave to the label,
+              over that of the class it found most likely;
             - `weight`, in [0, 1]: its mean weight under class-relative dampening, where the chain has that;
             - `visits`: how often training saw it.
 

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 import lpg_hf.trainer
 from lpg_hf import ClassRelativeDampening, LPGTrainer, label_issues
-from lpg_hf.label_issues import SMALLEST_PROBABILITY, RowRecords, VisitQueue, _merge_votes
+from lpg_hf.label_issues import SMALLEST_CONFIDENCE, RowRecords, VisitQueue, _merge_votes
 from lpg_hf.rows import ROWS_KEY, NumberedCollator, NumberedItems, NumberedRows
 
 
@@ -109,15 +109,15 @@ def slow_ranking(visits, labels):
     """Score and suggested label of each row by loops in float64; `None` for a suggestion that hangs on rounding."""
     result = {}
     for row, all_logits in visits.items():
-        log_probability, votes = [], np.zeros(NUM_LABELS)
+        log_confidence, votes = [], np.zeros(NUM_LABELS)
         for logits in all_logits:
             p = np.exp(logits - logits.max())
             p /= p.sum()
-            log_probability.append(math.log(max(p[labels[row]], SMALLEST_PROBABILITY)))
+            log_confidence.append(math.log(max(p[labels[row]] / p.max(), SMALLEST_CONFIDENCE)))
             p[labels[row]] = -1
             votes[p.argmax()] += p.max()
         has_majority = votes.max() > votes.sum() / 2 + 1e-3
-        result[row] = (1 - math.exp(np.mean(log_probability)), int(votes.argmax()) if has_majority else None)
+        result[row] = (1 - math.exp(np.mean(log_confidence)), int(votes.argmax()) if has_majority else None)
     return result
 
 
@@ -363,7 +363,7 @@ def test_bad_values_do_not_stick():
     records = RowRecords(1)
     records.update(torch.tensor([0]), torch.tensor([[math.nan, 1.0]]), torch.tensor([1]))
     records.update(torch.tensor([0]), torch.tensor([[0.0, -1e30]]), torch.tensor([1]))
-    assert records.ranked(["a", "b"])["score"][:] == pytest.approx([1 - SMALLEST_PROBABILITY])
+    assert records.ranked(["a", "b"])["score"][:] == pytest.approx([1 - SMALLEST_CONFIDENCE])
 
 
 def test_a_visit_with_nan_casts_no_vote():
