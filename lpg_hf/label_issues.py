@@ -20,10 +20,10 @@ class RowRecords(nn.Module):
     What a training run makes of each row of its data set: sums over the visits, kept on the device.
 
     The score of a row is one minus the geometric mean, over its visits, of `p_y / max_j p_j`: how far the model
-    believed the label just before it learned from it, 1 where no class was more likely. A network believes right labels
-    before it memorises wrong ones, so the whole run tells them apart where its end no longer does; a method that keeps
-    the model from memorising widens the gap. The suggested label is the other class that the visits vote for, each with
-    the probability it gave to it.
+    believed the label just before it learned from it, 1 where no class was more likely. A network believes right
+    labels before it memorises wrong ones, so the whole run tells them apart where its end no longer does; a method
+    that keeps the model from memorising widens the gap. The suggested label is the other class that the visits vote
+    for, each with the probability it gave to it.
 
     Source: the mean over epochs is the confidence of Swayamdipta et al., Dataset cartography (EMNLP 2020), the vote
     in one counter per row that of Boyer and Moore (1981), with the merging of Misra and Gries (1982) over processes;
