@@ -227,7 +227,7 @@ def plot_weights(axes: Axes, runs: list[dict]) -> None:
         low, high = mean[:, column] - error[:, column], mean[:, column] + error[:, column]
         axes.plot(epochs, mean[:, column], color=color, label=label)
         axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.set(title="Weight of correct and wrong labels", xlabel="epoch", ylabel="mean weight (%)", ylim=(0, 105))
+    axes.set(title="Weight of correct and wrong labels", xlabel="epoch", ylabel="mean weight (%)", ylim=(0, None))
     axes.legend()
 
 
