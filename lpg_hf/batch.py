@@ -9,9 +9,6 @@ from .functional import balance_label_entry_, labelled_bits
 
 
 IGNORE_INDEX = -100
-# A model contradicts a label confidently if it finds another class this many times as likely, with this probability.
-CONTRADICTION_RATIO = 10
-CONTRADICTION_CONFIDENCE = 0.3
 
 
 class Batch:
@@ -31,7 +28,6 @@ class Batch:
         relative_confidence (`torch.Tensor` of shape `[N]`): `p_y / max_j p_j`.
         is_contradicted (`torch.Tensor` of shape `[N]`):
             Whether the model contradicts the label confidently: `p_y < max_j p_j / 10` and `max_j p_j > 0.3`.
-        expected_contradiction (`torch.Tensor` of shape `[N]`): How likely the model itself finds that.
         gradient (`torch.Tensor` of shape `[N, C]`):
             Of the cross-entropy, as [`~functional.logit_gradient`] gives it; zero for ignored samples. Read-only.
 
@@ -64,11 +60,7 @@ class Batch:
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         largest = probabilities.amax(-1)
         self.own_log_probability = margin + largest.log()
-        is_confident = largest > CONTRADICTION_CONFIDENCE
-        self.is_contradicted = (self.relative_confidence < 1 / CONTRADICTION_RATIO) & is_confident
-        # Shrunk by a threshold, and not chosen by a mask: on the CPU a third of the time.
-        not_excluded = F.threshold_(probabilities / largest[:, None], 1 / CONTRADICTION_RATIO, 0.0).sum(-1) * largest
-        self.expected_contradiction = (1 - not_excluded) * is_confident
+        self.is_contradicted = (self.relative_confidence < 0.1) & (largest > 0.3)
         self.gradient = balance_label_entry_(probabilities, labels, self.labelled_bits)
 
 

@@ -11,10 +11,6 @@ from .batch import Batch
 # Running means give a step's n samples of a class the weight n / (n + INERTIA).
 MEAN_INERTIA = 20
 CONTRADICTION_INERTIA = 40
-# What a step leaves of the counts of contradictions before it, and how many are thought to have been expected before
-# the first, so that a few samples don't decide.
-CONTRADICTION_MEMORY = 0.999
-CONTRADICTION_PSEUDO_COUNT = 10
 # Samples added to every class while the prior is still being counted, so that a few batches don't look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
 
@@ -59,7 +55,6 @@ class ClassStatistics(nn.Module):
     class_counts: Tensor
     steps: Tensor
     _running: Tensor
-    _contradictions: Tensor
     _pending: Tensor
 
     def __init__(self, num_labels: int, class_counts: Sequence[int] | None = None):
@@ -74,10 +69,8 @@ class ClassStatistics(nn.Module):
         self.register_buffer("_running", torch.zeros(4, num_labels))
         inertia = [[MEAN_INERTIA]] * 3 + [[CONTRADICTION_INERTIA]]
         self.register_buffer("_inertia", torch.tensor(inertia, dtype=torch.float32), persistent=False)
-        # Contradictions that happened, and that the model expected.
-        self.register_buffer("_contradictions", torch.zeros(2))
         # Zero between optimizer steps, which is when state is saved.
-        self.register_buffer("_pending", torch.zeros(6, num_labels), persistent=False)
+        self.register_buffer("_pending", torch.zeros(5, num_labels), persistent=False)
         # What a step looks at again and again.
         self._batch: Batch | None = None
         self._prior: Tensor | None = None
@@ -147,17 +140,6 @@ class ClassStatistics(nn.Module):
         accuracy, _, _, contradiction = self._running @ self.prior
         return contradiction / (1 - accuracy).clamp(min=0.01)
 
-    @property
-    def unexpected_contradiction(self) -> Tensor:
-        """
-        How many times as often the model confidently contradicts a label as its own probabilities say, a scalar.
-
-        It is near 1 for a model that is calibrated on its labels, the wrong ones among them, above 1 for one that is
-        sure of itself where labels are wrong, and far below 1 where label smoothing alone makes it expect them.
-        """
-        observed, expected = self._contradictions
-        return observed / (expected + CONTRADICTION_PSEUDO_COUNT)
-
     def batch(self, logits: Tensor, labels: Tensor) -> Batch:
         """
         What the logits `[N, C]` of a micro-batch say: the one that [`~ClassStatistics.share`] was given, if it is of
@@ -185,7 +167,6 @@ class ClassStatistics(nn.Module):
                 batch.own_log_probability.exp(),
                 batch.relative_confidence,
                 batch.is_contradicted,
-                batch.expected_contradiction,
             ]
         )
         # `where` and not a product: an ignored sample may have logits that are not finite.
@@ -202,9 +183,8 @@ class ClassStatistics(nn.Module):
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
-        means = pending[1:5] / counts.clamp(min=1)
+        means = pending[1:] / counts.clamp(min=1)
         self._running.lerp_(means, counts / (counts + self._inertia))
-        torch.add(pending[4:].sum(1), self._contradictions, alpha=CONTRADICTION_MEMORY, out=self._contradictions)
         if not self.counts_are_given:
             self.class_counts += counts.long()
         self.steps += 1

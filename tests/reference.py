@@ -99,12 +99,10 @@ def dampening_weight(
     contradicted=(0.02, 0.08),
     decided=None,
     confident_error_share=None,
-    unexpected=None,
-    unexpected_contradiction=None,
     compensated=False,
 ):
     """
-    `min(1, rho_i / rhobar_c) ^ (power a_c b_c d)`, d the larger of two gates that may both be missing; 1 for ignored
+    `min(1, rho_i / rhobar_c) ^ (power a_c b_c d)`, d a gate that may be missing; 1 for ignored
     samples and for a class never seen. Compensated, it is divided by `1 - a_c b_c d k_c`, at least by 1/2.
     """
     weights = []
@@ -116,8 +114,8 @@ def dampening_weight(
         rho = math.exp(row[label] - max(row))
         assert math.isclose(rho, probabilities[label] / max(probabilities), rel_tol=1e-9, abs_tol=1e-300)
         gate = ramp(own_probability[label], *learned) * ramp(contradiction[label], *contradicted)
-        pairs = [(confident_error_share, decided), (unexpected_contradiction, unexpected)]
-        gate *= max([ramp(value, *interval) for value, interval in pairs if interval is not None], default=1.0)
+        if decided is not None:
+            gate *= ramp(confident_error_share, *decided)
         share = max(1 - gate * contradiction[label], 0.5) if compensated else 1.0
         weights.append(min(1.0, rho / relative_confidence[label]) ** (power * gate) / share)
     return np.array(weights)
@@ -169,22 +167,9 @@ class RunningStatistics:
         self.own_probability = np.zeros(num_classes)
         self.relative_confidence = np.zeros(num_classes)
         self.contradiction = np.zeros(num_classes)
-        self.contradictions = 0.0
-        self.expected_contradictions = 0.0
 
     def update(self, logits, labels):
         """One whole optimizer step: all its micro-batches, of all processes."""
-        self.contradictions *= 0.999
-        self.expected_contradictions *= 0.999
-        for row, label in zip(logits, labels, strict=True):
-            if label == IGNORED:
-                continue
-            p = softmax([row])[0]
-            excluded = [q < max(p) / 10 and max(p) > 0.3 for q in p]
-            self.contradictions += excluded[label]
-            self.expected_contradictions += math.fsum(
-                q for q, is_excluded in zip(p, excluded, strict=True) if is_excluded
-            )
         for c in range(len(self.counts)):
             members = [softmax([row])[0] for row, label in zip(logits, labels, strict=True) if label == c]
             n = len(members)
@@ -195,10 +180,6 @@ class RunningStatistics:
             self._move("relative_confidence", c, n, 20, [p[c] / max(p) for p in members])
             self._move("contradiction", c, n, 40, [p[c] / max(p) < 0.1 and max(p) > 0.3 for p in members])
             self.counts[c] += n
-
-    @property
-    def unexpected_contradiction(self):
-        return self.contradictions / (self.expected_contradictions + 10)
 
     def _move(self, name, c, n, inertia, values):
         running = getattr(self, name)

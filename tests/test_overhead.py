@@ -200,13 +200,13 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 125, 22, 5),
-        ("auto", COUNTS, 157, 34, 6),
-        ("lpg", COUNTS, 135, 24, 7),
-        ("logit_clipping", COUNTS, 82, 18, 4),
-        ("focal_loss", COUNTS, 96, 17, 4),
-        ("label_smoothing", COUNTS, 82, 21, 5),
-        ("lpl", COUNTS, 302, 99, 26),
+        ("auto", BALANCED, 111, 17, 4),
+        ("auto", COUNTS, 143, 29, 5),
+        ("lpg", COUNTS, 127, 19, 6),
+        ("logit_clipping", COUNTS, 74, 13, 3),
+        ("focal_loss", COUNTS, 88, 12, 3),
+        ("label_smoothing", COUNTS, 74, 16, 4),
+        ("lpl", COUNTS, 294, 94, 25),
     ],
 )
 def test_a_step_takes_no_more_operations_and_matrices_than_it_did(chain, counts, operations, passes, matrices):

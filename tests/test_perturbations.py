@@ -202,9 +202,6 @@ def test_the_pgd_solver_iterates():
         {"compensated": True},
         {"power": 4.0, "learned": (0.0, 0.9), "contradicted": (0.0, 0.5), "compensated": True},
         {"power": 8.0, "decided": (0.0, 0.9), "compensated": True},
-        {"power": 8.0, "unexpected": (0.0, 0.9)},
-        {"power": 8.0, "decided": (0.0, 0.5), "unexpected": (0.0, 1.0), "compensated": True},
-        {"power": 8.0, "decided": (0.0, 1.0), "unexpected": (0.0, 0.5)},
     ],
 )
 def test_class_relative_dampening_equals_the_reference(options):
@@ -218,7 +215,6 @@ def test_class_relative_dampening_equals_the_reference(options):
         statistics.relative_confidence.tolist(),
         statistics.contradiction.tolist(),
         confident_error_share=statistics.confident_error_share.item(),
-        unexpected_contradiction=statistics.unexpected_contradiction.item(),
         **options,
     )
     weight = method.weight(logit_gradient(logits, labels), logits, labels, statistics)
@@ -353,7 +349,6 @@ EXAMPLES = [
         learned=(0.2, 0.6),
         contradicted=(0.01, 0.5),
         decided=(0.0, 0.4),
-        unexpected=(0.5, 0.9),
         compensated=True,
     ),
     LogitAdjustment(tau=0.5, min_imbalance=3.0, learned=(0.1, 0.9)),
@@ -486,7 +481,7 @@ def reprs(*args, **options):
 BALANCED_CHAIN = [
     "label_smoothing(target='prior')",
     "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.1, 0.13), "
-    "unexpected=(0.6, 0.8), compensated=True)",
+    "compensated=True)",
 ]
 IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))", *BALANCED_CHAIN]
 

@@ -223,8 +223,6 @@ _ABLATION = (
     ),
     _variant("auto-compensation", "without compensation", with_arguments(_AUTO_DAMPENING, compensated=False)),
     _variant("auto-decided", "without the gate 'decided'", with_arguments(_AUTO_DAMPENING, decided=None)),
-    _variant("auto-unexpected", "without the gate 'unexpected'", with_arguments(_AUTO_DAMPENING, unexpected=None)),
-    _variant("auto-both", "without these two gates", with_arguments(_AUTO_DAMPENING, decided=None, unexpected=None)),
     *(
         _variant(f"power={value}", f"power q = {value}", with_arguments(_AUTO_DAMPENING, power=value))
         for value in (1.0, 2.0, 4.0, 16.0)

@@ -192,7 +192,6 @@ def _auto_chain(class_counts: Sequence[int] | None) -> list[Perturbation]:
             learned=(0.05, 0.3),
             contradicted=(0.01, 0.03),
             decided=(0.1, 0.13),
-            unexpected=(0.6, 0.8),
             compensated=True,
         ),
     ]

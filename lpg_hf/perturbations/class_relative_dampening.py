@@ -1,8 +1,5 @@
 """Class-relative dampening: fit less what the model believes far less than it believes the class as a whole."""
 
-from functools import reduce
-
-import torch
 from torch import Tensor
 
 from ..functional import dampening_gate, ramp, relative_dampening_weight
@@ -33,10 +30,7 @@ class ClassRelativeDampening(Rescaling):
             Share of a class that the model confidently contradicts: where the second gate starts to open, and is open.
         decided (`tuple[float, float]`, *optional*):
             Share of the errors on the training set that are confident contradictions: where a third gate starts to
-            open, and is open.
-        unexpected (`tuple[float, float]`, *optional*):
-            Confident contradictions for each one that the model expects: the same for that gate. With both, the one
-            that opens it further counts; without, there is no third gate.
+            open, and is open. There is no third gate if not given.
         compensated (`bool`, *optional*, defaults to `False`):
             Whether the other samples of a class get what dampening takes from its contradicted share, so that the
             class keeps its share of the gradient; see [`~functional.dampening_compensation`].
@@ -61,12 +55,11 @@ class ClassRelativeDampening(Rescaling):
         learned: tuple[float, float] = (0.1, 0.5),
         contradicted: tuple[float, float] = (0.02, 0.08),
         decided: tuple[float, float] | None = None,
-        unexpected: tuple[float, float] | None = None,
         compensated: bool = False,
     ):
         super().__init__()
         check_not_negative("power", power)
-        intervals = {"learned": learned, "contradicted": contradicted, "decided": decided, "unexpected": unexpected}
+        intervals = {"learned": learned, "contradicted": contradicted, "decided": decided}
         for argument, interval in intervals.items():
             if interval is not None:
                 check_interval(argument, interval)
@@ -74,19 +67,13 @@ class ClassRelativeDampening(Rescaling):
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
         self.decided = None if decided is None else tuple(decided)
-        self.unexpected = None if unexpected is None else tuple(unexpected)
         self.compensated = compensated
 
     def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         own_probability, contradiction = statistics.own_probability, statistics.contradiction
         gate = dampening_gate(own_probability, contradiction, self.learned, self.contradicted)
-        third_gates = []
         if self.decided is not None:
-            third_gates.append(ramp(statistics.confident_error_share, *self.decided))
-        if self.unexpected is not None:
-            third_gates.append(ramp(statistics.unexpected_contradiction, *self.unexpected))
-        if third_gates:
-            gate = gate * reduce(torch.maximum, third_gates)
+            gate = gate * ramp(statistics.confident_error_share, *self.decided)
         return relative_dampening_weight(
             logits,
             labels,
