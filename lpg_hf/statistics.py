@@ -80,6 +80,11 @@ class ClassStatistics(nn.Module):
         return len(self.class_counts)
 
     @property
+    def pending(self) -> Tensor:
+        """What the next [`~ClassStatistics.fold`] sums over processes, `[5, C]`."""
+        return self._pending
+
+    @property
     def prior(self) -> Tensor:
         """Share of each class in the training set, `[C]`; uniform while it is unknown."""
         if self._batch is None and not self.counts_are_given:

@@ -38,6 +38,7 @@ from .label_issues import RowRecords, VisitQueue
 from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
 from .model_card import add_section
 from .pac_bayes import PathLength
+from .pending_sum import PendingSum
 from .perturbations import (
     SAM,
     ClassRelativeDampening,
@@ -156,6 +157,7 @@ class LPGTrainer(Trainer):
         self._parameter_telemetry = torch.zeros(len(self._parameter_methods), 2, device=self.args.device)
         self._telemetry: dict[str, float] = {}
         self._step_items = None
+        self._pending_statistics: PendingSum | None = None
         self._is_classifier = None
         self._is_verified = False
         self._saved_state = None
@@ -314,7 +316,7 @@ class LPGTrainer(Trainer):
 
     def _count_labelled(
         self, batch_samples: list, num_items: Tensor | int | None, device: torch.device
-    ) -> Tensor | int | None:
+    ) -> PendingSum | Tensor | int | None:
         """
         The labelled samples of the whole step, over all micro-batches and processes.
 
@@ -326,7 +328,7 @@ class LPGTrainer(Trainer):
         if not labels or not all(isinstance(label, Tensor) for label in labels):
             return None
         count = sum((label != IGNORE_INDEX).sum() for label in labels).to(device)
-        return self.accelerator.reduce(count, "sum") if self.args.average_tokens_across_devices else count
+        return PendingSum(count, self.accelerator) if self.args.average_tokens_across_devices else count
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -348,11 +350,16 @@ class LPGTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._step_items = None
             if self._is_classifier and self._has_logit_methods:
-                is_alone = self.accelerator.num_processes == 1
-                self.lpg_loss.fold(None if is_alone else partial(self.accelerator.reduce, reduction="sum"))
+                self.lpg_loss.fold(None if self.accelerator.num_processes == 1 else self._sum_over_processes)
             if self._parameter_methods:
                 self._perturb_gradients()
         return loss
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        pending, self._pending_statistics = self._pending_statistics, None
+        if pending is not None and tensor is self.lpg_loss.statistics.pending:
+            return pending.wait()
+        return PendingSum(tensor, self.accelerator).wait()
 
     def _sam_step(
         self, sam: SAM, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None
@@ -423,7 +430,7 @@ class LPGTrainer(Trainer):
                 ) from error
             raise
         if replaces_loss:
-            num_items = num_items_in_batch if self._step_items is None else self._step_items
+            num_items = self._items_of_step(num_items_in_batch)
             if self._is_classifier is None or (self._is_classifier and not self._is_verified):
                 self._is_classifier = self._examine(loss, outputs, labels, num_items)
             if self._is_classifier:
@@ -431,9 +438,21 @@ class LPGTrainer(Trainer):
                 # It holds the graph.
                 self.lpg_loss.observer = None
                 self.loss_is_scaled_for_ga = num_items is not None
+                self._send_statistics()
         if self._rows is not None and model.training and torch.is_grad_enabled():
             self._record_rows(outputs, labels)
         return (loss, outputs) if return_outputs else loss
+
+    def _items_of_step(self, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
+        if isinstance(self._step_items, PendingSum):
+            self._step_items = self._step_items.wait()
+        return num_items_in_batch if self._step_items is None else self._step_items
+
+    def _send_statistics(self) -> None:
+        """They are complete after the step's last forward pass, and travel during the backward pass."""
+        is_last = self.accelerator.sync_gradients and not self._is_ascent
+        if self.accelerator.num_processes > 1 and self._has_logit_methods and is_last:
+            self._pending_statistics = PendingSum(self.lpg_loss.statistics.pending, self.accelerator)
 
     def _replaces_loss(self) -> bool:
         """`perturbations=[]` is the Trainer's own loss, unless that is not the mean over the accumulated batch."""

@@ -67,6 +67,23 @@ def test_processes_train_like_one(model, optimizer, processes, accumulation, siz
     torch.testing.assert_close(together["norms"], alone["norms"], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("model", "perturbations", "of_a_step"),
+    [
+        ("vit", ["logit_adjustment", OPEN_GATES], [(5 * 4, True)]),
+        # A model that does not take the count of labelled samples: the Trainer does not count them.
+        ("convnext", ["logit_adjustment", OPEN_GATES], [(1, True), (5 * 4, True)]),
+        ("vit", [], []),
+    ],
+)
+def test_sums_over_processes_are_few_and_travel_while_the_model_computes(model, perturbations, of_a_step, tmp_path):
+    """Once per optimizer step, whatever the accumulation."""
+    job = {"model": model, "perturbations": perturbations, "sizes": [4] * 24}
+    together = launch(job | {"args": SGD | {"gradient_accumulation_steps": 2}}, 2, tmp_path / "together")
+    assert together["steps"] == 6
+    assert together["sums"] == of_a_step * 6
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_synchronised_class_means_are_those_of_the_whole_batch(processes, tmp_path):
     job = {

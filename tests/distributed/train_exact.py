@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,22 @@ from lpg_hf import LPGTrainer
 def rows_of(batch: dict[str, torch.Tensor]) -> Iterator[dict]:
     for values in zip(*batch.values(), strict=True):
         yield dict(zip(batch, values, strict=True))
+
+
+@contextmanager
+def watched_sums() -> Iterator[list[tuple[int, bool]]]:
+    """Numbers of each sum over processes that Python asks for, and whether it goes on without waiting."""
+    all_reduce, seen = torch.distributed.all_reduce, []
+
+    def watched(tensor: torch.Tensor, *args, async_op: bool = False, **kwargs):
+        seen.append((tensor.numel(), async_op))
+        return all_reduce(tensor, *args, async_op=async_op, **kwargs)
+
+    torch.distributed.all_reduce = watched
+    try:
+        yield seen
+    finally:
+        torch.distributed.all_reduce = all_reduce
 
 
 def train(job: dict, output_dir: Path) -> dict:
@@ -43,7 +60,8 @@ def train(job: dict, output_dir: Path) -> dict:
     if job.get("is_map"):
         trainer.train_dataset = list(rows_of(batch))
         trainer.data_collator = default_data_collator
-    trainer.train(resume_from_checkpoint=job.get("resume"))
+    with watched_sums() as sums:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
     if job.get("is_map"):
         trainer.eval_dataset = trainer.train_dataset[:10]
         trainer.report()
@@ -53,8 +71,9 @@ def train(job: dict, output_dir: Path) -> dict:
         "running": trainer.lpg_loss.statistics._running,
         "counts": trainer.lpg_loss.statistics.class_counts,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-        "norms": [log["lpg/gradient_norm"] for log in trainer.state.log_history if "loss" in log],
+        "norms": [log["lpg/gradient_norm"] for log in trainer.state.log_history if "lpg/gradient_norm" in log],
         "steps": trainer.state.global_step,
+        "sums": sums,
         "processes": trainer.accelerator.num_processes,
         "is_main": trainer.is_world_process_zero(),
     }
