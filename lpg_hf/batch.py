@@ -21,6 +21,7 @@ class Batch:
 
     Attributes:
         labelled (`torch.Tensor` of shape `[N]`): Whether a sample counts; what follows is arbitrary where not.
+        ignored (`torch.Tensor` of shape `[N]`): Its opposite.
         labelled_bits (`torch.Tensor` of shape `[N, 1]`): The same as [`~functional.labelled_bits`].
         classes (`torch.Tensor` of shape `[N]`): The labels, 0 where there is none.
         own_log_probability (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy.
@@ -51,6 +52,7 @@ class Batch:
         self.logits = logits
         self.labels = labels
         self.labelled = labels != IGNORE_INDEX
+        self.ignored = labels == IGNORE_INDEX
         self.labelled_bits = labelled_bits(logits, self.labelled)
         self.classes = labels.clamp(min=0)
         margin = _own_logit(logits, labels) - logits.amax(-1)

@@ -126,7 +126,7 @@ class LPGLoss(nn.Module):
         if self.base_loss is None:
             z = z.detach()
             batch = Batch(z, labels)
-            total = torch.where(batch.labelled, -batch.own_log_probability, 0.0).sum()
+            total = -batch.own_log_probability.masked_fill(batch.ignored, 0.0).sum()
             self.statistics.share(batch)
             perturbed = self.perturb(batch.gradient, z, labels)
             # Divided last, where it costs no pass over the matrix.
@@ -159,7 +159,7 @@ class LPGLoss(nn.Module):
             perturbed, rows = self._run_chain(gradient, logits, labels)
             if not self._is_frozen:
                 # Nothing that is said of ignored samples counts.
-                self._record(torch.where(batch.labelled, torch.stack(rows), 0.0))
+                self._record(torch.stack(rows).masked_fill_(batch.ignored, 0.0))
                 self.statistics.update(logits, labels)
                 if self.fold_every_call:
                     self.fold()

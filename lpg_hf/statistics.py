@@ -174,8 +174,8 @@ class ClassStatistics(nn.Module):
                 batch.is_contradicted,
             ]
         )
-        # `where` and not a product: an ignored sample may have logits that are not finite.
-        rows = torch.where(batch.labelled, rows, 0.0)
+        # Filled and not multiplied: an ignored sample may have logits that are not finite.
+        rows.masked_fill_(batch.ignored, 0.0)
         self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
@@ -188,8 +188,8 @@ class ClassStatistics(nn.Module):
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
-        means = pending[1:] / counts.clamp(min=1)
-        self._running.lerp_(means, counts / (counts + self._inertia))
+        # A running mean m moves to that of the step's n samples by (sum - n m) / n, with the weight n / (n + inertia).
+        self._running.addcdiv_(pending[1:].addcmul(counts, self._running, value=-1), counts + self._inertia)
         if not self.counts_are_given:
             self.class_counts += counts.long()
         self.steps += 1
