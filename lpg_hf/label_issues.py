@@ -171,20 +171,31 @@ class VisitQueue:
 
     def __init__(self, records: RowRecords):
         self.records = records
-        self._waiting: list[tuple[Tensor, ...]] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self._num_logits = 0
 
     def add(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
-        """Takes what [`RowRecords.update`] takes; nobody else may change the tensors any more."""
-        self._waiting.append((rows, logits, labels, logits.new_ones(len(logits)) if weight is None else weight))
+        """
+        Takes what [`RowRecords.update`] takes, the logits in any precision, labels `[N, 1]` and rows on the host, too.
+        Nobody else may change the tensors any more.
+        """
+        if self._waiting and (weight is None) != (self._waiting[-1][-1] is None):
+            self.flush()
+        self._waiting.append((rows, logits, labels, weight))
         self._num_logits += logits.numel()
         if len(self._waiting) == MAX_WAITING_BATCHES or self._num_logits >= MAX_WAITING_LOGITS:
             self.flush()
 
     def flush(self) -> None:
         if self._waiting:
-            is_alone = len(self._waiting) == 1
-            self.records.update(*(self._waiting[0] if is_alone else map(torch.cat, zip(*self._waiting, strict=True))))
+            rows, logits, labels, weights = zip(*self._waiting, strict=True)
+            logits = torch.cat(logits)
+            self.records.update(
+                torch.cat(rows).to(logits.device),
+                logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                torch.cat(labels).reshape(-1).long(),
+                None if weights[0] is None else torch.cat(weights),
+            )
             self._waiting, self._num_logits = [], 0
 
 

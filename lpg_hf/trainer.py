@@ -505,12 +505,10 @@ class LPGTrainer(Trainer):
             self._can_be_ranked = self._find_wrong_shape(outputs, labels) is None
         if not self._can_be_ranked:
             return
-        logits, labels = self._logits(outputs).detach(), labels.reshape(-1).long()
         # A compiled model may write its next logits into the memory of these.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        logits = self._logits(outputs).detach().clone()
         dampening = self._dampening()
-        weight = None if dampening is None else dampening.last_weight
-        self._visits.add(rows.to(logits.device), logits, labels, weight)
+        self._visits.add(rows, logits, labels, None if dampening is None else dampening.last_weight)
 
     def _dampening(self) -> ClassRelativeDampening | None:
         """The chain's first class-relative dampening, if it acts."""

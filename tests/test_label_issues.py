@@ -444,9 +444,9 @@ def test_visits_that_wait_count_as_those_that_do_not(with_weight, num_batches, n
     for _ in range(4):
         for rows in torch.randperm(14).split(3):
             weight = (torch.rand(len(rows)),) if with_weight and rows[0] % 2 else ()
-            visit = (rows, 3 * torch.randn(len(rows), 3), rows % 3, *weight)
-            at_once.update(*visit)
-            queue.add(*visit)
+            logits, labels = (3 * torch.randn(len(rows), 3)).bfloat16(), rows % 3
+            at_once.update(rows, logits.float(), labels, *weight)
+            queue.add(rows, logits, labels[:, None].int(), *weight)
         queue.flush()
     queue.flush()
     for name, expected in at_once.state_dict().items():
