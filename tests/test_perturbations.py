@@ -545,6 +545,24 @@ def test_auto_expands_inside_a_longer_chain():
     assert reprs(chain, [100, 100]) == ["logit_clipping()", *BALANCED_CHAIN, "lpg()"]
 
 
+@pytest.mark.parametrize(
+    ("beside", "left_out"),
+    [
+        ("logit_adjustment()", 0),
+        ("class_weighting()", 0),
+        ("label_smoothing(alpha=0.3)", 1),
+        ("class_relative_dampening()", 2),
+        ("focal_loss()", None),
+    ],
+)
+def test_auto_adds_what_the_rest_of_the_chain_leaves_to_it(beside, left_out):
+    added = [method for position, method in enumerate(IMBALANCED_CHAIN) if position != left_out]
+    assert reprs([beside, "auto"], [900, 100]) == [beside, *added]
+    assert reprs(["auto", beside], [900, 100]) == [*added, beside]
+    balanced = [method for method in added if method in BALANCED_CHAIN]
+    assert reprs([beside, "auto"], [100, 100]) == [beside, *balanced]
+
+
 @pytest.mark.parametrize("entry", [3, None, 0.5, LPG])
 def test_entries_that_are_no_methods_are_refused(entry):
     message = f"`perturbations` takes methods .*strings .*found {re.escape(repr(entry))}"

@@ -95,16 +95,8 @@ def _rebuilt(method: Perturbation, arguments: dict[str, object]) -> Perturbation
     return type(method)(**({name: getattr(method, name) for name in names} | arguments))
 
 
-def _plug_in(base: str, label: str, call: str, edit: Edit | None = None) -> Method:
-    return Method(f"auto_on_{base}", f"auto on {label}", PLUG_IN, (call, "auto"), base=base, edit=edit)
-
-
-# What corrects the imbalance itself takes the place of the adjustment of `auto`.
-_OWN_ADJUSTMENT = "logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))"
-
-
-def _without_own_adjustment(chain: list[Perturbation]) -> list[Perturbation]:
-    return [method for position, method in enumerate(chain) if position == 0 or repr(method) != _OWN_ADJUSTMENT]
+def _plug_in(base: str, label: str, call: str) -> Method:
+    return Method(f"auto_on_{base}", f"auto on {label}", PLUG_IN, (call, "auto"), base=base)
 
 
 _BENCHMARK = (
@@ -186,9 +178,9 @@ _BENCHMARK = (
     ),
     Method("auto", "auto", AUTO, ("auto",)),
     _plug_in("label_smoothing", "label smoothing", "label_smoothing"),
-    _plug_in("class_weighting", "class weights", "class_weighting", _without_own_adjustment),
-    _plug_in("effective_number", "effective number", "class_weighting(weights='effective')", _without_own_adjustment),
-    _plug_in("logit_adjustment", "logit adjustment", "logit_adjustment", _without_own_adjustment),
+    _plug_in("class_weighting", "class weights", "class_weighting"),
+    _plug_in("effective_number", "effective number", "class_weighting(weights='effective')"),
+    _plug_in("logit_adjustment", "logit adjustment", "logit_adjustment"),
     # Behind the adjustment: a factor on the loss alone would leave the adjustment's delta as large as it is.
     Method("auto_on_focal_loss", "auto on focal loss", PLUG_IN, ("auto", "focal_loss"), base="focal_loss"),
 )

@@ -42,6 +42,12 @@ METHODS: dict[str, type[Perturbation]] = {
 
 # Above this ratio of the largest to the smallest class, `auto` adjusts the logits.
 AUTO_MIN_IMBALANCE = 2.0
+# For each method of `auto`, what makes it superfluous.
+_SAME_TASK = {
+    LogitAdjustment: (LogitAdjustment, ClassWeighting),
+    LabelSmoothing: LabelSmoothing,
+    ClassRelativeDampening: ClassRelativeDampening,
+}
 
 __all__ = [
     "LPG",
@@ -79,7 +85,9 @@ def build_chain(
     Args:
         perturbations (`str`, [`Perturbation`] or a sequence of them):
             Objects; strings as their `repr` writes them (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"`, which stands for
-            the default preset and may be part of a longer chain; `"none"` for an empty chain.
+            the default preset; `"none"` for an empty chain. In a longer chain `"auto"` adds what the others leave to
+            it: no smoothing beside `label_smoothing`, no adjustment beside `logit_adjustment` or `class_weighting`,
+            no dampening beside `class_relative_dampening`.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class, which `auto` looks at.
 
     Returns:
@@ -96,6 +104,8 @@ def build_chain(
     [logit_adjustment(tau=0.5), logit_clipping()]
     >>> [method.name for method in build_chain("auto", class_counts=[900, 100])]
     ['logit_adjustment', 'label_smoothing', 'class_relative_dampening']
+    >>> [method.name for method in build_chain(["class_weighting", "auto"], class_counts=[900, 100])]
+    ['class_weighting', 'label_smoothing', 'class_relative_dampening']
 
     ```
     """
@@ -112,19 +122,17 @@ def build_chain(
                 f"'none' stands for an empty chain and cannot be part of a longer one; found {perturbations}."
             )
         return []
-    chain = []
-    for entry in perturbations:
-        if isinstance(entry, Perturbation):
-            chain.append(entry)
-        elif entry == "auto":
-            chain.extend(_auto_chain(class_counts))
-        elif isinstance(entry, str):
-            chain.append(parse_perturbation(entry))
-        else:
-            raise TypeError(
-                f"`perturbations` takes methods (such as `LPG()`) and strings (such as 'lpg'); found {entry!r}."
-            )
-    return chain
+    read = [entry if entry == "auto" else _read(entry) for entry in perturbations]
+    auto = _auto_chain(class_counts, beside=[entry for entry in read if entry != "auto"])
+    return [method for entry in read for method in (auto if entry == "auto" else [entry])]
+
+
+def _read(entry: str | Perturbation) -> Perturbation:
+    if isinstance(entry, Perturbation):
+        return entry
+    if isinstance(entry, str):
+        return parse_perturbation(entry)
+    raise TypeError(f"`perturbations` takes methods (such as `LPG()`) and strings (such as 'lpg'); found {entry!r}.")
 
 
 def parse_perturbation(text: str) -> Perturbation:
@@ -178,9 +186,10 @@ def method_card(method: type[Perturbation]) -> dict[str, str]:
     return {key: " ".join(text.split()) for key, text in entries}
 
 
-def _auto_chain(class_counts: Sequence[int] | None) -> list[Perturbation]:
+def _auto_chain(class_counts: Sequence[int] | None, beside: Sequence[Perturbation]) -> list[Perturbation]:
     """
-    The default preset (ours): logit adjustment where classes are imbalanced, smoothing, class-relative dampening.
+    The default preset (ours): logit adjustment where classes are imbalanced, smoothing, class-relative dampening; of
+    these what the methods `beside` it in the chain do not do already.
 
     While the counts are unknown the adjustment stays in the chain and looks at the running prior itself.
     """
@@ -195,8 +204,9 @@ def _auto_chain(class_counts: Sequence[int] | None) -> list[Perturbation]:
             compensated=True,
         ),
     ]
+    left = [method for method in chain if not any(isinstance(other, _SAME_TASK[type(method)]) for other in beside)]
     if class_counts is not None:
         present = [count for count in class_counts if count > 0]
         if present and max(present) <= AUTO_MIN_IMBALANCE * min(present):
-            return chain[1:]
-    return chain
+            return [method for method in left if not isinstance(method, LogitAdjustment)]
+    return left
