@@ -550,7 +550,7 @@ def test_auto_expands_inside_a_longer_chain():
     [
         ("logit_adjustment()", 0),
         ("class_weighting()", 0),
-        ("label_smoothing(alpha=0.3)", 1),
+        ("label_smoothing(alpha=0.3)", None),
         ("class_relative_dampening()", 2),
         ("focal_loss()", None),
     ],

@@ -287,7 +287,7 @@ def plug_in_table(scored: pd.DataFrame) -> str:
         )
     note = (
         "The chain of `auto` with the loss's own perturbation, against the loss alone, both with the usual value. "
-        "What the loss does itself (smoothing, an adjustment), `auto` leaves out."
+        "Beside what corrects the imbalance itself, `auto` leaves its own adjustment out."
     )
     header = ["loss", *regimes, "all cells", "cells won", "worst cell"]
     return f"## auto on top of a loss\n\n{note}\n\n{_markdown(header, rows)}"

@@ -42,11 +42,11 @@ METHODS: dict[str, type[Perturbation]] = {
 
 # Above this ratio of the largest to the smallest class, `auto` adjusts the logits.
 AUTO_MIN_IMBALANCE = 2.0
-# For each method of `auto`, what makes it superfluous.
+# What makes a method of `auto` superfluous. Uniform label smoothing does not replace smoothing towards the prior: on
+# long tails both together are better than the former alone.
 _SAME_TASK = {
     LogitAdjustment: (LogitAdjustment, ClassWeighting),
-    LabelSmoothing: LabelSmoothing,
-    ClassRelativeDampening: ClassRelativeDampening,
+    ClassRelativeDampening: (ClassRelativeDampening,),
 }
 
 __all__ = [
@@ -86,8 +86,8 @@ def build_chain(
         perturbations (`str`, [`Perturbation`] or a sequence of them):
             Objects; strings as their `repr` writes them (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"`, which stands for
             the default preset; `"none"` for an empty chain. In a longer chain `"auto"` adds what the others leave to
-            it: no smoothing beside `label_smoothing`, no adjustment beside `logit_adjustment` or `class_weighting`,
-            no dampening beside `class_relative_dampening`.
+            it: no adjustment beside `logit_adjustment` or `class_weighting`, no dampening beside
+            `class_relative_dampening`.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class, which `auto` looks at.
 
     Returns:
@@ -204,7 +204,9 @@ def _auto_chain(class_counts: Sequence[int] | None, beside: Sequence[Perturbatio
             compensated=True,
         ),
     ]
-    left = [method for method in chain if not any(isinstance(other, _SAME_TASK[type(method)]) for other in beside)]
+    left = [
+        method for method in chain if not any(isinstance(other, _SAME_TASK.get(type(method), ())) for other in beside)
+    ]
     if class_counts is not None:
         present = [count for count in class_counts if count > 0]
         if present and max(present) <= AUTO_MIN_IMBALANCE * min(present):
