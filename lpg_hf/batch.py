@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
-from .functional import balance_label_entry_, labelled_bits
+from .functional import balance_entry_, labelled_bits, zero_ignored_
 
 
 IGNORE_INDEX = -100
@@ -25,6 +25,7 @@ class Batch:
         labelled_bits (`torch.Tensor` of shape `[N, 1]`): The same as [`~functional.labelled_bits`].
         classes (`torch.Tensor` of shape `[N]`): The labels, 0 where there is none.
         own_log_probability (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy.
+        own_probability (`torch.Tensor` of shape `[N]`): `p_y`.
         is_right (`torch.Tensor` of shape `[N]`): Whether no logit is larger than the label's.
         relative_confidence (`torch.Tensor` of shape `[N]`): `p_y / max_j p_j`.
         is_contradicted (`torch.Tensor` of shape `[N]`):
@@ -62,8 +63,9 @@ class Batch:
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         largest = probabilities.amax(-1)
         self.own_log_probability = margin + largest.log()
+        self.own_probability = self.own_log_probability.exp()
         self.is_contradicted = (self.relative_confidence < 0.1) & (largest > 0.3)
-        self.gradient = balance_label_entry_(probabilities, labels, self.labelled_bits)
+        self.gradient = zero_ignored_(balance_entry_(probabilities, self.classes), labels, self.labelled_bits)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -302,7 +302,7 @@ def logit_adjustment_delta(
     prior: Tensor,
     tau: float | Tensor = 1.0,
     base_gradient: Tensor | None = None,
-    own_log_probability: Tensor | None = None,
+    own_probability: Tensor | None = None,
     weight_share: float | Tensor = 0.0,
     relative: Tensor | None = None,
     bits: Tensor | None = None,
@@ -326,7 +326,7 @@ def logit_adjustment_delta(
         tau (`float` or scalar `torch.Tensor`, *optional*, defaults to 1.0): Strength; 0 gives a delta of zero.
         base_gradient (`torch.Tensor` of shape `[N, C]`, *optional*):
             The [`logit_gradient`] of the same logits and labels, where it is known already.
-        own_log_probability (`torch.Tensor` of shape `[N]`, *optional*): `log p_{i,y}`, where it is known already.
+        own_probability (`torch.Tensor` of shape `[N]`, *optional*): `p_{i,y}`, where it is known already.
         weight_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
             Share of `tau` that weights take over from the offsets, in [0, 1].
         relative (`torch.Tensor` of shape `[C]`, *optional*): The [`relative_prior`], where it is known already.
@@ -337,7 +337,7 @@ def logit_adjustment_delta(
         than `1e30 ** (1 / tau)` it is that of `1e30 ** (1 / tau)`.
     """
     base = logit_gradient(logits, labels) if base_gradient is None else base_gradient
-    log_p = _own_log_probability(logits, labels) if own_log_probability is None else own_log_probability
+    p = _own_log_probability(logits, labels).exp() if own_probability is None else own_probability
     relative = (relative_prior(prior) if relative is None else relative).to(base)
     # The bound keeps the sums below from underflow.
     given_to_weights = tau * weight_share
@@ -346,12 +346,12 @@ def logit_adjustment_delta(
     weights = weights / (weights @ prior.to(base))
     # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
     classes = labels.clamp(min=0)
-    adjusted = base.scatter(-1, classes[:, None], log_p.exp()[:, None])
+    adjusted = base.scatter(-1, classes[:, None], p[:, None])
     # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
     scale = weights[classes] * adjusted.sum(-1)
     adjusted.mul_(factors)
     adjusted.mul_((scale / adjusted.sum(-1))[:, None])
-    return balance_label_entry_(adjusted.sub_(base), labels, bits)
+    return zero_ignored_(balance_entry_(adjusted.sub_(base), classes), labels, bits)
 
 
 def relative_prior(prior: Tensor) -> Tensor:
@@ -575,12 +575,16 @@ def _own_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
 
 
-def balance_label_entry_(matrix: Tensor, labels: Tensor, bits: Tensor | None = None) -> Tensor:
+def balance_label_entry_(matrix: Tensor, labels: Tensor) -> Tensor:
     """Sets each row's entry of the label to minus the sum of the others, in place; ignored samples' rows to zero."""
-    index = labels.clamp(min=0)[:, None]
+    return zero_ignored_(balance_entry_(matrix, labels.clamp(min=0)), labels)
+
+
+def balance_entry_(matrix: Tensor, classes: Tensor) -> Tensor:
+    """Sets one entry of each row, in place, to minus the sum of the others."""
+    index = classes[:, None]
     matrix.scatter_(-1, index, 0.0)
-    matrix.scatter_(-1, index, -matrix.sum(-1, keepdim=True))
-    return zero_ignored_(matrix, labels, bits)
+    return matrix.scatter_(-1, index, -matrix.sum(-1, keepdim=True))
 
 
 def zero_ignored_(matrix: Tensor, labels: Tensor, bits: Tensor | None = None) -> Tensor:

@@ -174,7 +174,6 @@ class LPGLoss(nn.Module):
         gradient = unperturbed
         batch = self.statistics.batch(logits, labels)
         norm = base_norm = gradient.norm(dim=-1)
-        no_weight = torch.zeros_like(norm)
         rows = [batch.labelled, norm]
         for method in self.perturbations:
             rescales = isinstance(method, Rescaling)
@@ -196,7 +195,8 @@ class LPGLoss(nn.Module):
                 gradient = (gradient.mul_ if is_ours else gradient.mul)(change[:, None])
                 norm = change.abs() * norm
             else:
-                rows += [change.norm(dim=-1), no_weight]
+                # The second is only read where it is a weight.
+                rows += [change.norm(dim=-1)] * 2
                 gradient = (gradient.add_ if is_ours else gradient.add)(change)
                 norm = None
         if gradient is not unperturbed:
@@ -305,7 +305,7 @@ class LPGLoss(nn.Module):
         # The sums of the norms are finite if and only if all gradients are (unless they are too large to sum up).
         total = sums.sum()
         is_finite = total - total == 0
-        self._telemetry[-1, 0].clamp_(max=torch.where(is_finite, torch.inf, self.statistics.steps))
+        self._telemetry[-1, 0].clamp_(max=self.statistics.steps.to(total.dtype).masked_fill(is_finite, torch.inf))
 
     def _head_and_tail_accuracy(self) -> dict[str, float]:
         counts = self.statistics.class_counts.tolist()

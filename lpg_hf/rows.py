@@ -59,7 +59,8 @@ class NumberedRows(Dataset):
         # Data sets that read a batch at once, those of `datasets` among them, are much faster that way. What they
         # return is between them and the collator. The Trainer takes it for a list of items: here, of one.
         read_many = getattr(self.dataset, "__getitems__", None)
-        return [NumberedItems(indices, read_many(indices) if callable(read_many) else [self[i] for i in indices])]
+        items = read_many(indices) if callable(read_many) else [self.dataset[i] for i in indices]
+        return [NumberedItems(indices, items)]
 
     def __getattr__(self, name: str) -> object:
         # `set_epoch` and the like. Unpickling, in a worker, asks before there is a `dataset`.

@@ -169,7 +169,7 @@ class ClassStatistics(nn.Module):
             [
                 batch.labelled,
                 batch.is_right,
-                batch.own_log_probability.exp(),
+                batch.own_probability,
                 batch.relative_confidence,
                 batch.is_contradicted,
             ]

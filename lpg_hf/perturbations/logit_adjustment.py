@@ -63,7 +63,7 @@ class LogitAdjustment(LogitPerturbation):
             self._prior,
             self._tau_of_prior,
             batch.gradient,
-            batch.own_log_probability,
+            batch.own_probability,
             self.weight_share(statistics),
             self._relative_prior,
             batch.labelled_bits,
