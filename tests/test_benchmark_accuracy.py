@@ -20,6 +20,7 @@ from transformers import Trainer
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 import accuracy
 import accuracy_statistics as statistics
+import accuracy_summary
 import accuracy_training as training
 from accuracy_claims import check_claims
 from accuracy_data import DataSpec, Source, load_source, make_split, parse_regime
@@ -586,6 +587,43 @@ def test_share_won_back_and_plug_in_gain():
     assert (row["share"].isna().item()) if lost < 1 else row["share"].item() == pytest.approx(gain / lost)
     gains = statistics.plug_in_gains(scored).set_index("regime")
     assert gains.loc["symmetric_40", "mean"] == pytest.approx(mean["auto_on_focal_loss"] - mean["focal_loss"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_won_back_beside_the_rival_that_is_best_in_the_cell(seed):
+    scores = random_scores(seed)
+    # Clean labels are better than all, so that there is something to win back.
+    scores |= {key: (0.95, 0.95, 0.95) for key in scores if key[1] == "clean_labels"}
+    noisy = np.mean([reference_score(scores, "symmetric_40", "ce", number) for number in range(5)])
+    gains = {
+        label: np.mean([reference_score(scores, "symmetric_40", method, n, tuned) - noisy for n in range(5)])
+        for method, label, tuned in (
+            ("focal_loss", "focal loss", False),
+            ("focal_loss", "focal loss, tuned", True),
+            ("gce", "generalized cross-entropy", False),
+            ("gce", "generalized cross-entropy, tuned", True),
+            ("auto", "auto", False),
+        )
+    }
+    ours = gains.pop("auto")
+    best = max(gains, key=gains.get)
+    table = accuracy_summary.won_back_table(statistics.won_back(statistics.scores(make_runs(scores))))
+    entries = [entry.strip() for entry in table.splitlines()[-1].strip("|").split("|")]
+    lost = 95 - noisy
+    assert entries[1:] == [
+        "symmetric_40",
+        f"{lost:.1f}",
+        f"{ours:+.1f}",
+        f"{ours / lost:.0%}",
+        best,
+        f"{gains[best] / lost:.0%}",
+    ]
+
+
+def test_won_back_without_a_rival():
+    scores = {key: value for key, value in random_scores().items() if key[1] in ("ce", "clean_labels", "auto")}
+    table = accuracy_summary.won_back_table(statistics.won_back(statistics.scores(make_runs(scores))))
+    assert table.splitlines()[-1].endswith("|  |  |")
 
 
 def test_claims_are_held_against_the_worst_cell():

@@ -120,6 +120,10 @@ def _number(value: float, error: float | None = None, digits: int = 1) -> str:
     return text if error is None or np.isnan(error) else f"{text} ± {error:.{digits}f}"
 
 
+def _share(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.0%}"
+
+
 def _ordered(scored: pd.DataFrame) -> list[tuple[str, str]]:
     """Methods and choices in the order of the tables: the usual one, then the tuned one where it is another."""
     lines = []
@@ -245,22 +249,33 @@ def singles_table(scored: pd.DataFrame) -> str:
 
 
 def won_back_table(back: pd.DataFrame) -> str:
-    """What `auto` wins back of what the noise took."""
+    """What `auto` wins back of what the noise took, and what the rival that is best in the cell does."""
     part = back[(back["method"] == "auto") & (back["choice"] == USUAL)]
     if part.empty:
         return ""
-    rows = [
-        [
-            ", ".join(row[name] for name in SETTING),
-            row["regime"],
-            f"{row['lost']:.1f}",
-            _number(row["gain"]),
-            "" if np.isnan(row["share"]) else f"{row['share']:.0%}",
-        ]
-        for _, row in part.iterrows()
-    ]
-    note = "What the wrong labels took from Trainer (clean labels would give it), and the share that `auto` won back."
-    return f"## Won back\n\n{note}\n\n{_markdown(['setting', 'regime', 'lost', 'gain of auto', 'share'], rows)}"
+    rivals = back[[METHODS[name].role == RIVAL for name in back["method"]]]
+    best = rivals.loc[rivals.groupby(CELL)["gain"].idxmax()].set_index(CELL)
+    rows = []
+    for _, row in part.iterrows():
+        cell = tuple(row[CELL])
+        rival = best.loc[cell] if cell in best.index else None
+        rows.append(
+            [
+                ", ".join(row[name] for name in SETTING),
+                row["regime"],
+                f"{row['lost']:.1f}",
+                _number(row["gain"]),
+                _share(row["share"]),
+                "" if rival is None else _label(rival["method"], rival["choice"]),
+                "" if rival is None else _share(rival["share"]),
+            ]
+        )
+    note = (
+        "What the wrong labels took from Trainer (clean labels would give it), and the share that is won back: by "
+        "`auto`, and by the rival, tuned or not, that does best in the cell by the test."
+    )
+    header = ["setting", "regime", "lost", "gain of auto", "share", "best rival by test", "its share"]
+    return f"## Won back\n\n{note}\n\n{_markdown(header, rows)}"
 
 
 def plug_in_table(scored: pd.DataFrame) -> str:
