@@ -478,12 +478,16 @@ def reprs(*args, **options):
     return [repr(method) for method in chain]
 
 
-BALANCED_CHAIN = [
-    "label_smoothing(target='prior')",
+AUTO_DAMPENING = (
     "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.1, 0.13), "
-    "compensated=True)",
+    "compensated=True)"
+)
+BALANCED_CHAIN = ["label_smoothing()", AUTO_DAMPENING]
+IMBALANCED_CHAIN = [
+    "logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))",
+    "label_smoothing(target='prior')",
+    AUTO_DAMPENING,
 ]
-IMBALANCED_CHAIN = ["logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))", *BALANCED_CHAIN]
 
 
 @pytest.mark.parametrize(
@@ -546,21 +550,20 @@ def test_auto_expands_inside_a_longer_chain():
 
 
 @pytest.mark.parametrize(
-    ("beside", "left_out"),
+    ("beside", "added", "added_to_balanced"),
     [
-        ("logit_adjustment()", 0),
-        ("class_weighting()", 0),
-        ("label_smoothing(alpha=0.3)", None),
-        ("class_relative_dampening()", 2),
-        ("focal_loss()", None),
+        # Corrected by another method, the prior is what to smooth towards, however small the imbalance.
+        ("logit_adjustment()", IMBALANCED_CHAIN[1:], IMBALANCED_CHAIN[1:]),
+        ("class_weighting()", IMBALANCED_CHAIN[1:], IMBALANCED_CHAIN[1:]),
+        ("label_smoothing(alpha=0.3)", IMBALANCED_CHAIN, BALANCED_CHAIN),
+        ("class_relative_dampening()", IMBALANCED_CHAIN[:2], BALANCED_CHAIN[:1]),
+        ("focal_loss()", IMBALANCED_CHAIN, BALANCED_CHAIN),
     ],
 )
-def test_auto_adds_what_the_rest_of_the_chain_leaves_to_it(beside, left_out):
-    added = [method for position, method in enumerate(IMBALANCED_CHAIN) if position != left_out]
+def test_auto_adds_what_the_rest_of_the_chain_leaves_to_it(beside, added, added_to_balanced):
     assert reprs([beside, "auto"], [900, 100]) == [beside, *added]
     assert reprs(["auto", beside], [900, 100]) == [*added, beside]
-    balanced = [method for method in added if method in BALANCED_CHAIN]
-    assert reprs([beside, "auto"], [100, 100]) == [beside, *balanced]
+    assert reprs([beside, "auto"], [110, 100]) == [beside, *added_to_balanced]
 
 
 @pytest.mark.parametrize("entry", [3, None, 0.5, LPG])

@@ -238,7 +238,11 @@ _ABLATION = (
         _variant(f"alpha={value}", f"smoothing alpha = {value}", with_arguments("label_smoothing", alpha=value))
         for value in (0.05, 0.2)
     ),
-    _variant("alpha_uniform", "smoothing with a uniform target", with_arguments("label_smoothing", target="uniform")),
+    *(
+        _variant(f"alpha_{target}", f"smoothing with a {target} target", edit)
+        for target in ("uniform", "prior")
+        for edit in [with_arguments("label_smoothing", target=target)]
+    ),
     *(_variant(f"ema={value}", f"EMA constant = {value}", constants={"MEAN_INERTIA": value}) for value in (5, 80)),
     *(
         _variant(

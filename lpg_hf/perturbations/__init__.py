@@ -42,12 +42,6 @@ METHODS: dict[str, type[Perturbation]] = {
 
 # Above this ratio of the largest to the smallest class, `auto` adjusts the logits.
 AUTO_MIN_IMBALANCE = 2.0
-# What makes a method of `auto` superfluous. Uniform label smoothing does not replace smoothing towards the prior: with
-# both, more cells of the benchmark gain and the worst of them loses less.
-_SAME_TASK = {
-    LogitAdjustment: (LogitAdjustment, ClassWeighting),
-    ClassRelativeDampening: (ClassRelativeDampening,),
-}
 
 __all__ = [
     "LPG",
@@ -193,22 +187,27 @@ def _auto_chain(class_counts: Sequence[int] | None, beside: Sequence[Perturbatio
 
     While the counts are unknown the adjustment stays in the chain and looks at the running prior itself.
     """
-    chain: list[Perturbation] = [
-        LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE, learned=(0.05, 0.2)),
-        LabelSmoothing(alpha=0.1, target="prior"),
-        ClassRelativeDampening(
-            power=8.0,
-            learned=(0.05, 0.3),
-            contradicted=(0.01, 0.03),
-            decided=(0.1, 0.13),
-            compensated=True,
-        ),
-    ]
-    left = [
-        method for method in chain if not any(isinstance(other, _SAME_TASK.get(type(method), ())) for other in beside)
-    ]
-    if class_counts is not None:
-        present = [count for count in class_counts if count > 0]
-        if present and max(present) <= AUTO_MIN_IMBALANCE * min(present):
-            return [method for method in left if not isinstance(method, LogitAdjustment)]
-    return left
+    chain: list[Perturbation] = []
+    is_corrected = any(isinstance(method, LogitAdjustment | ClassWeighting) for method in beside)
+    if not is_corrected and not _is_nearly_balanced(class_counts):
+        is_corrected = True
+        chain.append(LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE, learned=(0.05, 0.2)))
+    # Where the imbalance is corrected, a uniform target would push the tail up a second time. It stays beside uniform
+    # label smoothing: with both, more cells of the benchmark gain and the worst of them loses less.
+    chain.append(LabelSmoothing(alpha=0.1, target="prior" if is_corrected else "uniform"))
+    if not any(isinstance(method, ClassRelativeDampening) for method in beside):
+        chain.append(
+            ClassRelativeDampening(
+                power=8.0,
+                learned=(0.05, 0.3),
+                contradicted=(0.01, 0.03),
+                decided=(0.1, 0.13),
+                compensated=True,
+            )
+        )
+    return chain
+
+
+def _is_nearly_balanced(class_counts: Sequence[int] | None) -> bool:
+    present = [] if class_counts is None else [count for count in class_counts if count > 0]
+    return bool(present) and max(present) <= AUTO_MIN_IMBALANCE * min(present)
