@@ -345,13 +345,13 @@ def logit_adjustment_delta(
     weights = relative.pow(-given_to_weights)
     weights = weights / (weights @ prior.to(base))
     # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
-    classes = labels.clamp(min=0)
-    adjusted = base.scatter(-1, classes[:, None], p[:, None])
+    index, p = labels.clamp(min=0)[:, None], p[:, None]
+    own, adjusted = base.gather(-1, index), (base * factors).scatter_(-1, index, 0.0)
+    others = adjusted.sum(-1, keepdim=True)
     # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
-    scale = weights[classes] * adjusted.sum(-1)
-    adjusted.mul_(factors)
-    adjusted.mul_((scale / adjusted.sum(-1))[:, None])
-    return zero_ignored_(balance_entry_(adjusted.sub_(base), classes), labels, bits)
+    scale = weights[index] * (p - own) / (p * factors[index] + others)
+    adjusted.mul_(scale).sub_(base).scatter_(-1, index, -torch.addcmul(own, scale, others))
+    return zero_ignored_(adjusted, labels, bits)
 
 
 def relative_prior(prior: Tensor) -> Tensor:
@@ -434,9 +434,9 @@ def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float, target
     ```
     """
     num_classes = gradient.shape[-1]
-    target = gradient.new_full((num_classes,), 1 / num_classes) if target is None else target.to(gradient)
-    share = alpha * (labels >= 0).to(gradient)
-    return torch.outer(-share, target).scatter_add_(-1, labels.clamp(min=0)[:, None], share[:, None])
+    share = (alpha * (labels >= 0).to(gradient))[:, None]
+    pull = (share / -num_classes).repeat(1, num_classes) if target is None else share * -target.to(gradient)
+    return pull.scatter_add_(-1, labels.clamp(min=0)[:, None], share)
 
 
 def focal_weight(

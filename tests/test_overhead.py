@@ -201,7 +201,7 @@ BALANCED = [5] * C
     ("chain", "counts", "operations", "passes", "matrices"),
     [
         ("auto", BALANCED, 104, 17, 4),
-        ("auto", COUNTS, 134, 29, 5),
+        ("auto", COUNTS, 137, 27, 5),
         ("lpg", COUNTS, 120, 19, 6),
         ("logit_clipping", COUNTS, 67, 13, 3),
         ("focal_loss", COUNTS, 81, 12, 3),
