@@ -10,11 +10,12 @@ on the machine hits them alike. On the CPU they are processor time; on a GPU, or
 shows. Data and weights are random; nothing is downloaded. Prints Markdown.
 """
 
+import math
 import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from threading import Semaphore, Thread
@@ -42,6 +43,7 @@ from transformers.utils import logging
 from lpg_hf import LPGLoss, LPGTrainer
 
 
+PARTS = ("steps", "memory", "matrices", "gpu")
 BATCH_SIZE = 32
 BASELINE = "Trainer"
 # What it is compared with; the baseline once more shows how far the measurement can be trusted.
@@ -63,8 +65,7 @@ USUAL = (1024, 1000)
 @dataclass
 class OverheadArguments:
     parts: list[str] = field(
-        default_factory=lambda: ["steps", "memory", "matrices", "gpu"],
-        metadata={"help": "What to measure: steps, memory, matrices, gpu."},
+        default_factory=lambda: list(PARTS), metadata={"help": f"What to measure: {', '.join(PARTS)}."}
     )
     models: list[str] = field(
         default_factory=list,
@@ -74,6 +75,14 @@ class OverheadArguments:
     rounds: int = field(default=30, metadata={"help": "Steps of each candidate that count."})
     wall_clock: bool = field(default=False, metadata={"help": "Clock instead of processor time on the CPU, too."})
     compile: bool = field(default=False, metadata={"help": "Also times LPGLoss under `torch.compile`."})
+
+    def __post_init__(self):
+        for argument, known in (("parts", PARTS), ("models", list(tasks())), ("methods", list(METHODS))):
+            unknown = [name for name in getattr(self, argument) if name not in known]
+            if unknown:
+                raise ValueError(
+                    f"`{argument}` has the unknown {unknown[0]!r}. The known ones are {', '.join(known)}."
+                )
 
 
 # Models
@@ -337,10 +346,10 @@ def time_matrices(arguments: OverheadArguments, clock: Callable[[], float], devi
 
     heading("grows with", "perturbation alone", "cross-entropy")
     for axis, name, sizes in ((0, "N", MATRICES_BY_N), (1, "C", MATRICES_BY_C)):
-        x = np.log([size[axis] for size in sizes])
-        for part, where in (("", slice(None)), (", the three largest", slice(-3, None))):
-            slopes = [np.polyfit(x[where], np.log([alone[size][i] for size in sizes])[where], 1)[0] for i in (0, 1)]
-            row(f"{name}{part}", *(f"{name}^{slope:.2f}" for slope in slopes))
+        for part, chosen in (("", sizes), (", the three largest", sizes[-3:])):
+            seconds = zip(*(alone[size] for size in chosen), strict=True)
+            exponents = [growth([size[axis] for size in chosen], column) for column in seconds]
+            row(f"{name}{part}", *(f"{name}^{exponent:.2f}" for exponent in exponents))
 
     heading("delta alone, N = 1024, C = 1000", "ms", "times that of lpg")
     logits, labels, counts = matrix(*USUAL, device)
@@ -353,6 +362,12 @@ def time_matrices(arguments: OverheadArguments, clock: Callable[[], float], devi
     times = take_turns(deltas, arguments.rounds, clock)
     for chain, seconds in times.items():
         row(chain, f"{1000 * seconds:.3f}", f"{seconds / times['lpg']:.1f}")
+
+
+def growth(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """The exponent with which time grows; a difference that is lost in the noise, not above zero, does not count."""
+    points = [(size, time) for size, time in zip(sizes, seconds, strict=True) if time > 0]
+    return np.polyfit(*np.log(points).T, 1)[0] if len(points) > 1 else math.nan
 
 
 def delta_of(loss_fn: LPGLoss, batch) -> Callable[[], torch.Tensor]:
