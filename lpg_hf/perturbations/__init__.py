@@ -81,7 +81,8 @@ def build_chain(
             Objects; strings as their `repr` writes them (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"`, which stands for
             the default preset; `"none"` for an empty chain. In a longer chain `"auto"` adds what the others leave to
             it: no adjustment beside `logit_adjustment` or `class_weighting`, no dampening beside
-            `class_relative_dampening`.
+            `class_relative_dampening`. It smooths labels towards the class shares where the imbalance is corrected, by
+            itself or another method, and towards all classes alike where it is not.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class, which `auto` looks at.
 
     Returns:
