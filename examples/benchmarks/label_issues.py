@@ -203,13 +203,16 @@ def main() -> None:
     columns = list(next(iter(results.values()))[0])
     print(f"| data | {' | '.join(columns)} |\n| --- |{' --- |' * len(columns)}")
     for name, runs in results.items():
-        values = np.array([[run[column] for column in columns] for run in runs])
-        error = values.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.full(len(columns), np.nan)
-        cells = [
-            f"{mean:.2f}" if column.startswith("time") else f"{mean:.3f} ± {spread:.3f}"
-            for column, mean, spread in zip(columns, values.mean(axis=0), error, strict=True)
-        ]
+        cells = [cell(column, np.array([run[column] for run in runs])) for column in columns]
         print(f"| {name} | {' | '.join(cells)} |")
+
+
+def cell(column: str, values: np.ndarray) -> str:
+    """One entry of the table: the mean over the seeds, for a precision with its standard error where there is one."""
+    if column.startswith("time"):
+        return f"{values.mean():.2f}"
+    error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{error}"
 
 
 if __name__ == "__main__":
