@@ -193,8 +193,9 @@ def _auto_chain(class_counts: Sequence[int] | None, beside: Sequence[Perturbatio
     if not is_corrected and not _is_nearly_balanced(class_counts):
         is_corrected = True
         chain.append(LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE, learned=(0.05, 0.2)))
-    # Where the imbalance is corrected, a uniform target would push the tail up a second time. It stays beside uniform
-    # label smoothing: with both, more cells of the benchmark gain and the worst of them loses less.
+    # Where the imbalance is corrected, a uniform target would push the tail up a second time; elsewhere the shares of
+    # the classes may be those of wrong labels. A user's label smoothing does not replace it: with both, more cells of
+    # the benchmark gain and the worst of them loses less.
     chain.append(LabelSmoothing(alpha=0.1, target="prior" if is_corrected else "uniform"))
     if not any(isinstance(method, ClassRelativeDampening) for method in beside):
         chain.append(
