@@ -331,6 +331,37 @@ def test_a_method_that_returns_nan_is_reported_with_its_step():
     assert math.isfinite(loss_fn.telemetry()["lpg/custom/delta_norm"])
 
 
+def test_telemetry_has_the_mean_norms_of_gradient_and_deltas():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(2, 6, C)), rng.integers(C, size=(2, 6))
+    labels[0, 2] = labels[1, 4] = -100
+    loss_fn = LPGLoss(C, ["label_smoothing(alpha=0.3)", "logit_clipping(max_norm=0.5)"])
+    norms = []
+    for z, y in zip(logits, labels, strict=True):
+        loss_fn(torch.tensor(z, requires_grad=True), torch.tensor(y))
+        for row, label in zip(z, y, strict=True):
+            if label >= 0:
+                onehot = np.eye(C)[label]
+                gradient = np.exp(row) / np.exp(row).sum() - onehot
+                smoothing = 0.3 * (onehot - 1 / C)
+                left = np.linalg.norm(gradient + smoothing)
+                weight = min(1, 0.5 / left)
+                norms.append([np.linalg.norm(gradient), np.linalg.norm(smoothing), (1 - weight) * left, weight])
+    gradient, smoothing, clipped, weight = np.mean(norms, axis=0)
+    assert 0.01 < weight < 0.99
+    report = loss_fn.telemetry()
+    expected = {
+        "lpg/gradient_norm": gradient,
+        "lpg/label_smoothing/delta_norm": smoothing,
+        "lpg/label_smoothing/delta_ratio": smoothing / gradient,
+        "lpg/logit_clipping/delta_norm": clipped,
+        "lpg/logit_clipping/delta_ratio": clipped / gradient,
+        "lpg/logit_clipping/weight": weight,
+    }
+    assert {name: report[name] for name in expected} == pytest.approx(expected)
+    assert "lpg/label_smoothing/weight" not in report
+
+
 def test_an_error_in_a_method_leaves_nothing_of_its_batch_behind():
     def fail(gradient, logits, labels, statistics):
         assert statistics.prior.tolist() == pytest.approx([0.2] * C)
