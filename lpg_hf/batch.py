@@ -20,13 +20,14 @@ class Batch:
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
 
     Attributes:
-        labelled (`torch.Tensor` of shape `[N]`): Whether a sample counts; what follows is arbitrary where not.
+        labelled (`torch.Tensor` of shape `[N]`): Whether a sample counts.
         ignored (`torch.Tensor` of shape `[N]`): Its opposite.
         labelled_bits (`torch.Tensor` of shape `[N, 1]`): The same as [`~functional.labelled_bits`].
         classes (`torch.Tensor` of shape `[N]`): The labels, 0 where there is none.
-        own_log_probability (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy.
-        own_probability (`torch.Tensor` of shape `[N]`): `p_y`.
-        is_right (`torch.Tensor` of shape `[N]`): Whether no logit is larger than the label's.
+        own_log_probability (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy; 0 for ignored samples.
+        own_probability (`torch.Tensor` of shape `[N]`): `p_y`; 1 for ignored samples.
+        is_right (`torch.Tensor` of shape `[N]`):
+            Whether no logit is larger than the label's; arbitrary for ignored samples, like the next two.
         relative_confidence (`torch.Tensor` of shape `[N]`): `p_y / max_j p_j`.
         is_contradicted (`torch.Tensor` of shape `[N]`):
             Whether the model contradicts the label confidently: `p_y < max_j p_j / 10` and `max_j p_j > 0.3`.
@@ -62,7 +63,7 @@ class Batch:
         probabilities = logits.softmax(-1)
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         largest = probabilities.amax(-1)
-        self.own_log_probability = margin + largest.log()
+        self.own_log_probability = (margin + largest.log()).masked_fill(self.ignored, 0.0)
         self.own_probability = self.own_log_probability.exp()
         self.is_contradicted = (self.relative_confidence < 0.1) & (largest > 0.3)
         self.gradient = zero_ignored_(balance_entry_(probabilities, self.classes), labels, self.labelled_bits)

@@ -305,7 +305,6 @@ def logit_adjustment_delta(
     own_probability: Tensor | None = None,
     weight_share: float | Tensor = 0.0,
     relative: Tensor | None = None,
-    bits: Tensor | None = None,
 ) -> Tensor:
     r"""
     Logit adjustment, `softmax(z + tau log pi) - softmax(z)`: the tail pulls harder, the head less.
@@ -326,11 +325,11 @@ def logit_adjustment_delta(
         tau (`float` or scalar `torch.Tensor`, *optional*, defaults to 1.0): Strength; 0 gives a delta of zero.
         base_gradient (`torch.Tensor` of shape `[N, C]`, *optional*):
             The [`logit_gradient`] of the same logits and labels, where it is known already.
-        own_probability (`torch.Tensor` of shape `[N]`, *optional*): `p_{i,y}`, where it is known already.
+        own_probability (`torch.Tensor` of shape `[N]`, *optional*):
+            `p_{i,y}`, where it is known already; 1 for ignored samples.
         weight_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
             Share of `tau` that weights take over from the offsets, in [0, 1].
         relative (`torch.Tensor` of shape `[C]`, *optional*): The [`relative_prior`], where it is known already.
-        bits (`torch.Tensor` of shape `[N, 1]`, *optional*): The [`labelled_bits`], where they are known already.
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero. Where a class is rarer than the largest by more
@@ -344,14 +343,14 @@ def logit_adjustment_delta(
     factors = relative.pow(tau - given_to_weights).clamp(min=1e-30)
     weights = relative.pow(-given_to_weights)
     weights = weights / (weights @ prior.to(base))
-    # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
+    # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p. (That of ignored
+    # samples is zero, and what it is multiplied with finite.)
     index, p = labels.clamp(min=0)[:, None], p[:, None]
     own, adjusted = base.gather(-1, index), (base * factors).scatter_(-1, index, 0.0)
     others = adjusted.sum(-1, keepdim=True)
     # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
     scale = weights[index] * (p - own) / (p * factors[index] + others)
-    adjusted.mul_(scale).sub_(base).scatter_(-1, index, -torch.addcmul(own, scale, others))
-    return zero_ignored_(adjusted, labels, bits)
+    return adjusted.mul_(scale).sub_(base).scatter_(-1, index, -torch.addcmul(own, scale, others))
 
 
 def relative_prior(prior: Tensor) -> Tensor:
@@ -572,7 +571,9 @@ def _rescale(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _own_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    """`log p_{i,y}`, `[N]`; 0 for ignored samples."""
+    own = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    return own.masked_fill(labels < 0, 0.0)
 
 
 def balance_label_entry_(matrix: Tensor, labels: Tensor) -> Tensor:

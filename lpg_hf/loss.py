@@ -126,7 +126,7 @@ class LPGLoss(nn.Module):
         if self.base_loss is None:
             z = z.detach()
             batch = Batch(z, labels)
-            total = -batch.own_log_probability.masked_fill(batch.ignored, 0.0).sum()
+            total = -batch.own_log_probability.sum()
             self.statistics.share(batch)
             perturbed = self.perturb(batch.gradient, z, labels)
             # Divided last, where it costs no pass over the matrix.

@@ -43,6 +43,7 @@ from .perturbations import (
     SAM,
     ClassRelativeDampening,
     GradientPerturbation,
+    LabelSmoothing,
     LogitPerturbation,
     ParameterPerturbation,
     Perturbation,
@@ -87,8 +88,9 @@ class LPGTrainer(Trainer):
 
     Attributes:
         lpg_loss ([`LPGLoss`] or `None`):
-            The perturbed loss with its class statistics; built anew whenever training starts, so look it up here
-            rather than keep it. `None` before training where only the first batch can tell the number of classes.
+            The perturbed loss with its class statistics; built anew whenever training starts, and on several processes
+            up to date whenever it is looked up, so look it up here rather than keep it. `None` before training where
+            only the first batch can tell the number of classes.
 
     Raises:
         ValueError: For unknown perturbations or arguments out of range; when training starts, for an empty training
@@ -157,7 +159,6 @@ class LPGTrainer(Trainer):
         self._parameter_telemetry = torch.zeros(len(self._parameter_methods), 2, device=self.args.device)
         self._telemetry: dict[str, float] = {}
         self._step_items = None
-        self._pending_statistics: PendingSum | None = None
         self._is_classifier = None
         self._is_verified = False
         self._saved_state = None
@@ -167,7 +168,9 @@ class LPGTrainer(Trainer):
         # Row numbers of the micro-batches of a step, each beside the batch it was taken from, and of the present one.
         self._step_rows = []
         self._rows = None
-        self.lpg_loss = None
+        self._lpg_loss: LPGLoss | None = None
+        # The class statistics of the last step, between its end and their first use.
+        self._sum_of_statistics: PendingSum | None = None
         num_labels = self._declared_num_labels()
         if num_labels is not None:
             self._build_loss(num_labels)
@@ -213,19 +216,22 @@ class LPGTrainer(Trainer):
         return model.config.num_labels if is_single_label and model.config.num_labels > 1 else None
 
     def _build_loss(self, num_labels: int) -> None:
-        base_loss = None
+        base_loss, beside = None, []
         if self.label_smoother is not None:
-            base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=self.label_smoother.epsilon)
+            epsilon = self.label_smoother.epsilon
+            base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=epsilon)
+            # With a factor of 1 there is no label left to learn, and nothing to retarget.
+            beside = [LabelSmoothing(epsilon)] if epsilon < 1 else []
         counts = self._class_counts
         if counts is None and self._has_logit_methods:
             counts = self._read_class_counts(num_labels)
-        methods = build_chain(self._chain(self.args), counts)
+        methods = build_chain(self._chain(self.args), counts, beside)
         chain = [method for method in methods if isinstance(method, LogitPerturbation)]
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         for method in chain:
             method.use_label_names(getattr(config, "label2id", None) or {})
-        self.lpg_loss = LPGLoss(num_labels, chain, counts, base_loss)
-        self.lpg_loss.fold_every_call = False
+        self._lpg_loss = LPGLoss(num_labels, chain, counts, base_loss)
+        self._lpg_loss.fold_every_call = False
 
     def _read_class_counts(self, num_labels: int) -> list[int] | None:
         """Counts of a map-style data set with a column of integer labels; `None` for any other."""
@@ -350,16 +356,29 @@ class LPGTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._step_items = None
             if self._is_classifier and self._has_logit_methods:
-                self.lpg_loss.fold(None if self.accelerator.num_processes == 1 else self._sum_over_processes)
+                self._fold()
             if self._parameter_methods:
                 self._perturb_gradients()
         return loss
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        pending, self._pending_statistics = self._pending_statistics, None
-        if pending is not None and tensor is self.lpg_loss.statistics.pending:
-            return pending.wait()
-        return PendingSum(tensor, self.accelerator).wait()
+    @property
+    def lpg_loss(self) -> LPGLoss | None:
+        """The perturbed loss, with the statistics of all steps that have ended."""
+        if self._sum_of_statistics is not None:
+            total, self._sum_of_statistics = self._sum_of_statistics.wait(), None
+            self._lpg_loss.statistics.fold(lambda _: total)
+        return self._lpg_loss
+
+    def _fold(self) -> None:
+        """Ends an optimizer step for what learns at the logits."""
+        loss = self.lpg_loss
+        if self.accelerator.num_processes == 1:
+            loss.fold()
+            return
+        # Nobody needs them before the next forward pass: they travel while the optimizer takes its step.
+        self._sum_of_statistics = PendingSum(loss.statistics.pending, self.accelerator)
+        for method in loss.perturbations:
+            method.fold(lambda tensor: PendingSum(tensor, self.accelerator).wait())
 
     def _sam_step(
         self, sam: SAM, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None
@@ -438,7 +457,6 @@ class LPGTrainer(Trainer):
                 # It holds the graph.
                 self.lpg_loss.observer = None
                 self.loss_is_scaled_for_ga = num_items is not None
-                self._send_statistics()
         if self._rows is not None and model.training and torch.is_grad_enabled():
             self._record_rows(outputs, labels)
         return (loss, outputs) if return_outputs else loss
@@ -447,12 +465,6 @@ class LPGTrainer(Trainer):
         if isinstance(self._step_items, PendingSum):
             self._step_items = self._step_items.wait()
         return num_items_in_batch if self._step_items is None else self._step_items
-
-    def _send_statistics(self) -> None:
-        """They are complete after the step's last forward pass, and travel during the backward pass."""
-        is_last = self.accelerator.sync_gradients and not self._is_ascent
-        if self.accelerator.num_processes > 1 and self._has_logit_methods and is_last:
-            self._pending_statistics = PendingSum(self.lpg_loss.statistics.pending, self.accelerator)
 
     def _replaces_loss(self) -> bool:
         """`perturbations=[]` is the Trainer's own loss, unless that is not the mean over the accumulated batch."""
@@ -506,7 +518,7 @@ class LPGTrainer(Trainer):
         if not self._can_be_ranked:
             return
         # A compiled model may write its next logits into the memory of these.
-        logits = self._logits(outputs).detach().clone()
+        logits = self._logits(outputs).clone()
         dampening = self._dampening()
         self._visits.add(rows, logits, labels, None if dampening is None else dampening.last_weight)
 

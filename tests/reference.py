@@ -98,13 +98,18 @@ def dampening_weight(
     learned=(0.1, 0.5),
     contradicted=(0.02, 0.08),
     decided=None,
+    rising=None,
     confident_error_share=None,
     compensated=False,
 ):
     """
     `min(1, rho_i / rhobar_c) ^ (power a_c b_c d)`, d a gate that may be missing; 1 for ignored
-    samples and for a class never seen. Compensated, it is divided by `1 - a_c b_c d k_c`, at least by 1/2.
+    samples and for a class never seen. Compensated, it is divided by `1 - a_c b_c d k_c`, at least by 1/2. A power
+    may rise from 2 on.
     """
+    if rising is not None:
+        part = ramp(confident_error_share, *rising)
+        power = part * power + (1 - part) * 2
     weights = []
     for row, label in zip(np.asarray(logits, dtype=np.float64), labels, strict=True):
         if label == IGNORED or relative_confidence[label] == 0:

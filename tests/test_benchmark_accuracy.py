@@ -160,11 +160,14 @@ def test_plug_ins_stand_behind_their_loss_but_for_the_factor_of_the_focal_one():
     auto = METHODS["auto"].perturbations("", [30, 3])
     names = [method.name for method in METHODS["auto_on_focal_loss"].perturbations("", [30, 3])]
     assert names == [*(method.name for method in auto), "focal_loss"]
-    for name, replaced in (("label_smoothing", None), ("class_weighting", "logit_adjustment")):
+    for name in ("class_weighting", "logit_adjustment"):
         base = METHODS[name].perturbations(METHODS[name].usual_value, [30, 3])
         chain = METHODS[f"auto_on_{name}"].perturbations("", [30, 3])
-        expected = base + [method for method in auto if method.name != replaced]
+        expected = base + [method for method in auto if method.name != "logit_adjustment"]
         assert [type(method) for method in chain] == [type(method) for method in expected]
+    (first, *rest) = METHODS["auto_on_label_smoothing"].perturbations("", [30, 30])
+    assert repr(first) == "label_smoothing()"
+    assert list(map(repr, rest)) == list(map(repr, METHODS["auto"].perturbations("", [30, 30])))
 
 
 def test_variants_change_one_thing():

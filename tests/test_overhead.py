@@ -200,12 +200,12 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 104, 17, 4),
-        ("auto", COUNTS, 137, 27, 5),
+        ("auto", BALANCED, 109, 17, 4),
+        ("auto", COUNTS, 136, 26, 5),
         ("lpg", COUNTS, 120, 19, 6),
         ("logit_clipping", COUNTS, 67, 13, 3),
         ("focal_loss", COUNTS, 81, 12, 3),
-        ("label_smoothing", COUNTS, 67, 16, 4),
+        ("label_smoothing", COUNTS, 66, 15, 4),
         ("lpl", COUNTS, 287, 94, 25),
     ],
 )

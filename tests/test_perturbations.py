@@ -202,6 +202,9 @@ def test_the_pgd_solver_iterates():
         {"compensated": True},
         {"power": 4.0, "learned": (0.0, 0.9), "contradicted": (0.0, 0.5), "compensated": True},
         {"power": 8.0, "decided": (0.0, 0.9), "compensated": True},
+        {"power": 8.0, "rising": (0.0, 0.9)},
+        {"power": 1.0, "rising": (0.0, 0.9)},
+        {"power": 8.0, "decided": (0.0, 0.6), "rising": (0.1, 0.8), "compensated": True},
     ],
 )
 def test_class_relative_dampening_equals_the_reference(options):
@@ -229,6 +232,14 @@ def test_where_errors_are_unsure_the_third_gate_leaves_everything_as_it_is():
     share = statistics.confident_error_share.item()
     assert 0 < share < 1 and run(ClassRelativeDampening(), statistics)[0].abs().max() > 0
     assert (run(ClassRelativeDampening(decided=(share + 1e-9, 1.0)), statistics)[0] == 0).all()
+
+
+def test_the_power_rises_from_2_with_the_share_of_errors_that_are_decided():
+    statistics = make_statistics()
+    share = statistics.confident_error_share.item()
+    for rising, power in (((share, 1.0), 2.0), ((0.0, share), 8.0), ((share / 2, 3 * share / 2), 5.0)):
+        delta, *_ = run(ClassRelativeDampening(power=8.0, rising=rising), statistics)
+        assert_equal(delta, run(ClassRelativeDampening(power=power), statistics)[0], 1e-12)
 
 
 def test_class_relative_dampening_does_exactly_nothing_before_the_first_step():
@@ -349,6 +360,7 @@ EXAMPLES = [
         learned=(0.2, 0.6),
         contradicted=(0.01, 0.5),
         decided=(0.0, 0.4),
+        rising=(0.1, 0.3),
         compensated=True,
     ),
     LogitAdjustment(tau=0.5, min_imbalance=3.0, learned=(0.1, 0.9)),
@@ -482,7 +494,10 @@ AUTO_DAMPENING = (
     "class_relative_dampening(power=8.0, learned=(0.05, 0.3), contradicted=(0.01, 0.03), decided=(0.1, 0.13), "
     "compensated=True)"
 )
-BALANCED_CHAIN = ["label_smoothing()", AUTO_DAMPENING]
+BALANCED_CHAIN = [
+    "label_smoothing()",
+    AUTO_DAMPENING.replace("compensated", "rising=(0.5, 0.8), compensated"),
+]
 IMBALANCED_CHAIN = [
     "logit_adjustment(min_imbalance=2.0, learned=(0.05, 0.2))",
     "label_smoothing(target='prior')",
@@ -553,9 +568,20 @@ def test_auto_expands_inside_a_longer_chain():
     ("beside", "added", "added_to_balanced"),
     [
         # Corrected by another method, the prior is what to smooth towards, however small the imbalance.
-        ("logit_adjustment()", IMBALANCED_CHAIN[1:], IMBALANCED_CHAIN[1:]),
-        ("class_weighting()", IMBALANCED_CHAIN[1:], IMBALANCED_CHAIN[1:]),
-        ("label_smoothing(alpha=0.3)", IMBALANCED_CHAIN, BALANCED_CHAIN),
+        ("logit_adjustment()", IMBALANCED_CHAIN[1:], [IMBALANCED_CHAIN[1], BALANCED_CHAIN[1]]),
+        ("class_weighting()", IMBALANCED_CHAIN[1:], [IMBALANCED_CHAIN[1], BALANCED_CHAIN[1]]),
+        # Its own adjustment and a uniform target do not go together.
+        (
+            "label_smoothing(alpha=0.3)",
+            [
+                IMBALANCED_CHAIN[0],
+                "label_smoothing(alpha=-0.3)",
+                "label_smoothing(alpha=0.3, target='prior')",
+                *IMBALANCED_CHAIN[1:],
+            ],
+            BALANCED_CHAIN,
+        ),
+        ("label_smoothing(target='prior')", IMBALANCED_CHAIN, BALANCED_CHAIN),
         ("class_relative_dampening()", IMBALANCED_CHAIN[:2], BALANCED_CHAIN[:1]),
         ("focal_loss()", IMBALANCED_CHAIN, BALANCED_CHAIN),
     ],
@@ -701,6 +727,7 @@ def test_arguments_that_are_not_the_methods_are_refused(text, message):
             r"`contradicted` must be two increasing numbers in \[0, 1\]; found \(0.1, 1.1\)",
         ),
         (ClassRelativeDampening, {"decided": (0.2, 0.1)}, r"`decided` must be two increasing .*found \(0.2, 0.1\)"),
+        (ClassRelativeDampening, {"rising": (0.2, 0.1)}, r"`rising` must be two increasing .*found \(0.2, 0.1\)"),
         (LabelSmoothing, {"target": "unigram"}, r"`target` must be one of .*found 'unigram'"),
         (ClassRelativeDampening, {"contradicted": (0.1,)}, r"`contradicted` must be two increasing .*found \(0.1,\)"),
         (LogitAdjustment, {"tau": -0.5}, r"`tau` must be from 0 to 4; found -0.5"),

@@ -346,9 +346,10 @@ def test_problem_type_is_the_one_trainer_writes(tmp_path):
 # Other base losses
 
 
-def test_label_smoothing_factor_is_the_base_loss(tmp_path):
+@pytest.mark.parametrize("factor", [0.2, 1.0])
+def test_label_smoothing_factor_is_the_base_loss(factor, tmp_path):
     batches = split(make_batch("bert", 64), [16] * 4)
-    args = {"label_smoothing_factor": 0.2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    args = {"label_smoothing_factor": factor, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     ours = make_trainer(
         LPGTrainer,
         make_model("bert", exact=True),
@@ -361,6 +362,30 @@ def test_label_smoothing_factor_is_the_base_loss(tmp_path):
     ours.train()
     plain.train()
     torch.testing.assert_close(flat_parameters(ours.model), flat_parameters(plain.model), rtol=0, atol=1e-9)
+
+
+def test_where_auto_adjusts_logits_a_label_smoothing_factor_spreads_towards_the_class_shares(tmp_path):
+    batches = split(make_batch("bert", 64), [16] * 4)
+    args = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+    def trained(perturbations, **more_args):
+        model = make_model("bert", exact=True)
+        trainer = make_trainer(
+            LPGTrainer,
+            model,
+            batches,
+            tmp_path,
+            args=args | more_args,
+            perturbations=perturbations,
+            class_counts=[100, 50, 20, 1],
+        )
+        trainer.train()
+        return flat_parameters(model)
+
+    expected = trained(["label_smoothing(alpha=0.2, target='prior')", "auto"])
+    torch.testing.assert_close(trained(["auto"], label_smoothing_factor=0.2), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(trained(["label_smoothing(alpha=0.2)", "auto"]), expected, rtol=0, atol=1e-9)
+    assert (trained(["auto"]) - expected).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("sizes", [[16] * 4, [5, 5, 6] * 4])

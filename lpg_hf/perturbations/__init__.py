@@ -72,6 +72,7 @@ __all__ = [
 def build_chain(
     perturbations: str | LogitPerturbation | Sequence[str | LogitPerturbation],
     class_counts: Sequence[int] | None = None,
+    beside: Sequence[LogitPerturbation] = (),
 ) -> list[LogitPerturbation]:
     """
     Turns names, strings and objects into the list of methods of a chain.
@@ -82,8 +83,10 @@ def build_chain(
             the default preset; `"none"` for an empty chain. In a longer chain `"auto"` adds what the others leave to
             it: no adjustment beside `logit_adjustment` or `class_weighting`, no dampening beside
             `class_relative_dampening`. It smooths labels towards the class shares where the imbalance is corrected, by
-            itself or another method, and towards all classes alike where it is not.
+            itself or another method, and towards all classes alike where it is not. Where it adjusts logits itself, it
+            turns a `label_smoothing` towards all classes into one towards the class shares.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class, which `auto` looks at.
+        beside (`Sequence[LogitPerturbation]`, *optional*): What acts outside of the chain, for `auto` to look at.
 
     Returns:
         `list[Perturbation]`: The chain.
@@ -118,7 +121,7 @@ def build_chain(
             )
         return []
     read = [entry if entry == "auto" else _read(entry) for entry in perturbations]
-    auto = _auto_chain(class_counts, beside=[entry for entry in read if entry != "auto"])
+    auto = _auto_chain(class_counts, beside=[*beside, *(entry for entry in read if entry != "auto")])
     return [method for entry in read for method in (auto if entry == "auto" else [entry])]
 
 
@@ -189,13 +192,17 @@ def _auto_chain(class_counts: Sequence[int] | None, beside: Sequence[Perturbatio
     While the counts are unknown the adjustment stays in the chain and looks at the running prior itself.
     """
     chain: list[Perturbation] = []
+    is_nearly_balanced = _is_nearly_balanced(class_counts)
     is_corrected = any(isinstance(method, LogitAdjustment | ClassWeighting) for method in beside)
-    if not is_corrected and not _is_nearly_balanced(class_counts):
+    if not is_corrected and not is_nearly_balanced:
         is_corrected = True
         chain.append(LogitAdjustment(tau=1.0, min_imbalance=AUTO_MIN_IMBALANCE, learned=(0.05, 0.2)))
-    # Where the imbalance is corrected, a uniform target would push the tail up a second time; elsewhere the shares of
-    # the classes may be those of wrong labels. A user's label smoothing does not replace it: with both, more cells of
-    # the benchmark gain and the worst of them loses less.
+        # After an adjustment of 100 : 1, 1 % of the target on a tail class would make it as likely as the head.
+        for method in beside:
+            if isinstance(method, LabelSmoothing) and method.target == "uniform":
+                chain += [LabelSmoothing(-method.alpha), LabelSmoothing(method.alpha, target="prior")]
+    # For the same reason; where nothing is corrected, the shares of the classes may be those of wrong labels. A user's
+    # label smoothing does not replace it: with both, more cells of the benchmark gain.
     chain.append(LabelSmoothing(alpha=0.1, target="prior" if is_corrected else "uniform"))
     if not any(isinstance(method, ClassRelativeDampening) for method in beside):
         chain.append(
@@ -204,6 +211,8 @@ def _auto_chain(class_counts: Sequence[int] | None, beside: Sequence[Perturbatio
                 learned=(0.05, 0.3),
                 contradicted=(0.01, 0.03),
                 decided=(0.1, 0.13),
+                # A long tail stays unsure for so long that wrong labels would be memorised.
+                rising=(0.5, 0.8) if is_nearly_balanced else None,
                 compensated=True,
             )
         )

@@ -7,6 +7,10 @@ from ..statistics import ClassStatistics
 from .base import Rescaling, check_interval, check_not_negative
 
 
+# The power that `rising` begins with.
+FIRST_POWER = 2.0
+
+
 class ClassRelativeDampening(Rescaling):
     r"""
     Dampens the samples that the model believes far less than it believes their class, once that class is learned.
@@ -31,6 +35,9 @@ class ClassRelativeDampening(Rescaling):
         decided (`tuple[float, float]`, *optional*):
             Share of the errors on the training set that are confident contradictions: where a third gate starts to
             open, and is open. There is no third gate if not given.
+        rising (`tuple[float, float]`, *optional*):
+            The same share, where the power begins to change from 2, and is `power`: a high one sets apart what is
+            wrong, and while the model is unsure it would set aside what is hard. Always `power` if not given.
         compensated (`bool`, *optional*, defaults to `False`):
             Whether the other samples of a class get what dampening takes from its contradicted share, so that the
             class keeps its share of the gradient; see [`~functional.dampening_compensation`].
@@ -55,11 +62,12 @@ class ClassRelativeDampening(Rescaling):
         learned: tuple[float, float] = (0.1, 0.5),
         contradicted: tuple[float, float] = (0.02, 0.08),
         decided: tuple[float, float] | None = None,
+        rising: tuple[float, float] | None = None,
         compensated: bool = False,
     ):
         super().__init__()
         check_not_negative("power", power)
-        intervals = {"learned": learned, "contradicted": contradicted, "decided": decided}
+        intervals = {"learned": learned, "contradicted": contradicted, "decided": decided, "rising": rising}
         for argument, interval in intervals.items():
             if interval is not None:
                 check_interval(argument, interval)
@@ -67,20 +75,26 @@ class ClassRelativeDampening(Rescaling):
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
         self.decided = None if decided is None else tuple(decided)
+        self.rising = None if rising is None else tuple(rising)
         self.compensated = compensated
 
     def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         own_probability, contradiction = statistics.own_probability, statistics.contradiction
         gate = dampening_gate(own_probability, contradiction, self.learned, self.contradicted)
-        if self.decided is not None:
-            gate = gate * ramp(statistics.confident_error_share, *self.decided)
+        power = self.power
+        if self.decided is not None or self.rising is not None:
+            share = statistics.confident_error_share
+            if self.decided is not None:
+                gate = gate * ramp(share, *self.decided)
+            if self.rising is not None:
+                power = FIRST_POWER + (power - FIRST_POWER) * ramp(share, *self.rising)
         return relative_dampening_weight(
             logits,
             labels,
             own_probability,
             statistics.relative_confidence,
             contradiction,
-            self.power,
+            power,
             relative=statistics.batch(logits, labels).relative_confidence,
             gate=gate,
             compensated=self.compensated,

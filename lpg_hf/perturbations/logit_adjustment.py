@@ -66,7 +66,6 @@ class LogitAdjustment(LogitPerturbation):
             batch.own_probability,
             self.weight_share(statistics),
             self._relative_prior,
-            batch.labelled_bits,
         )
 
     def weight_share(self, statistics: ClassStatistics) -> Tensor | float:

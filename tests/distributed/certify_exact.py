@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from leave import leave_together
 from tiny import make_batch, make_model, make_trainer, split
 
 from lpg_hf import LPGTrainer
@@ -44,5 +45,4 @@ if __name__ == "__main__":
     certificate.save(output_dir / f"certificate_{state.process_index}.json")
     if state.is_main_process:
         torch.save(lengths, output_dir / "lengths.pt")
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_together()

@@ -86,6 +86,17 @@ def test_sums_over_processes_are_few_and_travel_while_the_model_computes(model, 
     assert together["sums"] == of_a_step * 6
 
 
+def test_statistics_are_waited_for_where_they_are_looked_up(tmp_path):
+    """By any process alone; until then they travel."""
+    job = {"model": "vit", "perturbations": ["logit_adjustment", OPEN_GATES], "looks": True}
+    alone = train(job | {"sizes": [16] * 6, "args": SGD}, tmp_path / "alone")["looks"]
+    together = launch(job | {"sizes": [8] * 12, "args": SGD}, 2, tmp_path / "together")["looks"]
+    assert [(before, after) for before, after, _ in alone] == [(step, step) for step in range(1, 7)]
+    assert [(before, after) for before, after, _ in together] == [(step - 1, step) for step in range(1, 7)]
+    for (_, _, seen_alone), (_, _, seen_together) in zip(alone, together, strict=True):
+        torch.testing.assert_close(seen_together, seen_alone, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_synchronised_class_means_are_those_of_the_whole_batch(processes, tmp_path):
     job = {

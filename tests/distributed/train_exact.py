@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import IterableDataset
-from transformers import default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from leave import leave_together
 from tiny import flat_parameters, make_batch, make_model, make_trainer, split
 
 from lpg_hf import LPGTrainer
@@ -39,6 +39,22 @@ def watched_sums() -> Iterator[list[tuple[int, bool]]]:
         torch.distributed.all_reduce = all_reduce
 
 
+class LooksOnMain(TrainerCallback):
+    """What one process alone sees at the end of each step: folds before and after it looks, running means after."""
+
+    def __init__(self, trainer: LPGTrainer):
+        self.trainer, self.seen = trainer, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.statistics = self.trainer.lpg_loss.statistics
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            before = self.statistics.steps.item()
+            looked_up = self.trainer.lpg_loss.statistics
+            self.seen.append((before, looked_up.steps.item(), looked_up._running.clone()))
+
+
 def train(job: dict, output_dir: Path) -> dict:
     torch.set_num_threads(1)
     name = job["model"]
@@ -60,6 +76,9 @@ def train(job: dict, output_dir: Path) -> dict:
     if job.get("is_map"):
         trainer.train_dataset = list(rows_of(batch))
         trainer.data_collator = default_data_collator
+    looks = LooksOnMain(trainer)
+    if job.get("looks"):
+        trainer.add_callback(looks)
     with watched_sums() as sums:
         trainer.train(resume_from_checkpoint=job.get("resume"))
     if job.get("is_map"):
@@ -74,6 +93,7 @@ def train(job: dict, output_dir: Path) -> dict:
         "norms": [log["lpg/gradient_norm"] for log in trainer.state.log_history if "lpg/gradient_norm" in log],
         "steps": trainer.state.global_step,
         "sums": sums,
+        "looks": looks.seen,
         "processes": trainer.accelerator.num_processes,
         "is_main": trainer.is_world_process_zero(),
     }
@@ -84,7 +104,4 @@ if __name__ == "__main__":
     results = [train(job, output_dir / str(number)) for number, job in enumerate(json.loads(sys.argv[1]))]
     if results[0]["is_main"]:
         torch.save(results, output_dir / "results.pt")
-    # A process that leaves early makes gloo abort the others.
-    state = PartialState()
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave_together()
