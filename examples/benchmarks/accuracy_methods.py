@@ -234,6 +234,12 @@ _ABLATION = (
         for low, high in ((0.08, 0.1), (0.13, 0.18), (0.2, 0.3))
         for edit in [with_arguments(_AUTO_DAMPENING, decided=(low, high))]
     ),
+    _variant("auto-rising", "one power throughout", with_arguments(_AUTO_DAMPENING, rising=None)),
+    *(
+        _variant(f"rising={low}..{high}", f"power rising from {low} to {high}, on long tails, too", edit)
+        for low, high in ((0.3, 0.6), (0.7, 0.9))
+        for edit in [with_arguments(_AUTO_DAMPENING, rising=(low, high))]
+    ),
     *(
         _variant(f"alpha={value}", f"smoothing alpha = {value}", with_arguments("label_smoothing", alpha=value))
         for value in (0.05, 0.2)
