@@ -136,7 +136,9 @@ def lpg_delta(
         delta = _projected_gradient(target, sign, bound, max_dampening, norm, pgd_steps, pgd_step_size)
     elif norm == "l2":
         radius = torch.where(sign > 0, bound, torch.minimum(bound, max_dampening * length))
-        delta = sign * radius / length.clamp(min=torch.finfo(gradient.dtype).tiny) * target
+        factor = sign * radius / length.clamp(min=torch.finfo(gradient.dtype).tiny)
+        # The means are new memory, the gradient is the caller's.
+        delta = target.mul_(factor) if direction == "class" else target * factor
     else:
         delta = torch.where(
             sign > 0, _largest_zero_sum(target, bound), _project_zero_sum_box(-max_dampening * target, bound)
@@ -301,10 +303,7 @@ def logit_adjustment_delta(
     labels: Tensor,
     prior: Tensor,
     tau: float | Tensor = 1.0,
-    base_gradient: Tensor | None = None,
-    own_probability: Tensor | None = None,
     weight_share: float | Tensor = 0.0,
-    relative: Tensor | None = None,
 ) -> Tensor:
     r"""
     Logit adjustment, `softmax(z + tau log pi) - softmax(z)`: the tail pulls harder, the head less.
@@ -323,34 +322,47 @@ def logit_adjustment_delta(
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
         prior (`torch.Tensor` of shape `[C]`): Share of each class in the training set, not negative.
         tau (`float` or scalar `torch.Tensor`, *optional*, defaults to 1.0): Strength; 0 gives a delta of zero.
-        base_gradient (`torch.Tensor` of shape `[N, C]`, *optional*):
-            The [`logit_gradient`] of the same logits and labels, where it is known already.
-        own_probability (`torch.Tensor` of shape `[N]`, *optional*):
-            `p_{i,y}`, where it is known already; 1 for ignored samples.
         weight_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
             Share of `tau` that weights take over from the offsets, in [0, 1].
-        relative (`torch.Tensor` of shape `[C]`, *optional*): The [`relative_prior`], where it is known already.
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero. Where a class is rarer than the largest by more
         than `1e30 ** (1 / tau)` it is that of `1e30 ** (1 / tau)`.
     """
-    base = logit_gradient(logits, labels) if base_gradient is None else base_gradient
-    p = _own_log_probability(logits, labels).exp() if own_probability is None else own_probability
-    relative = (relative_prior(prior) if relative is None else relative).to(base)
+    base, own_probability = logit_gradient(logits, labels), _own_log_probability(logits, labels).exp()
+    adjusted = logit_adjusted_gradient(
+        base, labels.clamp(min=0), own_probability, prior, relative_prior(prior), tau, weight_share
+    )
+    return adjusted.sub_(base)
+
+
+def logit_adjusted_gradient(
+    base: Tensor,
+    classes: Tensor,
+    own_probability: Tensor,
+    prior: Tensor,
+    relative: Tensor,
+    tau: float | Tensor,
+    weight_share: float | Tensor,
+) -> Tensor:
+    """
+    A gradient of the cross-entropy with its [`logit_adjustment_delta`], from what is known of a batch and a prior:
+    `classes` are the labels and `own_probability` is `p_{i,y}`, 0 and 1 for ignored samples (whose gradient is zero),
+    and `relative` the [`relative_prior`].
+    """
+    relative = relative.to(base)
     # The bound keeps the sums below from underflow.
     given_to_weights = tau * weight_share
     factors = relative.pow(tau - given_to_weights).clamp(min=1e-30)
     weights = relative.pow(-given_to_weights)
     weights = weights / (weights @ prior.to(base))
-    # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p. (That of ignored
-    # samples is zero, and what it is multiplied with finite.)
-    index, p = labels.clamp(min=0)[:, None], p[:, None]
+    # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
+    index, p = classes[:, None], own_probability[:, None]
     own, adjusted = base.gather(-1, index), (base * factors).scatter_(-1, index, 0.0)
     others = adjusted.sum(-1, keepdim=True)
     # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
     scale = weights[index] * (p - own) / (p * factors[index] + others)
-    return adjusted.mul_(scale).sub_(base).scatter_(-1, index, -torch.addcmul(own, scale, others))
+    return adjusted.mul_(scale).scatter_(-1, index, -scale * others)
 
 
 def relative_prior(prior: Tensor) -> Tensor:
@@ -432,10 +444,23 @@ def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float, target
 
     ```
     """
-    num_classes = gradient.shape[-1]
-    share = (alpha * (labels >= 0).to(gradient))[:, None]
-    pull = (share / -num_classes).repeat(1, num_classes) if target is None else share * -target.to(gradient)
-    return pull.scatter_add_(-1, labels.clamp(min=0)[:, None], share)
+    share = alpha * (labels >= 0).to(gradient)
+    return smooth_labels(torch.zeros_like(gradient), labels.clamp(min=0), share, target, in_place=True)
+
+
+def smooth_labels(
+    gradient: Tensor, classes: Tensor, share: Tensor, target: Tensor | None = None, in_place: bool = False
+) -> Tensor:
+    """
+    A gradient with the [`label_smoothing_delta`], for which no matrix is made: `classes` are the labels and `share` is
+    alpha, `[N]`, both 0 for ignored samples.
+    """
+    share, out = share[:, None], gradient if in_place else None
+    if target is None:
+        smoothed = torch.sub(gradient, share / gradient.shape[-1], out=out)
+    else:
+        smoothed = torch.addcmul(gradient, share, target.to(gradient), value=-1, out=out)
+    return smoothed.scatter_add_(-1, classes[:, None], share)
 
 
 def focal_weight(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .batch import IGNORE_INDEX, Batch, cross_entropy
-from .functional import zero_ignored_
 from .perturbations import LogitPerturbation, Perturbation, Rescaling, build_chain
+from .perturbations.base import check_shape
 from .statistics import ClassStatistics
 
 
@@ -176,31 +176,24 @@ class LPGLoss(nn.Module):
         norm = base_norm = gradient.norm(dim=-1)
         rows = [batch.labelled, norm]
         for method in self.perturbations:
-            rescales = isinstance(method, Rescaling)
-            change = (method.weight if rescales else method.delta)(gradient, logits, labels, self.statistics)
-            expected = base_norm.shape if rescales else gradient.shape
-            if change.shape != expected:
-                raise ValueError(
-                    f"`{method!r}` returned a {'weight' if rescales else 'delta'} of shape {list(change.shape)} for a "
-                    f"gradient of shape {list(gradient.shape)}: it must be {list(expected)}."
-                )
             if not self._is_frozen:
                 method.update(gradient, labels)
             # The first gradient is not ours to change, those after it are: new memory costs more than the arithmetic.
-            is_ours = gradient is not unperturbed
-            if rescales:
-                method.last_weight = change = change.to(base_norm.dtype)
+            in_place = gradient is not unperturbed
+            if isinstance(method, Rescaling):
+                weight = method.weight(gradient, logits, labels, self.statistics)
+                check_shape(method, "weight", weight, gradient, base_norm.shape)
+                # The gradient of ignored samples stays zero, whatever is said of them.
+                weight = method.last_weight = weight.to(base_norm.dtype).masked_fill(batch.ignored, 1.0)
                 norm = gradient.norm(dim=-1) if norm is None else norm
-                rows += [(change - 1).abs() * norm, change]
-                gradient = (gradient.mul_ if is_ours else gradient.mul)(change[:, None])
-                norm = change.abs() * norm
+                rows += [(weight - 1).abs() * norm, weight]
+                gradient = (gradient.mul_ if in_place else gradient.mul)(weight[:, None])
+                norm = weight.abs() * norm
             else:
+                gradient, delta_norm = method.add_delta(gradient, logits, labels, self.statistics, in_place)
                 # The second is only read where it is a weight.
-                rows += [change.norm(dim=-1)] * 2
-                gradient = (gradient.add_ if is_ours else gradient.add)(change)
+                rows += [delta_norm] * 2
                 norm = None
-        if gradient is not unperturbed:
-            zero_ignored_(gradient, labels, batch.labelled_bits)
         return gradient, rows
 
     @contextmanager

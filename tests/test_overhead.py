@@ -200,12 +200,12 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 109, 17, 4),
-        ("auto", COUNTS, 136, 26, 5),
-        ("lpg", COUNTS, 120, 19, 6),
-        ("logit_clipping", COUNTS, 67, 13, 3),
-        ("focal_loss", COUNTS, 81, 12, 3),
-        ("label_smoothing", COUNTS, 66, 15, 4),
+        ("auto", BALANCED, 107, 14, 3),
+        ("auto", COUNTS, 130, 22, 4),
+        ("lpg", COUNTS, 120, 19, 5),
+        ("logit_clipping", COUNTS, 67, 12, 3),
+        ("focal_loss", COUNTS, 81, 11, 3),
+        ("label_smoothing", COUNTS, 63, 12, 3),
         ("lpl", COUNTS, 287, 94, 25),
     ],
 )

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import re
 
@@ -401,10 +402,10 @@ def test_every_argument_of_every_method_is_off_its_default_in_an_example():
 
 @pytest.mark.parametrize("example", REPRS, ids=repr)
 def test_a_method_is_read_back_from_its_repr(example):
-    copy = parse_perturbation(repr(example))
-    assert type(copy) is type(example)
-    assert arguments(copy) == arguments(example)
-    assert repr(copy) == repr(example)
+    again = parse_perturbation(repr(example))
+    assert type(again) is type(example)
+    assert arguments(again) == arguments(example)
+    assert repr(again) == repr(example)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -478,6 +479,52 @@ def test_rescaling_tells_whether_the_delta_is_a_multiple_of_the_gradient(example
     share = (delta * gradient).sum(-1, keepdim=True) / gradient.square().sum(-1, keepdim=True)
     is_a_multiple = bool((delta - share * gradient).abs().max() < 1e-12)
     assert is_a_multiple == isinstance(example, Rescaling)
+
+
+ADDED = [
+    *(example for example in EXAMPLES if not isinstance(example, Rescaling)),
+    LabelSmoothing(-0.2),
+    LPG("accuracy"),
+]
+
+
+@pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT, None], ids=["counts", "absent", "counting"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "new"])
+@pytest.mark.parametrize("method", ADDED, ids=repr)
+def test_adding_a_delta_adds_that_delta_and_tells_its_norm(method, in_place, is_first, counts):
+    logits, labels = make_batch()
+    statistics = make_statistics(counts)
+    statistics.share(statistics.batch(logits, labels))
+    base = statistics.batch(logits, labels).gradient
+    # What comes first gets the batch's own gradient, which nobody may change.
+    gradient = base if is_first and not in_place else base * (1.0 if is_first else 0.7)
+    before = gradient.clone()
+    # A copy, as noise counts its draws.
+    delta = copy.deepcopy(method).delta(gradient, logits, labels, statistics)
+    expected = (before + delta) * (labels >= 0)[:, None]
+    perturbed, norm = copy.deepcopy(method).add_delta(gradient, logits, labels, statistics, in_place)
+    assert_equal(perturbed, expected, 1e-15)
+    assert_equal(norm[labels >= 0], delta.norm(dim=-1)[labels >= 0], 1e-15)
+    assert torch.equal(gradient, perturbed if perturbed.data_ptr() == gradient.data_ptr() else before)
+    assert in_place or perturbed.data_ptr() != gradient.data_ptr()
+
+
+@pytest.mark.parametrize("base", [LabelSmoothing, LogitAdjustment], ids=lambda base: base.name)
+def test_a_delta_that_is_overridden_is_the_one_that_is_added(base):
+    class Twice(base):
+        def delta(self, gradient, logits, labels, statistics):
+            return 2 * super().delta(gradient, logits, labels, statistics)
+
+    class Named(Twice):
+        name = "named"
+
+    statistics = make_statistics(COUNTS)
+    delta, gradient, logits, labels = run(base(), statistics)
+    for method in (Twice(), Named()):
+        perturbed, norm = method.add_delta(gradient, logits, labels, statistics)
+        assert_equal(perturbed, gradient + 2 * delta, 1e-15)
+        assert_equal(norm[labels >= 0], 2 * delta.norm(dim=-1)[labels >= 0], 1e-15)
 
 
 # Chains.

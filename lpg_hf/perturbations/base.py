@@ -3,13 +3,14 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..functional import zero_ignored_
 from ..statistics import ClassStatistics
 
 
@@ -60,6 +61,12 @@ class LogitPerturbation(Perturbation):
 
     space = "logit"
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "delta" in vars(cls) and "add_delta" not in vars(cls):
+            # The shortcut of the class it inherits from is one for another delta.
+            cls.add_delta = LogitPerturbation.add_delta
+
     def use_label_names(self, label_names: Mapping[str, int]) -> None:
         """For methods with arguments by label name: tells them the index of each name, before `setup`."""
 
@@ -83,8 +90,27 @@ class LogitPerturbation(Perturbation):
             `torch.Tensor` of shape `[N, C]`: The delta.
         """
 
+    def add_delta(
+        self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Adds the delta to a gradient. For methods that can do so without a matrix for the delta; else `delta` is all.
+
+        Args: those of [`LogitPerturbation.delta`], and
+            in_place (`bool`, *optional*, defaults to `False`): Whether the gradient itself may become the result.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The perturbed gradient, `[N, C]`, zero for ignored samples where the
+            gradient is; and the norm of each sample's delta, `[N]`, arbitrary for ignored samples.
+        """
+        delta = self.delta(gradient, logits, labels, statistics)
+        check_shape(self, "delta", delta, gradient, gradient.shape)
+        norm = delta.norm(dim=-1)
+        perturbed = (gradient.add_ if in_place else gradient.add)(delta)
+        return zero_ignored_(perturbed, labels, statistics.batch(logits, labels).labelled_bits), norm
+
     def update(self, gradient: Tensor, labels: Tensor) -> None:
-        """For methods that learn: sees each micro-batch after `delta`, with the same gradient, and adds up sums."""
+        """For methods that learn: sees each micro-batch before `delta`, with the same gradient, and adds up sums."""
 
     def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """For methods that learn: once per optimizer step, moves the state by the sums, reduced over processes."""
@@ -175,6 +201,15 @@ def draw_seed(seed: int, draw: int, process: int = 0) -> int:
     """A seed of its own for every draw and process, so that a counter is all there is to save."""
     # Odd multipliers: distinct counters stay distinct modulo 2^63.
     return (seed * 0x9E3779B97F4A7C15 + draw * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB) % 2**63
+
+
+def check_shape(method: Perturbation, kind: str, found: Tensor, gradient: Tensor, expected: Sequence[int]) -> None:
+    """Raises a `ValueError` where a method returned a delta or a weight of another shape than expected."""
+    if found.shape != expected:
+        raise ValueError(
+            f"`{method!r}` returned a {kind} of shape {list(found.shape)} for a gradient of shape "
+            f"{list(gradient.shape)}: it must be {list(expected)}."
+        )
 
 
 def check(condition: bool, argument: str, value: object, expected: str) -> None:

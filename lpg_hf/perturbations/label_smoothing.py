@@ -1,8 +1,10 @@
 """Label smoothing as a perturbation: a constant pull away from the label."""
 
+import math
+
 from torch import Tensor
 
-from ..functional import label_smoothing_delta
+from ..functional import label_smoothing_delta, smooth_labels
 from ..statistics import ClassStatistics
 from .base import LogitPerturbation, check, check_choice
 
@@ -46,7 +48,28 @@ class LabelSmoothing(LogitPerturbation):
         check_choice("target", target, ("uniform", "prior"))
         self.alpha = alpha
         self.target = target
+        self._prior: Tensor | None = None
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
         target = statistics.prior if self.target == "prior" else None
         return label_smoothing_delta(gradient, labels, self.alpha, target)
+
+    def add_delta(
+        self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        batch = statistics.batch(logits, labels)
+        share = self.alpha * batch.labelled.to(gradient)
+        if self.target == "prior":
+            self._look_at(statistics.prior)
+            norm, target = self._norms.to(gradient)[batch.classes], self._prior
+        else:
+            norm, target = share.abs() * math.sqrt(1 - 1 / gradient.shape[-1]), None
+        return smooth_labels(gradient, batch.classes, share, target, in_place), norm
+
+    def _look_at(self, prior: Tensor) -> None:
+        """The norm of each class's delta follows from a prior alone, which seldom changes."""
+        if prior is not self._prior:
+            self._prior = prior
+            # Without its own, the shares of the other classes: their squares, summed up.
+            others = (prior @ prior - prior.square()).clamp(min=0)
+            self._norms = abs(self.alpha) * ((1 - prior).square() + others).sqrt()

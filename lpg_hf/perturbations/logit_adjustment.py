@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from ..functional import logit_adjustment_delta, ramp, relative_prior
+from ..batch import Batch
+from ..functional import logit_adjusted_gradient, ramp, relative_prior
 from ..statistics import ClassStatistics
 from .base import LogitPerturbation, check, check_interval
 
@@ -55,17 +56,28 @@ class LogitAdjustment(LogitPerturbation):
         self._prior: Tensor | None = None
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        self._look_at(statistics.prior)
         batch = statistics.batch(logits, labels)
-        return logit_adjustment_delta(
-            logits,
-            labels,
-            self._prior,
-            self._tau_of_prior,
+        return self._adjusted(batch, statistics).sub_(batch.gradient)
+
+    def add_delta(
+        self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        batch = statistics.batch(logits, labels)
+        if gradient is not batch.gradient:
+            return super().add_delta(gradient, logits, labels, statistics, in_place)
+        adjusted = self._adjusted(batch, statistics)
+        return adjusted, (adjusted - gradient).norm(dim=-1)
+
+    def _adjusted(self, batch: Batch, statistics: ClassStatistics) -> Tensor:
+        self._look_at(statistics.prior)
+        return logit_adjusted_gradient(
             batch.gradient,
+            batch.classes,
             batch.own_probability,
-            self.weight_share(statistics),
+            self._prior,
             self._relative_prior,
+            self._tau_of_prior,
+            self.weight_share(statistics),
         )
 
     def weight_share(self, statistics: ClassStatistics) -> Tensor | float:
