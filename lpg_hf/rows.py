@@ -103,7 +103,7 @@ class NumberedCollator:
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return batch
         try:
-            rows = [operator.index(index) for index in indices]
+            rows = list(map(operator.index, indices))
         except TypeError:  # a sampler of the user's, with keys of its own
             rows = []
         is_same = len(rows) == len(labels) and labels_before in (None, labels.flatten().tolist())
@@ -149,6 +149,6 @@ def _integer_labels(items: object) -> list[int] | None:
         return None
     column = next((name for name in LABEL_COLUMNS if name in items[0]), None)
     try:
-        return [operator.index(item[column]) for item in items]
+        return list(map(operator.index, map(operator.itemgetter(column), items)))
     except (LookupError, TypeError):
         return None

@@ -509,7 +509,6 @@ class LPGTrainer(Trainer):
         weight = num_copies / torch.as_tensor(num_items).to(delta).clamp(min=1)
         self._path_length.add_perturbation(logits, weight * delta, self._loss_scale())
 
-    @torch.no_grad()
     def _record_rows(self, outputs: Mapping | tuple, labels: Tensor | None) -> None:
         # Once per micro-batch: SAM looks at it a second time.
         rows, self._rows = self._rows, None
@@ -518,7 +517,7 @@ class LPGTrainer(Trainer):
         if not self._can_be_ranked:
             return
         # A compiled model may write its next logits into the memory of these.
-        logits = self._logits(outputs).clone()
+        logits = self._logits(outputs).detach().clone()
         dampening = self._dampening()
         self._visits.add(rows, logits, labels, None if dampening is None else dampening.last_weight)
 

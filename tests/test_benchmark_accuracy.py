@@ -262,17 +262,30 @@ class StopAfter(training.TrainerCallback):
         control.should_training_stop = state.epoch >= self.epochs
 
 
-def test_the_reference_learns_from_clean_labels(setting, tmp_path):
+def test_the_references_learn_from_other_labels(setting, tmp_path):
     source = load_source(setting.spec)
     split = make_split(source, parse_regime("symmetric_40"), seed=0)
-    labels = {}
-    for name in ("ce", "clean_labels"):
-        trainer = training.make_trainer(
-            training.Run(setting, "symmetric_40", name, "", 0), source, split, str(tmp_path)
-        )
-        labels[name] = trainer.train_dataset.columns["labels"].numpy()
+
+    def make_trainer(name):
+        return training.make_trainer(training.Run(setting, "symmetric_40", name, "", 0), source, split, str(tmp_path))
+
+    trainers = {name: make_trainer(name) for name in ("ce", "clean_labels", "right_labels", "believed_labels")}
+    assert {type(trainer) for trainer in trainers.values()} == {Trainer}
+    labels = {name: trainer.train_dataset.columns["labels"].numpy() for name, trainer in trainers.items()}
     assert (labels["clean_labels"] == source.labels[split.train]).all()
     assert np.mean(labels["clean_labels"] != labels["ce"]) == pytest.approx(split.noise_rate)
+    is_right = labels["ce"] == labels["clean_labels"]
+    assert (labels["right_labels"][is_right] == labels["ce"][is_right]).all()
+    assert (labels["right_labels"][~is_right] == -100).all()
+
+    first = make_trainer("auto")
+    first.train()
+    logits = first.model(source.inputs["features"][torch.from_numpy(split.train)]).logits.detach().double().numpy()
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    own, largest = odds[np.arange(len(odds)), labels["ce"]], 1 / odds.sum(axis=1)
+    expected = np.where((own < 0.1) & (largest > 0.3), -100, labels["ce"])
+    assert (labels["believed_labels"] == expected).all()
+    assert 0.02 < np.mean(expected == -100) < 0.5
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
@@ -621,6 +634,22 @@ def test_won_back_beside_the_rival_that_is_best_in_the_cell(seed):
         best,
         f"{gains[best] / lost:.0%}",
     ]
+
+
+def test_won_back_beside_what_leaving_rows_out_wins():
+    scores = random_scores(2)
+    scores |= {
+        ("symmetric_40", name, "", number): (0.5, 0.5, 0.6 + level + number / 100)
+        for name, level in (("right_labels", 0.2), ("believed_labels", 0.1))
+        for number in range(5)
+    }
+    noisy = np.mean([reference_score(scores, "symmetric_40", "ce", number) for number in range(5)])
+    table = accuracy_summary.won_back_table(statistics.won_back(statistics.scores(make_runs(scores))))
+    assert table.splitlines()[4].endswith(
+        "| Trainer without the wrong labels | Trainer without what auto contradicts |"
+    )
+    assert table.splitlines()[-1].endswith(f"| {82 - noisy:+.1f} | {72 - noisy:+.1f} |")
+    assert f"without the wrong labels {82 - noisy:+.2f}, Trainer without what auto contradicts" in table
 
 
 def test_won_back_without_a_rival():

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from lpg_hf.perturbations import Perturbation, build_chain
 
 
-# What a method is to the comparison: Trainer; Trainer on clean labels; what others have proposed; parts of this
-# library; its preset; the preset on top of a rival; the preset with one thing changed.
+# What a method is to the comparison: Trainer; Trainer on other labels than the noisy ones; what others have proposed;
+# parts of this library; its preset; the preset on top of a rival; the preset with one thing changed.
 BASELINE, REFERENCE, RIVAL, OURS, AUTO, PLUG_IN, ABLATION = (
     "baseline",
     "reference",
@@ -38,6 +38,9 @@ class Method:
         base (`str`, *optional*): The method that a plug-in stands on.
         edit (`Callable`, *optional*): Changes the chain, for the ablation.
         constants (`dict[str, float]`): Constants of `lpg_hf.statistics` with another value, for the ablation.
+        labels (`str`):
+            Which training labels it gets: `"noisy"`; `"clean"`; `"right"`, the noisy ones without the wrong ones; or
+            `"believed"`, the noisy ones without those that a finished training with `auto` contradicts.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Method:
     base: str | None = None
     edit: Edit | None = None
     constants: dict[str, float] = field(default_factory=dict)
+    labels: str = "noisy"
 
     @property
     def is_plain(self) -> bool:
@@ -101,7 +105,7 @@ def _plug_in(base: str, label: str, call: str) -> Method:
 
 _BENCHMARK = (
     Method("ce", "Trainer (cross-entropy)", BASELINE),
-    Method("clean_labels", "Trainer on clean labels", REFERENCE),
+    Method("clean_labels", "Trainer on clean labels", REFERENCE, labels="clean"),
     Method(
         "label_smoothing", "label smoothing", RIVAL, ("label_smoothing(alpha={value})",), 0.1, (0.05, 0.1, 0.2, 0.4)
     ),
@@ -183,6 +187,12 @@ _BENCHMARK = (
     _plug_in("logit_adjustment", "logit adjustment", "logit_adjustment"),
     # Behind the adjustment: a factor on the loss alone would leave the adjustment's delta as large as it is.
     Method("auto_on_focal_loss", "auto on focal loss", PLUG_IN, ("auto", "focal_loss"), base="focal_loss"),
+)
+
+# How much can be won back by leaving rows out? With perfect knowledge, and with that of a finished training.
+_CEILINGS = (
+    Method("right_labels", "Trainer without the wrong labels", REFERENCE, labels="right"),
+    Method("believed_labels", "Trainer without what auto contradicts", REFERENCE, labels="believed"),
 )
 
 _AUTO_DAMPENING = "class_relative_dampening"
@@ -277,7 +287,7 @@ _ABLATION = (
     ),
 )
 
-METHODS = {method.name: method for method in _BENCHMARK + _ABLATION}
+METHODS = {method.name: method for method in _BENCHMARK + _CEILINGS + _ABLATION}
 BENCHMARK = tuple(method.name for method in _BENCHMARK)
 ABLATIONS = ("ce", "clean_labels", "auto", *(method.name for method in _ABLATION))
 
@@ -289,7 +299,8 @@ def check_methods(names: Sequence[str]) -> None:
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown:
+        ceilings = [method.name for method in _CEILINGS]
         raise ValueError(
             f"`methods` has the unknown {', '.join(map(repr, unknown))}. The known ones are "
-            f"{', '.join(BENCHMARK)}; for the ablation {', '.join(ABLATIONS[3:])}."
+            f"{', '.join([*BENCHMARK, *ceilings])}; for the ablation {', '.join(ABLATIONS[3:])}."
         )

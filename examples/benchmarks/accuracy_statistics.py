@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from accuracy_methods import BASELINE, METHODS, PLUG_IN, REFERENCE, RIVAL
+from accuracy_methods import BASELINE, METHODS, PLUG_IN, RIVAL
 from scipy import stats
 
 
@@ -179,7 +179,7 @@ def won_back(scored: pd.DataFrame) -> pd.DataFrame:
         for name, column in (("clean_labels", "clean"), ("ce", "noisy"))
     )
     frame = means.merge(clean, on=CELL).merge(noisy, on=CELL)
-    frame = frame[~frame["method"].isin(roles(scored, BASELINE, REFERENCE))]
+    frame = frame[~frame["method"].isin([*roles(scored, BASELINE), "clean_labels"])]
     frame = frame.assign(lost=frame["clean"] - frame["noisy"], gain=frame["score"] - frame["noisy"])
     frame["share"] = (frame["gain"] / frame["lost"]).where(frame["lost"] >= 1)
     return frame[[*CELL, "method", "choice", "lost", "gain", "share"]].reset_index(drop=True)

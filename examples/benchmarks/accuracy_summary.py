@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from accuracy_claims import check_claims
 from accuracy_data import parse_regime
-from accuracy_methods import ABLATION, AUTO, BASELINE, METHODS, OURS, PLUG_IN, RIVAL
+from accuracy_methods import ABLATION, AUTO, BASELINE, METHODS, OURS, PLUG_IN, REFERENCE, RIVAL
 from accuracy_results import Results
 from accuracy_statistics import (
     CELL,
@@ -249,12 +249,17 @@ def singles_table(scored: pd.DataFrame) -> str:
 
 
 def won_back_table(back: pd.DataFrame) -> str:
-    """What `auto` wins back of what the noise took, and what the rival that is best in the cell does."""
+    """
+    What `auto` wins back of what the noise took, what the rival that is best in the cell does, and what leaving out
+    rows could.
+    """
     part = back[(back["method"] == "auto") & (back["choice"] == USUAL)]
     if part.empty:
         return ""
     rivals = back[[METHODS[name].role == RIVAL for name in back["method"]]]
     best = rivals.loc[rivals.groupby(CELL)["gain"].idxmax()].set_index(CELL)
+    references = roles(back, REFERENCE)
+    gains = back[back["choice"] == USUAL].pivot(index=CELL, columns="method", values="gain")
     rows = []
     for _, row in part.iterrows():
         cell = tuple(row[CELL])
@@ -268,6 +273,7 @@ def won_back_table(back: pd.DataFrame) -> str:
                 _share(row["share"]),
                 "" if rival is None else _label(rival["method"], rival["choice"]),
                 "" if rival is None else _share(rival["share"]),
+                *(_number(gains.loc[cell, name]) for name in references),
             ]
         )
     note = (
@@ -275,7 +281,11 @@ def won_back_table(back: pd.DataFrame) -> str:
         "`auto`, and by the rival, tuned or not, that does best in the cell by the test."
     )
     header = ["setting", "regime", "lost", "gain of auto", "share", "best rival by test", "its share"]
-    return f"## Won back\n\n{note}\n\n{_markdown(header, rows)}"
+    if references:
+        means = part[["lost", "gain"]].mean()
+        listed = [f"{METHODS[name].label} {_number(gains[name].mean(), digits=2)}" for name in references]
+        note += f" Means: lost {means['lost']:.2f}, auto {_number(means['gain'], digits=2)}, {', '.join(listed)}."
+    return f"## Won back\n\n{note}\n\n{_markdown([*header, *(METHODS[name].label for name in references)], rows)}"
 
 
 def plug_in_table(scored: pd.DataFrame) -> str:

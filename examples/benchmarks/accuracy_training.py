@@ -5,20 +5,21 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from accuracy_data import DataSpec, Source, Split, load_source, make_split, parse_regime, trim
-from accuracy_methods import METHODS, REFERENCE
+from accuracy_methods import METHODS
 from accuracy_models import OPTIMIZERS, Recipe, build_model
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import lpg_hf
 from lpg_hf import LPGTrainer, statistics
+from lpg_hf.batch import IGNORE_INDEX, Batch
 
 
 @dataclass(frozen=True)
@@ -110,20 +111,24 @@ class ValidationCallback(TrainerCallback):
         self.scores.append(score)
 
 
-@torch.no_grad()
 def predict(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> np.ndarray:
     """Predicted classes; the model is left in training mode."""
+    return predict_logits(model, inputs, device).argmax(-1).numpy()
+
+
+@torch.no_grad()
+def predict_logits(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> Tensor:
+    """The same before the choice of a class, on the CPU."""
     model.eval()
     # Vectors in one batch; what has a length or a size costs memory.
     batch_size = 4096 if "features" in inputs else 256
     count = len(next(iter(inputs.values())))
-    predictions = []
+    logits = []
     for start in range(0, count, batch_size):
         batch = trim({name: value[start : start + batch_size] for name, value in inputs.items()})
-        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
-        predictions.append(logits.argmax(-1).cpu())
+        logits.append(model(**{name: value.to(device) for name, value in batch.items()}).logits.float().cpu())
     model.train()
-    return torch.cat(predictions).numpy()
+    return torch.cat(logits)
 
 
 def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -148,11 +153,26 @@ def prepare_process() -> None:
     sys.modules.setdefault("lomo_optim", None)
 
 
+def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> np.ndarray:
+    """The labels of the training rows that the method of a run learns from, -100 for those it leaves out."""
+    kind, clean, noisy = METHODS[run.method].labels, split.clean[split.train], split.noisy[split.train]
+    if kind == "clean":
+        return clean
+    if kind == "right":
+        return np.where(noisy == clean, noisy, IGNORE_INDEX)
+    if kind == "believed":
+        trainer = make_trainer(replace(run, method="auto"), source, split, output_dir)
+        trainer.train()
+        rows = {name: value[torch.from_numpy(split.train)] for name, value in source.inputs.items()}
+        logits = predict_logits(trainer.model, rows, trainer.args.device)
+        return np.where(Batch(logits, torch.from_numpy(noisy)).is_contradicted, IGNORE_INDEX, noisy)
+    return noisy
+
+
 def make_trainer(run: Run, source: Source, split: Split, output_dir: str, **kwargs) -> Trainer:
-    """The trainer of a run. What depends on the method is the chain alone (and, for the reference, the labels)."""
+    """The trainer of a run. What depends on the method is the chain alone (and, for the references, the labels)."""
     setting, method = run.setting, METHODS[run.method]
-    labels = split.clean if method.role == REFERENCE else split.noisy
-    train = InMemoryDataset(source.inputs, split.train, labels[split.train])
+    train = InMemoryDataset(source.inputs, split.train, training_labels(run, source, split, output_dir))
     arguments = {
         "learning_rate": setting.recipe.learning_rate,
         "num_train_epochs": setting.recipe.epochs,
