@@ -5,8 +5,9 @@ Conventions, the same for all of them:
 - `gradient`, `logits`: `[N, C]`, floating point. Gradients are in per-sample units (before any division by the batch
   size), so a cross-entropy gradient has norm at most `sqrt(2)` and a bound means the same at every batch size.
 - `labels`: `[N]`, integers in `[0, C)`, or -100 for a sample that is ignored and gets a delta of zero.
-- The returned delta has the shape and dtype of the gradient. Nothing here synchronises host and device, and nothing
-  needs more memory than a few `[N, C]` matrices.
+- The returned delta has the shape and dtype of the gradient. (`logit_adjusted_gradient` and `smooth_labels` return the
+  gradient with its delta, which takes a matrix less.) Nothing here synchronises host and device, and nothing needs
+  more memory than a few `[N, C]` matrices.
 """
 
 import torch
@@ -138,7 +139,8 @@ def lpg_delta(
         radius = torch.where(sign > 0, bound, torch.minimum(bound, max_dampening * length))
         factor = sign * radius / length.clamp(min=torch.finfo(gradient.dtype).tiny)
         # The means are new memory, the gradient is the caller's.
-        delta = target.mul_(factor) if direction == "class" else target * factor
+        is_ours = direction == "class" and not target.requires_grad
+        delta = (target.mul_ if is_ours else target.mul)(factor)
     else:
         delta = torch.where(
             sign > 0, _largest_zero_sum(target, bound), _project_zero_sum_box(-max_dampening * target, bound)
@@ -445,7 +447,7 @@ def label_smoothing_delta(gradient: Tensor, labels: Tensor, alpha: float, target
     ```
     """
     share = alpha * (labels >= 0).to(gradient)
-    return smooth_labels(torch.zeros_like(gradient), labels.clamp(min=0), share, target, in_place=True)
+    return smooth_labels(torch.zeros_like(gradient), labels.clamp(min=0), share, target)
 
 
 def smooth_labels(
@@ -455,11 +457,11 @@ def smooth_labels(
     A gradient with the [`label_smoothing_delta`], for which no matrix is made: `classes` are the labels and `share` is
     alpha, `[N]`, both 0 for ignored samples.
     """
-    share, out = share[:, None], gradient if in_place else None
+    share = share[:, None]
     if target is None:
-        smoothed = torch.sub(gradient, share / gradient.shape[-1], out=out)
+        smoothed = (gradient.sub_ if in_place else gradient.sub)(share / gradient.shape[-1])
     else:
-        smoothed = torch.addcmul(gradient, share, target.to(gradient), value=-1, out=out)
+        smoothed = (gradient.addcmul_ if in_place else gradient.addcmul)(share, target.to(gradient), value=-1)
     return smoothed.scatter_add_(-1, classes[:, None], share)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .batch import IGNORE_INDEX, Batch, cross_entropy
+from .functional import zero_ignored_
 from .perturbations import LogitPerturbation, Perturbation, Rescaling, build_chain
 from .perturbations.base import check_shape
 from .statistics import ClassStatistics
@@ -135,6 +136,8 @@ class LPGLoss(nn.Module):
         # The base loss keeps its own graph (it may have parameters), the delta joins it at the logits.
         values = self._values(z, labels)
         (gradient,) = torch.autograd.grad(values.sum(), z, retain_graph=True)
+        # Where a loss over the whole batch reaches ignored samples, its gradient there is no method's business.
+        gradient = zero_ignored_(gradient.clone(memory_format=torch.contiguous_format), labels)
         delta = self.perturb(gradient, z.detach(), labels) - gradient
         return values.sum() / divisor + replace_gradient(values.new_zeros(()), logits, delta / divisor)
 
@@ -191,6 +194,7 @@ class LPGLoss(nn.Module):
                 norm = weight.abs() * norm
             else:
                 gradient, delta_norm = method.add_delta(gradient, logits, labels, self.statistics, in_place)
+                check_shape(method, "norm", delta_norm, gradient, base_norm.shape)
                 # The second is only read where it is a weight.
                 rows += [delta_norm] * 2
                 norm = None

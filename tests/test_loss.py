@@ -110,7 +110,33 @@ def test_dampening_uses_the_statistics_of_the_step_before():
         statistics.update(z, y)
 
 
-@pytest.mark.parametrize("perturbations", [[], ["logit_clipping"]])
+class Shift(LogitPerturbation):
+    name = "shift"
+
+    def delta(self, gradient, logits, labels, statistics):
+        return 0.1 * logits
+
+
+class BySoftmax(Rescaling):
+    name = "by_softmax"
+
+    def weight(self, gradient, logits, labels, statistics):
+        return logits.softmax(-1).amax(-1)
+
+
+CHAINS = [
+    [],
+    ["logit_clipping"],
+    ["auto"],
+    ["label_smoothing(target='prior')", "logit_adjustment"],
+    [Shift()],
+    [LabelSmoothing(), Shift(), Shift()],
+    [BySoftmax()],
+    [Shift(), BySoftmax()],
+]
+
+
+@pytest.mark.parametrize("perturbations", CHAINS, ids=repr)
 def test_ignored_labels_neither_count_nor_pull(perturbations):
     logits, labels = make_logits(8)
     padded = torch.cat([logits.detach(), torch.full((3, C), float("nan"), dtype=torch.float64)])
@@ -177,6 +203,62 @@ def test_the_scale_of_the_loss_scales_the_gradient_and_not_the_delta(scale):
     LPGLoss(C, LPG("frequency", epsilon=0.3), COUNTS)(logits, labels).backward()
     (scale * LPGLoss(C, LPG("frequency", epsilon=0.3), COUNTS)(again, labels)).backward()
     torch.testing.assert_close(again.grad, scale * logits.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("perturbations", CHAINS, ids=repr)
+def test_what_a_users_loss_over_the_whole_batch_says_of_ignored_samples_is_left_alone(perturbations):
+    def centred(logits, labels):
+        return F.cross_entropy(logits - logits.mean(0), labels, reduction="none")
+
+    logits, labels = make_logits(8)
+    labels[2] = -100
+    LPGLoss(C, perturbations, COUNTS, base_loss=centred)(logits, labels).backward()
+    plain = logits.detach().clone().requires_grad_()
+    (centred(plain, labels.clamp(min=0)) * (labels >= 0)).sum().div(7).backward()
+    torch.testing.assert_close(logits.grad[2], plain.grad[2])
+    assert logits.grad[2].abs().max() > 0
+
+
+def test_a_method_sees_the_same_gradient_in_update_and_delta():
+    seen = []
+
+    class Recording(LogitPerturbation):
+        name = "recording"
+
+        def update(self, gradient, labels):
+            seen.append(gradient.clone())
+
+        def delta(self, gradient, logits, labels, statistics):
+            seen.append(gradient.clone())
+            return gradient
+
+    class RecordingWeights(Rescaling):
+        name = "recording_weights"
+        update = Recording.update
+
+        def weight(self, gradient, logits, labels, statistics):
+            seen.append(gradient.clone())
+            return torch.full(labels.shape, 0.5)
+
+    logits, labels = make_logits()
+    LPGLoss(C, [LabelSmoothing(), Recording(), RecordingWeights()], COUNTS)(logits, labels).backward()
+    smoothed = reference.logit_gradient(logits.detach().numpy(), labels) + 0.1 * (np.eye(C)[labels] - 1 / C)
+    for gradient, factor in zip(seen, (1, 1, 2, 2), strict=True):
+        np.testing.assert_allclose(gradient.numpy(), factor * smoothed, rtol=0, atol=1e-12)
+
+
+def test_a_norm_of_another_shape_is_refused():
+    class Column(LogitPerturbation):
+        name = "column"
+
+        def delta(self, gradient, logits, labels, statistics):
+            return gradient
+
+        def add_delta(self, gradient, logits, labels, statistics, in_place=False):
+            return 2 * gradient, gradient.norm(dim=-1, keepdim=True)
+
+    with pytest.raises(ValueError, match=r"`column\(\)` returned a norm of shape \[12, 1\] .* must be \[12\]"):
+        LPGLoss(C, Column())(*make_logits())
 
 
 def test_a_users_base_loss_keeps_its_parameters_gradient():
@@ -376,12 +458,13 @@ def test_an_error_in_a_method_leaves_nothing_of_its_batch_behind():
     assert loss_fn.statistics._batch is None
 
 
-def test_a_delta_written_into_a_rescaling_method_is_refused():
-    with pytest.raises(TypeError, match=r"Half overrides `delta`, which nothing calls .* write `weight`"):
-
-        class Half(LogitClipping):
-            def delta(self, gradient, logits, labels, statistics):
-                return -gradient / 2
+@pytest.mark.parametrize("name", ["delta", "add_delta"])
+@pytest.mark.parametrize("by_mixin", [False, True])
+def test_a_delta_written_into_a_rescaling_method_is_refused(name, by_mixin):
+    body = {name: lambda self, gradient, *_: -gradient / 2}
+    bases = (type("Mixin", (), body), LogitClipping) if by_mixin else (LogitClipping,)
+    with pytest.raises(TypeError, match=rf"Half overrides `{name}`, which nothing calls .* write `weight`"):
+        type("Half", bases, {} if by_mixin else body)
 
 
 def test_a_weight_of_true_and_false_keeps_or_drops_samples():

@@ -201,7 +201,7 @@ BALANCED = [5] * C
     ("chain", "counts", "operations", "passes", "matrices"),
     [
         ("auto", BALANCED, 107, 14, 3),
-        ("auto", COUNTS, 130, 22, 4),
+        ("auto", COUNTS, 132, 22, 4),
         ("lpg", COUNTS, 120, 19, 5),
         ("logit_clipping", COUNTS, 67, 12, 3),
         ("focal_loss", COUNTS, 81, 11, 3),

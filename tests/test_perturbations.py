@@ -506,8 +506,37 @@ def test_adding_a_delta_adds_that_delta_and_tells_its_norm(method, in_place, is_
     perturbed, norm = copy.deepcopy(method).add_delta(gradient, logits, labels, statistics, in_place)
     assert_equal(perturbed, expected, 1e-15)
     assert_equal(norm[labels >= 0], delta.norm(dim=-1)[labels >= 0], 1e-15)
-    assert torch.equal(gradient, perturbed if perturbed.data_ptr() == gradient.data_ptr() else before)
-    assert in_place or perturbed.data_ptr() != gradient.data_ptr()
+    assert (perturbed is gradient) == in_place
+    assert in_place or torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("counts", [[99_990, 10, 0, 0, 0], [10**7, 1, 1, 1, 1], [3, 3, 3, 3, 3], [1, 0, 0, 0, 0]])
+def test_the_norm_of_smoothing_towards_extreme_shares_in_float32(counts):
+    logits, labels = make_batch()
+    statistics = ClassStatistics(NUM_CLASSES, counts)
+    gradient = torch.zeros_like(logits, dtype=torch.float32)
+    _, norm = LabelSmoothing(0.3, target="prior").add_delta(gradient, logits.float(), labels, statistics)
+    shares = np.array(counts) / sum(counts)
+    exact = [0.3 * np.linalg.norm(np.eye(NUM_CLASSES)[label] - shares) for label in labels[labels >= 0]]
+    np.testing.assert_allclose(norm[labels >= 0].numpy(), exact, rtol=1e-3, atol=1e-7)
+
+
+def test_what_is_remembered_of_a_prior_follows_it_and_the_arguments():
+    logits, labels = make_batch()
+    methods = [LabelSmoothing(0.3, target="prior"), LogitAdjustment(0.5)]
+    statistics = make_statistics(None)
+    for step in range(4):
+        for method in methods:
+            fresh = parse_perturbation(repr(method))
+            gradient = statistics.batch(logits, labels).gradient
+            perturbed, norm = method.add_delta(gradient, logits, labels, statistics)
+            delta = fresh.delta(gradient, logits, labels, statistics)
+            assert_equal(perturbed, gradient + delta, 1e-15)
+            assert_equal(norm[labels >= 0], delta.norm(dim=-1)[labels >= 0], 1e-15)
+        if step == 1:
+            methods[0].alpha, methods[1].tau = 0.6, 1.5
+        statistics.update(logits, labels.clamp(max=1))
+        statistics.fold()
 
 
 @pytest.mark.parametrize("base", [LabelSmoothing, LogitAdjustment], ids=lambda base: base.name)
@@ -519,9 +548,16 @@ def test_a_delta_that_is_overridden_is_the_one_that_is_added(base):
     class Named(Twice):
         name = "named"
 
+    class Doubling:
+        def delta(self, gradient, logits, labels, statistics):
+            return 2 * super().delta(gradient, logits, labels, statistics)
+
+    class Mixed(Doubling, base):
+        pass
+
     statistics = make_statistics(COUNTS)
     delta, gradient, logits, labels = run(base(), statistics)
-    for method in (Twice(), Named()):
+    for method in (Twice(), Named(), Mixed()):
         perturbed, norm = method.add_delta(gradient, logits, labels, statistics)
         assert_equal(perturbed, gradient + 2 * delta, 1e-15)
         assert_equal(norm[labels >= 0], 2 * delta.norm(dim=-1)[labels >= 0], 1e-15)

@@ -282,9 +282,9 @@ def won_back_table(back: pd.DataFrame) -> str:
     )
     header = ["setting", "regime", "lost", "gain of auto", "share", "best rival by test", "its share"]
     if references:
-        means = part[["lost", "gain"]].mean()
-        listed = [f"{METHODS[name].label} {_number(gains[name].mean(), digits=2)}" for name in references]
-        note += f" Means: lost {means['lost']:.2f}, auto {_number(means['gain'], digits=2)}, {', '.join(listed)}."
+        shared = gains[["auto", *references]].dropna()
+        listed = [f"{METHODS[name].label} {_number(shared[name].mean(), digits=2)}" for name in shared]
+        note += f" Mean gains over the {len(shared)} cells with all of them: {', '.join(listed)}."
     return f"## Won back\n\n{note}\n\n{_markdown([*header, *(METHODS[name].label for name in references)], rows)}"
 
 

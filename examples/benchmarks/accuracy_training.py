@@ -4,7 +4,7 @@ import gc
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from unittest.mock import patch
@@ -162,7 +162,8 @@ def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> 
         return np.where(noisy == clean, noisy, IGNORE_INDEX)
     if kind == "believed":
         trainer = make_trainer(replace(run, method="auto"), source, split, output_dir)
-        trainer.train()
+        with suppress(FloatingPointError):  # what is not finite contradicts nothing
+            trainer.train()
         rows = {name: value[torch.from_numpy(split.train)] for name, value in source.inputs.items()}
         logits = predict_logits(trainer.model, rows, trainer.args.device)
         return np.where(Batch(logits, torch.from_numpy(noisy)).is_contradicted, IGNORE_INDEX, noisy)

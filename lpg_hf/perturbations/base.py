@@ -63,8 +63,9 @@ class LogitPerturbation(Perturbation):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "delta" in vars(cls) and "add_delta" not in vars(cls):
-            # The shortcut of the class it inherits from is one for another delta.
+        owner = {name: next(base for base in cls.__mro__ if name in vars(base)) for name in ("delta", "add_delta")}
+        if cls.__mro__.index(owner["delta"]) < cls.__mro__.index(owner["add_delta"]):
+            # The shortcut that it inherits is one for another delta.
             cls.add_delta = LogitPerturbation.add_delta
 
     def use_label_names(self, label_names: Mapping[str, int]) -> None:
@@ -94,10 +95,11 @@ class LogitPerturbation(Perturbation):
         self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
         """
-        Adds the delta to a gradient. For methods that can do so without a matrix for the delta; else `delta` is all.
+        Adds the delta to a gradient. Only methods that can do so without a matrix for the delta override it.
 
         Args: those of [`LogitPerturbation.delta`], and
-            in_place (`bool`, *optional*, defaults to `False`): Whether the gradient itself may become the result.
+            in_place (`bool`, *optional*, defaults to `False`):
+                Whether the gradient may be written to, and become the result; else the result is new memory.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The perturbed gradient, `[N, C]`, zero for ignored samples where the
@@ -110,7 +112,10 @@ class LogitPerturbation(Perturbation):
         return zero_ignored_(perturbed, labels, statistics.batch(logits, labels).labelled_bits), norm
 
     def update(self, gradient: Tensor, labels: Tensor) -> None:
-        """For methods that learn: sees each micro-batch before `delta`, with the same gradient, and adds up sums."""
+        """
+        For methods that learn: adds up sums over each micro-batch. It is called before `delta`, with the same
+        gradient, and `delta` must not depend on these sums before `fold`.
+        """
 
     def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """For methods that learn: once per optimizer step, moves the state by the sums, reduced over processes."""
@@ -144,11 +149,12 @@ class Rescaling(LogitPerturbation):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "delta" in vars(cls):
-            raise TypeError(
-                f"{cls.__name__} overrides `delta`, which nothing calls in a `Rescaling`: write `weight`, or inherit "
-                "from `LogitPerturbation`."
-            )
+        for name, inherited in (("delta", Rescaling.delta), ("add_delta", LogitPerturbation.add_delta)):
+            if getattr(cls, name) is not inherited:
+                raise TypeError(
+                    f"{cls.__name__} overrides `{name}`, which nothing calls in a `Rescaling`: write `weight`, or "
+                    "inherit from `LogitPerturbation`."
+                )
 
     @abstractmethod
     def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:

@@ -61,15 +61,18 @@ class LabelSmoothing(LogitPerturbation):
         share = self.alpha * batch.labelled.to(gradient)
         if self.target == "prior":
             self._look_at(statistics.prior)
-            norm, target = self._norms.to(gradient)[batch.classes], self._prior
+            norm, target = abs(self.alpha) * self._distances.to(gradient)[batch.classes], self._prior
         else:
             norm, target = share.abs() * math.sqrt(1 - 1 / gradient.shape[-1]), None
         return smooth_labels(gradient, batch.classes, share, target, in_place), norm
 
     def _look_at(self, prior: Tensor) -> None:
-        """The norm of each class's delta follows from a prior alone, which seldom changes."""
-        if prior is not self._prior:
-            self._prior = prior
-            # Without its own, the shares of the other classes: their squares, summed up.
-            others = (prior @ prior - prior.square()).clamp(min=0)
-            self._norms = abs(self.alpha) * ((1 - prior).square() + others).sqrt()
+        """`||onehot(c) - prior||` of each class, from a prior that seldom changes."""
+        if prior is self._prior:
+            return
+        self._prior = prior
+        squares = prior.square()
+        # Where a share is nearly 1, the difference to the sum of all would leave nothing of the others.
+        largest = squares.argmax(keepdim=True)
+        others = (squares.sum() - squares).scatter(0, largest, squares.scatter(0, largest, 0.0).sum(0, keepdim=True))
+        self._distances = ((1 - prior).square() + others).sqrt()

@@ -76,7 +76,7 @@ class LogitAdjustment(LogitPerturbation):
             batch.own_probability,
             self._prior,
             self._relative_prior,
-            self._tau_of_prior,
+            self.tau * self._is_imbalanced,
             self.weight_share(statistics),
         )
 
@@ -93,6 +93,6 @@ class LogitAdjustment(LogitPerturbation):
             return
         self._prior = prior
         self._relative_prior = relative_prior(prior)
-        self._tau_of_prior = self.tau * (self._relative_prior.min() * self.min_imbalance < 1).to(prior)
+        self._is_imbalanced = (self._relative_prior.min() * self.min_imbalance < 1).to(prior)
         present = (prior > 0).to(prior)
         self._share_of_present = present / present.sum()
