@@ -454,8 +454,8 @@ class LPGTrainer(Trainer):
                 self._is_classifier = self._examine(loss, outputs, labels, num_items)
             if self._is_classifier:
                 loss = self._perturbed_loss(loss, outputs, labels, num_items)
-                # It holds the graph.
-                self.lpg_loss.observer = None
+                if self._path_length is not None:  # the observer holds the graph
+                    self.lpg_loss.observer = None
                 self.loss_is_scaled_for_ga = num_items is not None
         if self._rows is not None and model.training and torch.is_grad_enabled():
             self._record_rows(outputs, labels)
@@ -475,8 +475,10 @@ class LPGTrainer(Trainer):
     def _perturbed_loss(
         self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
-        # A prior that is being counted is biased by the order of the data until all of it has been seen.
-        self.lpg_loss.statistics.prior_is_ready = self.state.epoch is not None and self.state.epoch >= 1
+        lpg_loss = self.lpg_loss
+        if not lpg_loss.statistics.counts_are_given:
+            # A prior that is being counted is biased by the order of the data until all of it has been seen.
+            lpg_loss.statistics.prior_is_ready = self.state.epoch is not None and self.state.epoch >= 1
         logits = self._logits(outputs)
         num_copies = 1
         if num_items is None:
@@ -484,10 +486,11 @@ class LPGTrainer(Trainer):
         elif self.args.average_tokens_across_devices:
             # The count is that of all processes, over which the gradients will be averaged.
             num_copies = self.accelerator.num_processes // self.get_tp_size()
-        measures = self._path_length is not None and self._path_length.is_due and not self._is_ascent
-        self.lpg_loss.observer = partial(self._observe_delta, logits, num_items, num_copies) if measures else None
+        if self._path_length is not None and self._path_length.is_due and not self._is_ascent:
+            lpg_loss.observer = partial(self._observe_delta, logits, num_items, num_copies)
         if self.compute_loss_func is None:
-            return self.lpg_loss(logits, labels, num_items) * num_copies
+            perturbed_loss = lpg_loss(logits, labels, num_items)
+            return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
 
         # The user's loss keeps its graph; per-sample units undo the division by the count.
         loss = loss.mean()
@@ -502,7 +505,7 @@ class LPGTrainer(Trainer):
         # Where the user's loss reaches samples without a label, its gradient there is no method's business.
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
         gradient = zero_ignored_(gradient.contiguous(), labels)
-        perturbed = self.lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
+        perturbed = lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
         return loss + replace_gradient(torch.zeros_like(loss), logits, (perturbed - gradient) * weight)
 
     def _observe_delta(self, logits: Tensor, num_items: Tensor | int, num_copies: int, delta: Tensor) -> None:
