@@ -5,9 +5,9 @@ Conventions, the same for all of them:
 - `gradient`, `logits`: `[N, C]`, floating point. Gradients are in per-sample units (before any division by the batch
   size), so a cross-entropy gradient has norm at most `sqrt(2)` and a bound means the same at every batch size.
 - `labels`: `[N]`, integers in `[0, C)`, or -100 for a sample that is ignored and gets a delta of zero.
-- The returned delta has the shape and dtype of the gradient. (`logit_adjusted_gradient` and `smooth_labels` return the
-  gradient with its delta, which takes a matrix less.) Nothing here synchronises host and device, and nothing needs
-  more memory than a few `[N, C]` matrices.
+- The returned delta has the shape and dtype of the gradient. (`smooth_labels` returns the gradient with its delta,
+  which takes a matrix less.) Nothing here synchronises host and device, and nothing needs more memory than a few
+  `[N, C]` matrices.
 """
 
 import torch
@@ -332,13 +332,12 @@ def logit_adjustment_delta(
         than `1e30 ** (1 / tau)` it is that of `1e30 ** (1 / tau)`.
     """
     base, own_probability = logit_gradient(logits, labels), _own_log_probability(logits, labels).exp()
-    adjusted = logit_adjusted_gradient(
+    return adjustment_delta_of_batch(
         base, labels.clamp(min=0), own_probability, prior, relative_prior(prior), tau, weight_share
     )
-    return adjusted.sub_(base)
 
 
-def logit_adjusted_gradient(
+def adjustment_delta_of_batch(
     base: Tensor,
     classes: Tensor,
     own_probability: Tensor,
@@ -348,9 +347,9 @@ def logit_adjusted_gradient(
     weight_share: float | Tensor,
 ) -> Tensor:
     """
-    A gradient of the cross-entropy with its [`logit_adjustment_delta`], from what is known of a batch and a prior:
+    The [`logit_adjustment_delta`] from what is known of a batch and a prior: `base` is the [`logit_gradient`],
     `classes` are the labels and `own_probability` is `p_{i,y}`, 0 and 1 for ignored samples (whose gradient is zero),
-    and `relative` the [`relative_prior`].
+    and `relative` is the [`relative_prior`].
     """
     relative = relative.to(base)
     # The bound keeps the sums below from underflow.
@@ -364,7 +363,7 @@ def logit_adjusted_gradient(
     others = adjusted.sum(-1, keepdim=True)
     # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
     scale = weights[index] * (p - own) / (p * factors[index] + others)
-    return adjusted.mul_(scale).scatter_(-1, index, -scale * others)
+    return adjusted.mul_(scale).scatter_(-1, index, -scale * others).sub_(base)
 
 
 def relative_prior(prior: Tensor) -> Tensor:

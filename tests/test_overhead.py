@@ -201,8 +201,8 @@ BALANCED = [5] * C
     ("chain", "counts", "operations", "passes", "matrices"),
     [
         ("auto", BALANCED, 107, 14, 3),
-        ("auto", COUNTS, 132, 22, 4),
-        ("lpg", COUNTS, 120, 19, 5),
+        ("auto", COUNTS, 133, 23, 3),
+        ("lpg", COUNTS, 119, 18, 4),
         ("logit_clipping", COUNTS, 67, 12, 3),
         ("focal_loss", COUNTS, 81, 11, 3),
         ("label_smoothing", COUNTS, 63, 12, 3),

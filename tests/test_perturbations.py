@@ -539,7 +539,21 @@ def test_what_is_remembered_of_a_prior_follows_it_and_the_arguments():
         statistics.fold()
 
 
-@pytest.mark.parametrize("base", [LabelSmoothing, LogitAdjustment], ids=lambda base: base.name)
+@pytest.mark.parametrize("base", [LabelSmoothing, LogitAdjustment, LPG], ids=lambda base: base.name)
+def test_a_delta_that_is_the_gradient_itself_leaves_it_alone(base):
+    class Itself(base):
+        def delta(self, gradient, logits, labels, statistics):
+            return gradient
+
+    logits, labels = make_batch()
+    gradient = logit_gradient(logits, labels)
+    before = gradient.clone()
+    perturbed, _ = Itself().add_delta(gradient, logits, labels, make_statistics(COUNTS))
+    assert torch.equal(gradient, before)
+    assert torch.equal(perturbed, 2 * before)
+
+
+@pytest.mark.parametrize("base", [LabelSmoothing, LogitAdjustment, LPG], ids=lambda base: base.name)
 def test_a_delta_that_is_overridden_is_the_one_that_is_added(base):
     class Twice(base):
         def delta(self, gradient, logits, labels, statistics):

@@ -60,13 +60,19 @@ class LogitPerturbation(Perturbation):
     """
 
     space = "logit"
+    #: Whether `delta` returns memory of its own, zero for ignored samples: the sum may then take its place.
+    owns_delta = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        owner = {name: next(base for base in cls.__mro__ if name in vars(base)) for name in ("delta", "add_delta")}
-        if cls.__mro__.index(owner["delta"]) < cls.__mro__.index(owner["add_delta"]):
-            # The shortcut that it inherits is one for another delta.
-            cls.add_delta = LogitPerturbation.add_delta
+
+        def distance(name: str) -> int:
+            return next(position for position, base in enumerate(cls.__mro__) if name in vars(base))
+
+        for shortcut in ("add_delta", "owns_delta"):
+            if distance("delta") < distance(shortcut):
+                # What it inherits is for another delta.
+                setattr(cls, shortcut, getattr(LogitPerturbation, shortcut))
 
     def use_label_names(self, label_names: Mapping[str, int]) -> None:
         """For methods with arguments by label name: tells them the index of each name, before `setup`."""
@@ -108,6 +114,8 @@ class LogitPerturbation(Perturbation):
         delta = self.delta(gradient, logits, labels, statistics)
         check_shape(self, "delta", delta, gradient, gradient.shape)
         norm = delta.norm(dim=-1)
+        if self.owns_delta and delta.dtype == gradient.dtype:
+            return (gradient.add_(delta) if in_place else delta.add_(gradient)), norm
         perturbed = (gradient.add_ if in_place else gradient.add)(delta)
         return zero_ignored_(perturbed, labels, statistics.batch(logits, labels).labelled_bits), norm
 

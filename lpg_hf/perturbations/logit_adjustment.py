@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from ..batch import Batch
-from ..functional import logit_adjusted_gradient, ramp, relative_prior
+from ..functional import adjustment_delta_of_batch, ramp, relative_prior
 from ..statistics import ClassStatistics
 from .base import LogitPerturbation, check, check_interval
 
@@ -43,6 +42,7 @@ class LogitAdjustment(LogitPerturbation):
     """
 
     name = "logit_adjustment"
+    owns_delta = True
 
     def __init__(self, tau: float = 1.0, min_imbalance: float = 1.0, learned: tuple[float, float] | None = None):
         super().__init__()
@@ -56,21 +56,9 @@ class LogitAdjustment(LogitPerturbation):
         self._prior: Tensor | None = None
 
     def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        batch = statistics.batch(logits, labels)
-        return self._adjusted(batch, statistics).sub_(batch.gradient)
-
-    def add_delta(
-        self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        batch = statistics.batch(logits, labels)
-        if gradient is not batch.gradient:
-            return super().add_delta(gradient, logits, labels, statistics, in_place)
-        adjusted = self._adjusted(batch, statistics)
-        return adjusted, (adjusted - gradient).norm(dim=-1)
-
-    def _adjusted(self, batch: Batch, statistics: ClassStatistics) -> Tensor:
         self._look_at(statistics.prior)
-        return logit_adjusted_gradient(
+        batch = statistics.batch(logits, labels)
+        return adjustment_delta_of_batch(
             batch.gradient,
             batch.classes,
             batch.own_probability,

@@ -54,6 +54,7 @@ class LPG(ClassLevelPerturbation):
     """
 
     name = "lpg"
+    owns_delta = True
 
     def __init__(
         self,
