@@ -158,7 +158,6 @@ def relative_dampening_weight(
     power: float | Tensor = 2.0,
     learned: tuple[float, float] = (0.1, 0.5),
     contradicted: tuple[float, float] = (0.02, 0.08),
-    relative: Tensor | None = None,
     gate: Tensor | None = None,
     compensated: bool = False,
 ) -> Tensor:
@@ -180,7 +179,6 @@ def relative_dampening_weight(
         power (`float` or scalar `torch.Tensor`, *optional*, defaults to 2.0): Strength of the dampening, at least 0.
         learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`): Where the first gate opens and is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`): The same for the second gate.
-        relative (`torch.Tensor` of shape `[N]`, *optional*): `rho_i`, where it is known already.
         gate (`torch.Tensor` of shape `[C]`, *optional*): `gamma_c`, where it is known already.
         compensated (`bool`, *optional*, defaults to `False`): Multiply with [`dampening_compensation`].
 
@@ -190,13 +188,27 @@ def relative_dampening_weight(
     if gate is None:
         gate = dampening_gate(own_probability, contradiction, learned, contradicted)
     classes = labels.clamp(min=0)
-    if relative is None:
-        relative = (logits.gather(-1, classes[:, None])[:, 0] - logits.amax(-1)).exp()
-    class_confidence = relative_confidence[classes].clamp(min=torch.finfo(logits.dtype).tiny)
-    weight = (relative / class_confidence).clamp(max=1) ** (power * gate[classes])
-    if compensated:
-        weight = weight * dampening_compensation(contradiction, gate)[classes]
+    relative = (logits.gather(-1, classes[:, None])[:, 0] - logits.amax(-1)).exp()
+    weight = dampening_weight_of_batch(relative, classes, relative_confidence, contradiction, power, gate, compensated)
     return weight.masked_fill(labels < 0, 1.0)
+
+
+def dampening_weight_of_batch(
+    relative: Tensor,
+    classes: Tensor,
+    relative_confidence: Tensor,
+    contradiction: Tensor,
+    power: float | Tensor,
+    gate: Tensor,
+    compensated: bool,
+) -> Tensor:
+    """
+    The [`relative_dampening_weight`] from what is known of a batch: `relative` is `rho_i`, `classes` are the labels,
+    both arbitrary for ignored samples, and so is the weight.
+    """
+    class_confidence = relative_confidence[classes].clamp(min=torch.finfo(relative.dtype).tiny)
+    weight = (relative / class_confidence).clamp(max=1) ** (power * gate[classes])
+    return weight * dampening_compensation(contradiction, gate)[classes] if compensated else weight
 
 
 def dampening_gate(

@@ -200,8 +200,8 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 107, 14, 3),
-        ("auto", COUNTS, 133, 23, 3),
+        ("auto", BALANCED, 105, 14, 3),
+        ("auto", COUNTS, 131, 23, 3),
         ("lpg", COUNTS, 119, 18, 4),
         ("logit_clipping", COUNTS, 67, 12, 3),
         ("focal_loss", COUNTS, 81, 11, 3),

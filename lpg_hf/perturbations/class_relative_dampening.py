@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..functional import dampening_gate, ramp, relative_dampening_weight
+from ..functional import dampening_gate, dampening_weight_of_batch, ramp
 from ..statistics import ClassStatistics
 from .base import Rescaling, check_interval, check_not_negative
 
@@ -88,14 +88,14 @@ class ClassRelativeDampening(Rescaling):
                 gate = gate * ramp(share, *self.decided)
             if self.rising is not None:
                 power = FIRST_POWER + (power - FIRST_POWER) * ramp(share, *self.rising)
-        return relative_dampening_weight(
-            logits,
-            labels,
-            own_probability,
+        batch = statistics.batch(logits, labels)
+        weight = dampening_weight_of_batch(
+            batch.relative_confidence,
+            batch.classes,
             statistics.relative_confidence,
             contradiction,
             power,
-            relative=statistics.batch(logits, labels).relative_confidence,
-            gate=gate,
-            compensated=self.compensated,
+            gate,
+            self.compensated,
         )
+        return weight.masked_fill(batch.ignored, 1.0)
