@@ -15,6 +15,7 @@ from lpg_hf.functional import (
     clip_delta,
     dampening_compensation,
     dampening_gate,
+    label_smoothing_delta,
     logit_adjustment_delta,
     logit_gradient,
     lpg_delta,
@@ -963,3 +964,23 @@ def test_the_reference_projection_is_feasible_and_satisfies_the_optimality_condi
     others -= others.mean(-1, keepdims=True)
     others *= bound / np.abs(others).max(-1, keepdims=True)
     assert ((others - delta) @ (point - delta) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("direction", ["class", "sample"])
+def test_lpg_can_be_differentiated(direction):
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    labels, signs = torch.tensor([0, 1, 0, 2, 1]), torch.tensor([1, -1, -1])
+    bounds = torch.tensor([0.3, 0.2, 9.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda g: lpg_delta(g, labels, signs, bounds, 0.5, direction), [gradient])
+
+
+def test_smoothing_can_be_differentiated_and_mapped():
+    labels = torch.tensor([[0, 2], [1, 1]])
+    target = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, requires_grad=True)
+    gradient = torch.zeros(2, 2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda t: label_smoothing_delta(gradient[0], labels[0], 0.3, t), [target])
+    mapped = torch.func.vmap(lambda g, y: label_smoothing_delta(g, y, 0.3))(gradient, labels)
+    assert_equal(
+        mapped, [label_smoothing_delta(g, y, 0.3).tolist() for g, y in zip(gradient, labels, strict=True)], 1e-15
+    )
