@@ -345,7 +345,7 @@ def logit_adjustment_delta(
     """
     base, own_probability = logit_gradient(logits, labels), _own_log_probability(logits, labels).exp()
     return adjustment_delta_of_batch(
-        base, labels.clamp(min=0), own_probability, prior, relative_prior(prior), tau, weight_share
+        base, labels.clamp(min=0), own_probability, prior, -relative_prior(prior).log(), tau, weight_share
     )
 
 
@@ -354,27 +354,27 @@ def adjustment_delta_of_batch(
     classes: Tensor,
     own_probability: Tensor,
     prior: Tensor,
-    relative: Tensor,
+    log_rarity: Tensor,
     tau: float | Tensor,
     weight_share: float | Tensor,
 ) -> Tensor:
     """
     The [`logit_adjustment_delta`] from what is known of a batch and a prior: `base` is the [`logit_gradient`],
     `classes` are the labels and `own_probability` is `p_{i,y}`, 0 and 1 for ignored samples (whose gradient is zero),
-    and `relative` is the [`relative_prior`].
+    and `log_rarity` is minus the logarithm of the [`relative_prior`].
     """
-    relative = relative.to(base)
-    # The bound keeps the sums below from underflow.
+    log_rarity = log_rarity.to(base)
     given_to_weights = tau * weight_share
-    factors = relative.pow(tau - given_to_weights).clamp(min=1e-30)
-    weights = relative.pow(-given_to_weights)
+    # `exp`, since a compiler may repeat it for each sample. The bound keeps the sums below from underflow.
+    factors = (log_rarity * (given_to_weights - tau)).exp().clamp(min=1e-30)
+    weights = (log_rarity * given_to_weights).exp()
     weights = weights / (weights @ prior.to(base))
     # softmax(z + tau log pi) is proportional to p pi^tau, and off the label the gradient is p.
     index, p = classes[:, None], own_probability[:, None]
     own, adjusted = base.gather(-1, index), (base * factors).scatter_(-1, index, 0.0)
     others = adjusted.sum(-1, keepdim=True)
     # The sum of p is 1 up to rounding, which cancels like this where tau is 0.
-    scale = weights[index] * (p - own) / (p * factors[index] + others)
+    scale = weights[index] * (p - own) / torch.addcmul(others, p, factors[index])
     return adjusted.mul_(scale).scatter_(-1, index, -scale * others).sub_(base)
 
 
@@ -631,6 +631,8 @@ def zero_ignored_(matrix: Tensor, labels: Tensor, bits: Tensor | None = None) ->
     Sets the rows of ignored samples to zero in place, whatever is in them: NaN and infinity, too. `bits` are the
     [`labelled_bits`], where they are known already.
     """
+    if torch.compiler.is_compiling():
+        return matrix.masked_fill_((labels < 0)[:, None], 0.0)
     # By the bits: on the CPU four times as fast as `masked_fill_` with a mask of one entry per row.
     bits = labelled_bits(matrix, labels >= 0) if bits is None else bits
     matrix.view(bits.dtype).bitwise_and_(bits)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType
 from accelerate.logging import get_logger
+from accelerate.utils import DynamoBackend
 from datasets import ClassLabel, Dataset, Value
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -204,8 +205,17 @@ class LPGTrainer(Trainer):
                 f"PathLength needs whole parameters on every process, but {self.accelerator.distributed_type} shards "
                 "them. Use DDP, or leave it out."
             )
+        if self._is_compiled():
+            raise ValueError(
+                "PathLength takes two gradients of one forward pass, which a compiled model does not allow. Set "
+                "`torch_compile=False`, or leave PathLength out."
+            )
         found[0].reset()
         return found[0]
+
+    def _is_compiled(self) -> bool:
+        """By `torch_compile`, or by `accelerate launch --dynamo_backend`."""
+        return self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
 
     def _declared_num_labels(self) -> int | None:
         """The number of classes, where the model's own loss takes it from its config; else the first batch tells."""
@@ -232,6 +242,8 @@ class LPGTrainer(Trainer):
             method.use_label_names(getattr(config, "label2id", None) or {})
         self._lpg_loss = LPGLoss(num_labels, chain, counts, base_loss)
         self._lpg_loss.fold_every_call = False
+        if self._is_compiled() and base_loss is None:  # another loss is differentiated on the way
+            self._lpg_loss.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
 
     def _read_class_counts(self, num_labels: int) -> list[int] | None:
         """Counts of a map-style data set with a column of integer labels; `None` for any other."""
@@ -489,7 +501,9 @@ class LPGTrainer(Trainer):
         if self._path_length is not None and self._path_length.is_due and not self._is_ascent:
             lpg_loss.observer = partial(self._observe_delta, logits, num_items, num_copies)
         if self.compute_loss_func is None:
-            perturbed_loss = lpg_loss(logits, labels, num_items)
+            # An observer is another one each time, and would be compiled each time.
+            call = lpg_loss if lpg_loss.observer is None else lpg_loss.forward
+            perturbed_loss = call(logits, labels, num_items)
             return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
 
         # The user's loss keeps its graph; per-sample units undo the division by the count.
@@ -519,10 +533,10 @@ class LPGTrainer(Trainer):
             self._can_be_ranked = self._find_wrong_shape(outputs, labels) is None
         if not self._can_be_ranked:
             return
-        # A compiled model may write its next logits into the memory of these.
+        # What is compiled may write its next results into the memory of these.
         logits = self._logits(outputs).detach().clone()
         dampening = self._dampening()
-        self._visits.add(rows, logits, labels, None if dampening is None else dampening.last_weight)
+        self._visits.add(rows, logits, labels, None if dampening is None else dampening.last_weight.clone())
 
     def _dampening(self) -> ClassRelativeDampening | None:
         """The chain's first class-relative dampening, if it acts."""

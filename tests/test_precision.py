@@ -1,6 +1,7 @@
 """Low precision, compilation, checkpointing and the other options of the Trainer that touch loss or gradient."""
 
 import math
+import shutil
 import warnings
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lpg_hf import LPGLoss, LPGTrainer
+from lpg_hf.pac_bayes import PathLength
 from lpg_hf.perturbations import METHODS
 
 
@@ -198,23 +200,66 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["bert", "vit"])
-def test_compiled_training_is_the_uncompiled(name, backend, tmp_path, fresh_compiler):
-    batches = split(make_family_batch(name, 32), [8] * 4)
+@pytest.mark.parametrize(
+    ("args", "is_compiled"), [({}, True), ({"label_smoothing_factor": 0.1}, False)], ids=["cross-entropy", "smoothed"]
+)
+def test_compiled_training_is_the_uncompiled(args, is_compiled, name, backend, tmp_path, fresh_compiler):
+    """Model and loss; not a loss that is differentiated by autograd on the way. The last batch is a smaller one."""
+    batches = split(make_family_batch(name, 29), [8, 8, 8, 5])
     kwargs = {"perturbations": AUTO, "class_counts": COUNTS}
-    plain = train(LPGTrainer, make_family(name, exact=True).float(), batches, tmp_path, **kwargs)
+    plain = train(LPGTrainer, make_family(name, exact=True).float(), batches, tmp_path, args, **kwargs)
     compiled = train(
         LPGTrainer,
         make_family(name, exact=True).float(),
         batches,
         tmp_path,
-        {"torch_compile": True, "torch_compile_backend": backend},
+        args | {"torch_compile": True, "torch_compile_backend": backend},
         **kwargs,
     )
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    assert (compiled.lpg_loss._compiled_call_impl is not None) == is_compiled
+    assert plain.lpg_loss._compiled_call_impl is None
     torch.testing.assert_close(flat_parameters(compiled.model), flat_parameters(plain.model), rtol=0, atol=1e-6)
     torch.testing.assert_close(
         compiled.lpg_loss.statistics._running, plain.lpg_loss.statistics._running, rtol=0, atol=1e-6
     )
+
+
+def test_path_length_refuses_a_compiled_model(tmp_path):
+    """Where buffers are donated, the second gradient is wrong or an error."""
+    batches, args = [make_family_batch("bert", 8)], {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    with pytest.raises(ValueError, match="torch_compile=False"):
+        make_trainer(LPGTrainer, make_family("bert"), batches, tmp_path, args=args, callbacks=[PathLength()])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_the_loss_of_a_native_compiler_is_the_uncompiled(fresh_compiler):
+    """`auto` on a long tail, in batches of two sizes; the gates are open from the second step on."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    chain = [*AUTO, "label_smoothing"]
+    plain, compiled = (LPGLoss(NUM_LABELS, chain, COUNTS) for _ in range(2))
+    compiled.compile()
+    num_graphs = []
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        size = 9 if step % 2 else 16
+        values = 3 * torch.randn(size, NUM_LABELS, generator=generator)
+        labels = torch.randint(NUM_LABELS, (size,), generator=generator)
+        labels[::4] = -100
+        values[4] = torch.nan  # of an ignored sample
+        results = []
+        for loss_fn in (plain, compiled):
+            logits = values.clone().requires_grad_()
+            loss = loss_fn(logits, labels)
+            loss.backward()
+            results.append((loss.detach(), logits.grad, loss_fn.perturbations[1].last_weight))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert compiled.telemetry() == pytest.approx(plain.telemetry(), abs=1e-5)
+    # One graph while what follows from the prior is not known yet, one after it, one for any size.
+    assert num_graphs[-1] == num_graphs[2] <= 3
 
 
 @pytest.mark.parametrize("method", LOGIT_METHODS)

@@ -74,7 +74,10 @@ class OverheadArguments:
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What to compare."})
     rounds: int = field(default=30, metadata={"help": "Steps of each candidate that count."})
     wall_clock: bool = field(default=False, metadata={"help": "Clock instead of processor time on the CPU, too."})
-    compile: bool = field(default=False, metadata={"help": "Also times LPGLoss under `torch.compile`."})
+    compile: bool = field(
+        default=False,
+        metadata={"help": "Steps with `torch_compile=True`; matrices with LPGLoss as it is and compiled."},
+    )
 
     def __post_init__(self):
         for argument, known in (("parts", PARTS), ("models", list(tasks())), ("methods", list(METHODS))):
@@ -206,7 +209,9 @@ def time_steps(name: str, task: Task, arguments: OverheadArguments, clock: Calla
     chains = {BASELINE: None} | {method: METHODS[method] for method in arguments.methods}
     with TemporaryDirectory() as folder:
         trainers = {
-            method: make_trainer(task, chain, folder, max_steps=warmup + arguments.rounds + 1)
+            method: make_trainer(
+                task, chain, folder, max_steps=warmup + arguments.rounds + 1, torch_compile=arguments.compile
+            )
             for method, chain in chains.items()
         }
         for trainer in trainers.values():

@@ -63,7 +63,7 @@ class LogitAdjustment(LogitPerturbation):
             batch.classes,
             batch.own_probability,
             self._prior,
-            self._relative_prior,
+            self._log_rarity,
             self.tau * self._is_imbalanced,
             self.weight_share(statistics),
         )
@@ -80,7 +80,8 @@ class LogitAdjustment(LogitPerturbation):
         if prior is self._prior:
             return
         self._prior = prior
-        self._relative_prior = relative_prior(prior)
-        self._is_imbalanced = (self._relative_prior.min() * self.min_imbalance < 1).to(prior)
+        relative = relative_prior(prior)
+        self._log_rarity = -relative.log()
+        self._is_imbalanced = (relative.min() * self.min_imbalance < 1).to(prior)
         present = (prior > 0).to(prior)
         self._share_of_present = present / present.sum()
