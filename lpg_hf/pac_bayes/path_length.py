@@ -39,7 +39,8 @@ class PathLength(TrainerCallback):
             Where the displacement is measured from; the weights at the first step when left out.
 
     Raises:
-        ValueError: If `interval` is below 1, or `prior` has not the model's trained parameters.
+        ValueError: If `interval` is below 1, or `prior` has not the model's trained parameters; when the trainer is
+            made, for a model that it compiles or whose parameters are sharded.
 
     Example:
 
