@@ -73,6 +73,7 @@ class OverheadArguments:
     )
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What to compare."})
     rounds: int = field(default=30, metadata={"help": "Steps of each candidate that count."})
+    seed: int = field(default=0, metadata={"help": "Of the orders in which candidates are made and take turns."})
     wall_clock: bool = field(default=False, metadata={"help": "Clock instead of processor time on the CPU, too."})
     compile: bool = field(
         default=False,
@@ -206,13 +207,16 @@ class Candidate(TrainerCallback):
 
 def time_steps(name: str, task: Task, arguments: OverheadArguments, clock: Callable[[], float]) -> None:
     warmup = 3
+    shuffler = random.Random(arguments.seed)
     chains = {BASELINE: None} | {method: METHODS[method] for method in arguments.methods}
+    # Where a candidate lies in memory depends on when it was made, and moves its times by some percent.
+    made = shuffler.sample(list(chains), len(chains))
     with TemporaryDirectory() as folder:
         trainers = {
             method: make_trainer(
-                task, chain, folder, max_steps=warmup + arguments.rounds + 1, torch_compile=arguments.compile
+                task, chains[method], folder, max_steps=warmup + arguments.rounds + 1, torch_compile=arguments.compile
             )
-            for method, chain in chains.items()
+            for method in made
         }
         for trainer in trainers.values():
             trainer.remove_callback(transformers.PrinterCallback)
@@ -220,16 +224,13 @@ def time_steps(name: str, task: Task, arguments: OverheadArguments, clock: Calla
         order = list(candidates.values())
         for _ in range(warmup + arguments.rounds):
             # All processes need the same order.
-            SHUFFLER.shuffle(order)
+            shuffler.shuffle(order)
             for candidate in order:
                 candidate.lap()
-    laps = {method: np.array(candidate.laps[warmup:]) for method, candidate in candidates.items()}
+    laps = {method: np.array(candidates[method].laps[warmup:]) for method in chains}
     baseline = laps.pop(BASELINE)
     for method, times in laps.items():
         row(name, method, f"{1000 * np.median(baseline):.1f}", spread(times, baseline))
-
-
-SHUFFLER = random.Random(0)
 
 
 def spread(times: np.ndarray, baseline: np.ndarray) -> str:
@@ -303,10 +304,11 @@ def peak_of_steps(name: str, task: Task, arguments: OverheadArguments) -> None:
 
 def take_turns(steps: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds of each step."""
+    shuffler = random.Random(0)
     times = {name: [] for name in steps}
     names = list(steps)
     for round in range(rounds + 2):
-        SHUFFLER.shuffle(names)
+        shuffler.shuffle(names)
         for name in names:
             start = clock()
             steps[name]()
