@@ -191,13 +191,12 @@ class LPGLoss(nn.Module):
                 norm = gradient.norm(dim=-1) if norm is None else norm
                 rows += [(weight - 1).abs() * norm, weight]
                 gradient = (gradient.mul_ if in_place else gradient.mul)(weight[:, None])
-                norm = weight.abs() * norm
             else:
                 gradient, delta_norm = method.add_delta(gradient, logits, labels, self.statistics, in_place)
                 check_shape(method, "norm", delta_norm, gradient, base_norm.shape)
                 # The second is only read where it is a weight.
                 rows += [delta_norm] * 2
-                norm = None
+            norm = None
         return gradient, rows
 
     @contextmanager

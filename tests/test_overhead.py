@@ -200,11 +200,11 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 105, 14, 3),
-        ("auto", COUNTS, 131, 23, 3),
+        ("auto", BALANCED, 103, 14, 3),
+        ("auto", COUNTS, 129, 23, 3),
         ("lpg", COUNTS, 119, 18, 4),
-        ("logit_clipping", COUNTS, 67, 12, 3),
-        ("focal_loss", COUNTS, 81, 11, 3),
+        ("logit_clipping", COUNTS, 65, 12, 3),
+        ("focal_loss", COUNTS, 79, 11, 3),
         ("label_smoothing", COUNTS, 63, 12, 3),
         ("lpl", COUNTS, 287, 94, 25),
     ],
