@@ -501,9 +501,7 @@ class LPGTrainer(Trainer):
         if self._path_length is not None and self._path_length.is_due and not self._is_ascent:
             lpg_loss.observer = partial(self._observe_delta, logits, num_items, num_copies)
         if self.compute_loss_func is None:
-            # An observer is another one each time, and would be compiled each time.
-            call = lpg_loss if lpg_loss.observer is None else lpg_loss.forward
-            perturbed_loss = call(logits, labels, num_items)
+            perturbed_loss = lpg_loss(logits, labels, num_items)
             return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
 
         # The user's loss keeps its graph; per-sample units undo the division by the count.

@@ -225,9 +225,13 @@ def test_compiled_training_is_the_uncompiled(args, is_compiled, name, backend, t
     )
 
 
-def test_path_length_refuses_a_compiled_model(tmp_path):
+@pytest.mark.parametrize("is_launched", [False, True], ids=["torch_compile", "accelerate-launch"])
+def test_path_length_refuses_a_compiled_model(is_launched, tmp_path, monkeypatch):
     """Where buffers are donated, the second gradient is wrong or an error."""
     batches, args = [make_family_batch("bert", 8)], {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    if is_launched:  # what `accelerate launch --dynamo_backend` sets
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+        args = {}
     with pytest.raises(ValueError, match="torch_compile=False"):
         make_trainer(LPGTrainer, make_family("bert"), batches, tmp_path, args=args, callbacks=[PathLength()])
 

@@ -13,7 +13,6 @@ def process_index() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
-@torch.compiler.disable  # it waits for the sizes of the other processes
 def gather_samples(gradient: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
     """
     The samples of all processes' micro-batches, in the same order everywhere.
