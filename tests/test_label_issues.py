@@ -491,3 +491,26 @@ def test_the_weight_of_a_subclass_is_the_one_that_is_booked(tmp_path):
             return torch.full_like(gradient[:, 0], 0.5)
 
     assert set(train(tmp_path, perturbations=[Half()]).label_issues()["weight"]) == {0.5}
+
+
+class Overwriting(LPGTrainer):
+    """What a step computed is gone after it, as where a compiled graph uses its memory again."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss, self.outputs = super().compute_loss(*args, **(kwargs | {"return_outputs": True}))
+        return loss
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        with torch.no_grad():
+            self.outputs["logits"].fill_(torch.nan)
+            self.lpg_loss.perturbations[0].last_weight.fill_(torch.nan)
+        return loss
+
+
+def test_visits_outlive_the_memory_of_their_step(tmp_path):
+    issues, expected = (
+        train(tmp_path, perturbations=[OPEN_GATES], cls=cls).label_issues().to_dict()
+        for cls in (Overwriting, LPGTrainer)
+    )
+    assert issues == expected
