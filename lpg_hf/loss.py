@@ -97,7 +97,11 @@ class LPGLoss(nn.Module):
         return self.statistics.num_labels
 
     def forward(
-        self, outputs: Tensor | Mapping | tuple, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+        self,
+        outputs: Tensor | Mapping | tuple,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        model_loss: Tensor | None = None,
     ) -> Tensor:
         """
         The loss of one micro-batch.
@@ -108,6 +112,9 @@ class LPGLoss(nn.Module):
             labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices; -100 for samples to ignore.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 What the summed loss is divided by; the labelled samples of this micro-batch when left out.
+            model_loss (`torch.Tensor`, *optional*):
+                The same loss as the model computed it, divided in the same way. It keeps its gradient, terms that the
+                model adds to cross-entropy included, and the deltas join it. Without a labeled sample it counts as 0.
 
         Returns:
             `torch.Tensor`: The base loss, a scalar in float32 or float64.
@@ -121,17 +128,22 @@ class LPGLoss(nn.Module):
         # A step without a labelled sample has loss and gradient zero, and not 0 / 0.
         divisor = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
-        if not (self.training and torch.is_grad_enabled() and logits.requires_grad and len(self.perturbations) > 0):
-            return self._values(z, labels).sum() / divisor
+        perturbs = self.training and torch.is_grad_enabled() and logits.requires_grad and len(self.perturbations) > 0
+        if model_loss is not None:
+            # The mean over no sample is NaN.
+            model_loss = torch.where((labels != IGNORE_INDEX).any(), model_loss.to(z.dtype), 0.0)
+        if not perturbs:
+            return self._values(z, labels).sum() / divisor if model_loss is None else model_loss
 
         if self.base_loss is None:
             z = z.detach()
             batch = Batch(z, labels)
-            total = -batch.own_log_probability.sum()
             self.statistics.share(batch)
             perturbed = self.perturb(batch.gradient, z, labels)
-            # Divided last, where it costs no pass over the matrix.
-            return replace_gradient(total, logits, perturbed) / divisor
+            if model_loss is None:
+                # Divided last, where it costs no pass over the matrix.
+                return add_gradient(-batch.own_log_probability.sum(), logits, perturbed) / divisor
+            return add_gradient(model_loss, logits, (perturbed - batch.gradient).div_(divisor))
 
         # The base loss keeps its own graph (it may have parameters), the delta joins it at the logits.
         values = self._values(z, labels)
@@ -139,7 +151,7 @@ class LPGLoss(nn.Module):
         # Where a loss over the whole batch reaches ignored samples, its gradient there is no method's business.
         gradient = zero_ignored_(gradient.clone(memory_format=torch.contiguous_format), labels)
         delta = self.perturb(gradient, z.detach(), labels) - gradient
-        return values.sum() / divisor + replace_gradient(values.new_zeros(()), logits, delta / divisor)
+        return add_gradient(values.sum() / divisor, logits, delta / divisor)
 
     @torch.no_grad()
     def perturb(self, gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -328,12 +340,12 @@ def numbered_names(methods: Iterable[Perturbation]) -> list[str]:
     ]
 
 
-def replace_gradient(value: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar worth `value` whose gradient at `logits` is `gradient`, a constant."""
-    return _ReplaceGradient.apply(logits, value, gradient)
+def add_gradient(value: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar worth `value`, with its gradient, and a constant `gradient` at `logits` on top of that."""
+    return _AddGradient.apply(logits, value, gradient)
 
 
-class _ReplaceGradient(torch.autograd.Function):
+class _AddGradient(torch.autograd.Function):
     # Half the time of the straight-through form `value + (g * (z - z.detach())).sum()` for [1024, 1000] and larger,
     # and free of its rounding error in the value.
 
@@ -345,6 +357,6 @@ class _ReplaceGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return (grad_output * gradient).to(ctx.logits_dtype), None, None
+        return (grad_output * gradient).to(ctx.logits_dtype), grad_output, None

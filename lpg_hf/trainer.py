@@ -30,13 +30,13 @@ from .checkpoint import (
     save_rows,
     save_state,
 )
-from .classifier import can_tell_losses_apart, find_obstacle, find_other_loss
+from .classifier import LossScale, can_tell_losses_apart, compare_with_cross_entropy, find_obstacle
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
 from .functional import zero_ignored_
 from .label_issues import RowRecords, VisitQueue
-from .loss import IGNORE_INDEX, LPGLoss, numbered_names, replace_gradient
+from .loss import IGNORE_INDEX, LPGLoss, add_gradient, numbered_names
 from .model_card import add_section
 from .pac_bayes import PathLength
 from .pending_sum import PendingSum
@@ -162,6 +162,8 @@ class LPGTrainer(Trainer):
         self._step_items = None
         self._is_classifier = None
         self._is_verified = False
+        # What the model's own loss may be scaled by: one, as soon as a batch can tell.
+        self._loss_scales: list[LossScale] = []
         self._saved_state = None
         self._visits: VisitQueue | None = None
         self._numbers_next_loader = False
@@ -462,6 +464,8 @@ class LPGTrainer(Trainer):
             raise
         if replaces_loss:
             num_items = self._items_of_step(num_items_in_batch)
+            if self._is_classifier is None:
+                self._loss_scales = self._possible_loss_scales(num_items_in_batch)
             if self._is_classifier is None or (self._is_classifier and not self._is_verified):
                 self._is_classifier = self._examine(loss, outputs, labels, num_items)
             if self._is_classifier:
@@ -501,7 +505,11 @@ class LPGTrainer(Trainer):
         if self._path_length is not None and self._path_length.is_due and not self._is_ascent:
             lpg_loss.observer = partial(self._observe_delta, logits, num_items, num_copies)
         if self.compute_loss_func is None:
-            perturbed_loss = lpg_loss(logits, labels, num_items)
+            model_loss = None
+            if self.label_smoother is None:
+                is_whole_step = self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+                model_loss = self._loss_scales[0].to_step(loss.mean(), labels, num_items, is_whole_step=is_whole_step)
+            perturbed_loss = lpg_loss(logits, labels, num_items, model_loss)
             return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
 
         # The user's loss keeps its graph; per-sample units undo the division by the count.
@@ -518,7 +526,7 @@ class LPGTrainer(Trainer):
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
         gradient = zero_ignored_(gradient.contiguous(), labels)
         perturbed = lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
-        return loss + replace_gradient(torch.zeros_like(loss), logits, (perturbed - gradient) * weight)
+        return add_gradient(loss, logits, (perturbed - gradient) * weight)
 
     def _observe_delta(self, logits: Tensor, num_items: Tensor | int, num_copies: int, delta: Tensor) -> None:
         weight = num_copies / torch.as_tensor(num_items).to(delta).clamp(min=1)
@@ -551,14 +559,17 @@ class LPGTrainer(Trainer):
 
         On the first training batch, and on the next ones until one could have told the losses apart.
         """
-        obstacle = self._find_obstacle(loss, outputs, labels, num_items)
+        fitting, obstacle = self._compare_loss(loss, outputs, labels, num_items)
         tells_apart = obstacle is not None or self._loss_is_given() or can_tell_losses_apart(labels)
-        votes = torch.tensor([[obstacle is not None, tells_apart]], device=self.args.device)
-        refused, tells_apart = self.accelerator.gather(votes).any(0).tolist()
-        if refused:
+        fits = [scale in fitting for scale in self._loss_scales]
+        votes = torch.tensor([[obstacle is None, not tells_apart, *fits]], device=self.args.device)
+        passed, cannot_tell, *fits = self.accelerator.gather(votes).all(0).tolist()
+        if not passed or not any(fits):
             self._refuse(obstacle or "another process saw a batch that is none of a classifier")
             return False
-        self._is_verified = tells_apart
+        self._loss_scales = [scale for scale, fit in zip(self._loss_scales, fits, strict=True) if fit]
+        is_step = self.args.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+        self._is_verified = not cannot_tell and (is_step or len(self._loss_scales) == 1 or self._loss_is_given())
         if self._is_classifier:
             return True
 
@@ -570,15 +581,32 @@ class LPGTrainer(Trainer):
             self._warn_of_missing_classes()
         return True
 
-    def _find_obstacle(
+    def _possible_loss_scales(self, num_items_in_batch: Tensor | int | None) -> list[LossScale]:
+        """What the loss that the Trainer returns may be divided by and multiplied with."""
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            return [LossScale(is_per_step=False)]
+        factor = 1
+        if self.args.average_tokens_across_devices:
+            factor = self.args.n_gpu if self.args.n_gpu > 1 else self.accelerator.num_processes // self.get_tp_size()
+        # DataParallel takes the mean over replicas, which undoes the factor for sums. A model may ignore the count.
+        per_step = LossScale(is_per_step=True, factor=1 if self.args.n_gpu > 1 else factor)
+        return [per_step, LossScale(is_per_step=False, factor=factor)]
+
+    def _compare_loss(
         self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int | None
-    ) -> str | None:
+    ) -> tuple[list[LossScale], str | None]:
         obstacle = self._find_wrong_shape(outputs, labels)
-        if obstacle is None and not self._loss_is_given():
-            num_copies = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            logits = self._logits(outputs)
-            obstacle = find_other_loss(loss.mean(), logits, labels.reshape(-1).long(), num_items, num_copies)
-        return obstacle
+        if obstacle is not None or self._loss_is_given():
+            return self._loss_scales, obstacle
+        dtypes = {"no": None, "fp16": torch.float16}
+        return compare_with_cross_entropy(
+            loss.mean(),
+            self._logits(outputs),
+            labels.reshape(-1).long(),
+            num_items,
+            self._loss_scales,
+            dtypes.get(self.accelerator.mixed_precision, torch.bfloat16),
+        )
 
     def _find_wrong_shape(self, outputs: Mapping | tuple, labels: Tensor | None) -> str | None:
         """What keeps logits and labels from being those of a classifier, whatever the loss is."""
