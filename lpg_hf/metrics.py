@@ -6,6 +6,8 @@ processes that evaluate side by side share no cache file and wait for no lock.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import datasets
 import evaluate
@@ -222,6 +224,72 @@ class ExpectedCalibrationError(_InMemoryMetric):
         return {"expected_calibration_error": _expected_calibration_error(references, predictions)}
 
 
+class CalibrationBin(NamedTuple):
+    """
+    The samples whose confidence lies in `(lower, upper]`; a confidence of 0 belongs to the first bin.
+
+    Attributes:
+        lower (`float`): Lower edge of the bin.
+        upper (`float`): Upper edge of the bin.
+        rows (`int`): Number of samples.
+        confidence (`float` or `None`): Mean confidence of the samples; `None` in an empty bin.
+        accuracy (`float` or `None`): Share of the samples that are classified correctly; `None` in an empty bin.
+    """
+
+    lower: float
+    upper: float
+    rows: int
+    confidence: float | None
+    accuracy: float | None
+
+    @property
+    def gap(self) -> float:
+        """Distance between mean confidence and accuracy; 0 in an empty bin."""
+        if self.confidence is None or self.accuracy is None:
+            return 0.0
+        return abs(self.accuracy - self.confidence)
+
+
+def calibration_bins(confidence: np.ndarray, is_correct: np.ndarray) -> list[CalibrationBin]:
+    """
+    Compares confidence and accuracy in 15 bins of equal width (Guo et al., 2017,
+    https://huggingface.co/papers/1706.04599).
+
+    Args:
+        confidence (`np.ndarray` of shape `[N]`): The probability of the predicted class of each sample.
+        is_correct (`np.ndarray` of shape `[N]`): Whether the predicted class is the true one.
+
+    Returns:
+        `list[CalibrationBin]`: The bins from low to high confidence, the empty ones included.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from lpg_hf.metrics import calibration_bins
+
+    >>> last = calibration_bins(np.array([1.0, 0.95]), np.array([True, False]))[-1]
+    >>> last.rows, last.confidence, last.accuracy
+    (2, 0.975, 0.5)
+
+    ```
+    """
+    edges = np.linspace(0, 1, _CALIBRATION_BINS + 1)
+    numbers = np.searchsorted(edges[1:-1], confidence, side="left")
+    bins = []
+    for number, (lower, upper) in enumerate(pairwise(edges.tolist())):
+        members = numbers == number
+        rows = int(members.sum())
+        means = (float(confidence[members].mean()), float(is_correct[members].mean())) if rows else (None, None)
+        bins.append(CalibrationBin(lower, upper, rows, *means))
+    return bins
+
+
+def calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """The gaps between confidence and accuracy, each weighted by the share of the samples in its bin."""
+    return sum(each.rows * each.gap for each in bins) / sum(each.rows for each in bins)
+
+
 def make_compute_metrics(
     train_class_counts: Sequence[int] | None = None, shot_thresholds: tuple[int, int] | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -324,12 +392,8 @@ def _macro_f1(references: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def _expected_calibration_error(references: np.ndarray, probabilities: np.ndarray) -> float:
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == references
-    inner_edges = np.linspace(0, 1, _CALIBRATION_BINS + 1)[1:-1]
-    bins = np.searchsorted(inner_edges, confidence, side="left")
-    gap_sums = np.bincount(bins, weights=correct - confidence)
-    return float(np.abs(gap_sums).sum() / len(references))
+    bins = calibration_bins(probabilities.max(axis=1), probabilities.argmax(axis=1) == references)
+    return calibration_error(bins)
 
 
 def _group_classes_by_shots(train_class_counts: Sequence[int], shot_thresholds: tuple[int, int] | None) -> np.ndarray:
