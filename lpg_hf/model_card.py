@@ -1,83 +1,67 @@
 """The section that LPGTrainer adds to a model card."""
 
 import json
-from dataclasses import MISSING, fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers import TrainingArguments
 
-from .config import LPGConfig
-from .loss import LPGLoss
 from .perturbations import Perturbation, method_card
-
-
-if TYPE_CHECKING:
-    from .trainer import LPGTrainer
+from .summary import TrainingSummary
 
 
 TAGS = ["lpg_hf", "gradient-perturbation"]
 CERTIFICATE_FILE = "certificate.json"
 TITLE = "## Gradient perturbation"
-#: Beyond it a class table is no longer read: half of it shows the largest classes, half the smallest.
+#: A longer table shows this many classes: one half are the largest, the other half the smallest.
 MOST_CLASSES = 40
 
 
-def add_section(path: Path, trainer: "LPGTrainer") -> None:
+def add_section(summary: TrainingSummary) -> None:
     """
-    Adds the section, and the tags, to a model card that the Trainer has written.
+    Adds the section, and the tags, to the `README.md` that the Trainer has written to the output folder.
+
+    Without perturbations the card stays as it is. A `certificate.json` in the same folder becomes part of the section.
 
     Args:
-        path (`Path`): The card, `README.md`; a `certificate.json` beside it is part of the section.
-        trainer ([`LPGTrainer`]): The trainer.
+        summary ([`TrainingSummary`]): The training.
     """
+    if not summary.active_perturbations:
+        return
+    path = Path(summary.output_dir) / "README.md"
     card = ModelCard.load(path)
     tags = list(card.data.tags or [])
     card.data.tags = tags + [tag for tag in TAGS if tag not in tags]
-    card.text = f"{card.text.partition(TITLE)[0].rstrip()}\n\n{_section(trainer, path.parent / CERTIFICATE_FILE)}"
+    card.text = f"{card.text.partition(TITLE)[0].rstrip()}\n\n{_section(summary, path.parent / CERTIFICATE_FILE)}"
     card.save(path)
 
 
-def _section(trainer: "LPGTrainer", certificate: Path) -> str:
+def _section(summary: TrainingSummary, certificate: Path) -> str:
     parts = [
-        f"{TITLE}\n\nTrained with `LPGTrainer` of `lpg_hf`: every method below adds its delta to the gradient that "
-        "the one before left.",
-        _methods_table(trainer.methods_that_acted()),
+        f"{TITLE}\n\nTrained with `LPGTrainer` of `lpg_hf`. Each method below adds its delta to the gradient that the "
+        "previous one left.",
+        _methods_table(summary.active_perturbations),
     ]
-    if isinstance(trainer.args, LPGConfig):
-        settings = _changed_settings(trainer.args)
-        if settings:
-            parts.append("### Settings other than the defaults\n\n" + "\n".join(f"- {line}" for line in settings))
-    if trainer.lpg_loss is not None and trainer.lpg_loss.statistics.steps > 0:
-        names = trainer.class_names(trainer.lpg_loss.num_labels)
-        parts.append("### Classes\n\n" + _class_table(trainer.lpg_loss, names))
+    if summary.changed_settings:
+        settings = [f"- `{name}={value!r}`" for name, value in summary.changed_settings.items()]
+        parts.append("### Settings other than the defaults\n\n" + "\n".join(settings))
+    if summary.class_names is not None and summary.class_counts is not None and summary.class_accuracy is not None:
+        table = _class_table(summary.class_names, summary.class_counts, summary.class_accuracy)
+        parts.append(f"### Classes\n\n{table}")
     if certificate.is_file():
         parts.append("### Certificate\n\n" + _certificate_table(json.loads(certificate.read_text())))
     return "\n\n".join(parts) + "\n"
 
 
-def _methods_table(methods: list[Perturbation]) -> str:
-    # A method of the user's own need not have a card.
+def _methods_table(methods: Sequence[Perturbation]) -> str:
+    # A user's own method may have no card.
     formulas = [method_card(type(method)).get("Formula", "") for method in methods]
     lines = [[f"`{method!r}`", formula] for method, formula in zip(methods, formulas, strict=True)]
-    return _table([["method", "what it adds"], *lines])
+    return _table([["method", "delta"], *lines])
 
 
-def _changed_settings(args: LPGConfig) -> list[str]:
-    inherited = {field.name for field in fields(TrainingArguments)}
-    own = [field for field in fields(args) if field.name not in inherited]
-    defaults = [field.default if field.default_factory is MISSING else field.default_factory() for field in own]
-    values = [getattr(args, field.name) for field in own]
-    return [
-        f"`{field.name}={value!r}`"
-        for field, value, default in zip(own, values, defaults, strict=True)
-        if value != default
-    ]
-
-
-def _class_table(loss: LPGLoss, names: list[str]) -> str:
-    counts, accuracy = loss.statistics.class_counts.tolist(), loss.statistics.accuracy.tolist()
+def _class_table(names: Sequence[str], counts: Sequence[int], accuracy: Sequence[float]) -> str:
     order = sorted(range(len(names)), key=lambda label: -counts[label])
     half = MOST_CLASSES // 2
     left_out = max(len(order) - MOST_CLASSES, 0)
@@ -89,8 +73,8 @@ def _class_table(loss: LPGLoss, names: list[str]) -> str:
     return _table(lines)
 
 
-def _certificate_table(certificate: dict) -> str:
-    """The certificate's entries as they are, whatever it certifies; nested ones as JSON."""
+def _certificate_table(certificate: dict[str, Any]) -> str:
+    """All entries of the certificate, as they are. Nested ones are written as JSON."""
     lines = [["", "value"]]
     for name, value in certificate.items():
         lines.append([name, value if isinstance(value, str) else json.dumps(value)])
@@ -98,7 +82,7 @@ def _certificate_table(certificate: dict) -> str:
 
 
 def _table(lines: list[list[str]]) -> str:
-    # A bar or a line break would end the cell.
+    # A bar or a line break would end a cell.
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
     rows = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

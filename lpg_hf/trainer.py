@@ -51,6 +51,7 @@ from .perturbations import (
     build_chain,
 )
 from .rows import ROWS_KEY, NumberedCollator, NumberedRows, UnnumberedBatches, has_rows
+from .summary import find_class_names, summarize_for_report, summarize_training
 
 
 logger = get_logger(__name__)
@@ -692,6 +693,9 @@ class LPGTrainer(Trainer):
 
         ```
         """
+        return self._ranked_rows()
+
+    def _ranked_rows(self) -> Dataset:
         if not has_rows(self.train_dataset):
             raise ValueError(
                 f"`train_dataset` is of the type {type(self.train_dataset).__name__}, whose rows have no index to "
@@ -717,47 +721,43 @@ class LPGTrainer(Trainer):
                 "changed their number or labels. Let it keep them as they come."
             )
         num_labels = records.largest_label + 1 if self.lpg_loss is None else self.lpg_loss.num_labels
-        return records.ranked(self.class_names(num_labels), with_weight=self._dampening() is not None)
+        names = find_class_names(num_labels, self.train_dataset, self.accelerator.unwrap_model(self.model))
+        return records.ranked(names, with_weight=self._dampening() is not None)
 
-    def report(self, output_dir: str | None = None) -> str:
+    def report(self, output_dir: str | Path | None = None) -> str:
         """
         Writes a report of the training: an HTML page with its figures inside, the figures as PNG and all numbers as
         CSV (`label_issues.csv`, `classes.csv`, `confusion.csv`, `calibration.csv`, `norms.csv`).
 
-        It predicts `eval_dataset` once (the first one of a dict); what cannot be shown is left out with a word why.
-        On several processes all must call it, and the main one writes.
+        The report predicts `eval_dataset` once (the first one of a dict). A section that cannot be made says why. With
+        several processes all must call this method, and the main one writes.
 
         Args:
-            output_dir (`str`, *optional*, defaults to `report` in the trainer's `output_dir`): Where the files go.
+            output_dir (`str` or `Path`, *optional*, defaults to `report` in the trainer's `output_dir`):
+                Where the files go.
 
         Returns:
             `str`: Path of the page, `report.html`.
 
         Raises:
-            ImportError: Without matplotlib and Jinja2, which come with `pip install lpg_hf[report]`.
+            ImportError: If matplotlib or Jinja2 are not installed; `pip install lpg_hf[report]` installs both.
             ValueError: Before training.
         """
-        # Imported here, as matplotlib and Jinja2 are optional.
-        from .report import write_report
+        # Imported here because the report needs optional packages.
+        from .report import check_installed, write_report
 
-        return write_report(self, output_dir)
+        check_installed()
+        summary = summarize_for_report(self, self.lpg_loss, self._active_perturbations(), self._ranked_rows)
+        folder = Path(summary.output_dir) / "report" if output_dir is None else Path(output_dir)
+        if self.is_world_process_zero():
+            write_report(summary, folder, self.train_dataset, self.processing_class)
+        return str(folder / "report.html")
 
     def _merged_records(self) -> RowRecords:
         self._visits.flush()
         return self._visits.records.merged(lambda tensor: self.accelerator.gather(tensor[None]))
 
-    def class_names(self, num_labels: int) -> list[str]:
-        """Names of the classes: the data set's where it has them, else the model's."""
-        if isinstance(self.train_dataset, Dataset):
-            features = [self.train_dataset.features.get(column) for column in LABEL_COLUMNS]
-            names = next((feature.names for feature in features if isinstance(feature, ClassLabel)), [])
-            if len(names) >= num_labels:
-                return names[:num_labels]
-        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-        id2label = getattr(config, "id2label", None) or {}
-        return [str(id2label.get(label, label)) for label in range(num_labels)]
-
-    def methods_that_acted(self) -> list[Perturbation]:
+    def _active_perturbations(self) -> list[Perturbation]:
         """The methods of the chain that act on this model, in their order."""
         logit_methods = [] if self.lpg_loss is None or self._is_classifier is False else self.lpg_loss.perturbations
         return [*logit_methods, *self._parameter_methods]
@@ -766,12 +766,12 @@ class LPGTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """
-        As of the Trainer, with a section on the perturbations (methods, settings, classes, the `certificate.json`
-        beside the card if there is one) and tags; without perturbations it is the Trainer's card.
+        Writes the Trainer's model card, with tags and a section on the perturbations: methods, settings, classes, and
+        the `certificate.json` in the output folder if there is one. Without perturbations it is the Trainer's card.
         """
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self.methods_that_acted():
-            add_section(Path(self.args.output_dir) / "README.md", self)
+        if self.is_world_process_zero():
+            add_section(summarize_training(self, self.lpg_loss, self._active_perturbations()))
 
     # Logging
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -22,12 +23,14 @@ from transformers import Trainer, TrainingArguments
 import lpg_hf.report
 from lpg_hf import SAM, LPGConfig, LPGTrainer
 from lpg_hf.metrics import ExpectedCalibrationError
+from lpg_hf.model_card import _class_table
 from lpg_hf.perturbations.base import LogitPerturbation
-from lpg_hf.report import ReportCallback
+from lpg_hf.report import ReportCallback, write_report
 from lpg_hf.report.page import write_page
 from lpg_hf.report.plots import most_confused_classes
 from lpg_hf.report.previews import LONGEST_TEXT, preview
 from lpg_hf.report.tables import ReportTables
+from lpg_hf.summary import Evaluation, TrainingSummary, Unavailable, summarize_training
 
 
 NAMES = ["ant", "bee", "cat & <b>dog</b>", "d|og"]
@@ -196,6 +199,54 @@ def test_label_issues_and_norms_agree_with_the_trainer_and_the_page(trained):
     assert [float(line["lpg/lpg/delta_norm"]) for line in norms] == [log["lpg/lpg/delta_norm"] for log in logs]
 
 
+def test_the_report_needs_no_trainer(tmp_path):
+    summary = TrainingSummary(
+        model_name="Model",
+        output_dir=str(tmp_path),
+        num_steps=1200,
+        active_perturbations=(SAM(0.1),),
+        changed_settings={},
+        log_history=[{"step": 1, "epoch": 0.5, "lpg/sam/delta_norm": 0.25}],
+        class_names=["ant", "bee"],
+        class_counts=[30, 10],
+        class_accuracy=[0.75, 0.5],
+        class_signs=[-1, 1],
+        class_bounds=[0.1, 0.3],
+        label_issues=Unavailable("The rows of a stream have no index."),
+        evaluation=Evaluation("test", np.array([0, 0, 1]), np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]])),
+    )
+    folder = tmp_path / "report"
+    assert write_report(summary, folder) == str(folder / "report.html")
+    columns = ("label", "name", "train_rows", "train_accuracy", "eval_rows", "eval_accuracy", "sign", "bound")
+    lines = (("0", "ant", "30", "0.75", "2", "0.5", "-1", "0.1"), ("1", "bee", "10", "0.5", "1", "1.0", "1", "0.3"))
+    assert read_csv(folder / "classes.csv") == [dict(zip(columns, line, strict=True)) for line in lines]
+    assert read_csv(folder / "norms.csv") == [{"step": "1", "epoch": "0.5", "lpg/sam/delta_norm": "0.25"}]
+    page = (folder / "report.html").read_text()
+    for tile in ("<b>1,200</b><span>steps</span>", "<b>3.0 : 1</b>", "<b>66.7%</b>", "<b>test, 3 rows</b>"):
+        assert tile in page
+    assert "The rows of a stream have no index." in page
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        summary.num_steps = 0
+
+
+class TrainerWithOwnAttributes(LPGTrainer):
+    """Has attributes of the user that LPGTrainer might use, too."""
+
+    class_names = ("their", "own")
+    label_issues = "their own"
+    summary = "their own"
+    active_perturbations = "their own"
+
+
+def test_attributes_of_a_users_subclass_are_not_touched(tmp_path):
+    trainer = make_trainer(tmp_path, cls=TrainerWithOwnAttributes, args={"max_steps": 1})
+    trainer.train()
+    assert "Which labels are wrong?" in Path(trainer.report()).read_text()
+    assert len(read_csv(tmp_path / "report" / "label_issues.csv")) > 0
+    trainer.create_model_card()
+    assert "| ant | " in ModelCard.load(tmp_path / "README.md").text
+
+
 def test_the_report_leaves_the_trainer_as_it_was(trained):
     trainer, _ = trained
     assert trainer.compute_metrics(None) == {"own": 1.0}
@@ -243,24 +294,26 @@ def test_a_model_that_is_no_classifier_still_has_a_page(tmp_path):
     trainer = make_trainer(tmp_path, model=model, train_dataset=dataset, eval_dataset=dataset)
     trainer.train()
     page = Path(trainer.report()).read_text()
-    assert "no single-label classifier" in page and "has not one integer label per row" in page
+    assert "The model is not a single-label classifier." in page
+    assert "`eval_dataset` does not have one integer label per row." in page
 
 
 def test_before_training_and_without_the_extra(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"nothing to report yet: call `train\(\)` first"):
         trainer.report()
+    assert summarize_training(trainer, trainer.lpg_loss, []).class_accuracy is None
     monkeypatch.setattr(lpg_hf.report, "find_spec", lambda name: None)
     for wanted in (trainer.report, lambda: ReportCallback(trainer)):
-        with pytest.raises(ImportError, match=r"needs matplotlib and jinja2: `pip install lpg_hf\[report\]`"):
+        with pytest.raises(ImportError, match=r"needs matplotlib and jinja2. Run `pip install lpg_hf\[report\]`"):
             wanted()
 
 
 def test_the_library_imports_without_the_extra():
-    """What needs matplotlib or Jinja2 is imported inside functions only."""
-    for name in ("lpg_hf.trainer", "lpg_hf.report"):
+    """The modules that need matplotlib or Jinja2 are imported inside functions only."""
+    for name in ("lpg_hf.trainer", "lpg_hf.report", "lpg_hf.summary", "lpg_hf.model_card"):
         source = Path(sys.modules[name].__file__).read_text()
-        assert not re.search(r"^(import|from) \S*(matplotlib|jinja2|page|plots)", source, re.MULTILINE)
+        assert not re.search(r"^(import|from) \S*(matplotlib|jinja2|page|plots|tables)", source, re.MULTILINE)
 
 
 def test_previews(tmp_path):
@@ -300,8 +353,8 @@ def test_previews(tmp_path):
 def test_of_many_classes_those_with_the_most_mistakes_are_drawn():
     confusion = np.diag(np.full(100, 50))
     confusion[np.arange(0, 90, 3), 99] = np.arange(1, 31)
-    assert most_confused_classes(ReportTables(confusion=confusion)).tolist() == list(range(0, 90, 3))
-    assert most_confused_classes(ReportTables(confusion=confusion[:30, :30])).tolist() == list(range(30))
+    assert most_confused_classes(confusion).tolist() == list(range(0, 90, 3))
+    assert most_confused_classes(confusion[:30, :30]).tolist() == list(range(30))
 
 
 def test_tensorboard_holds_every_scalar(tmp_path):
@@ -365,12 +418,8 @@ def test_without_perturbations_the_model_card_is_the_trainers(tmp_path):
     assert cards[0] == cards[1]
 
 
-def test_of_many_classes_the_card_shows_both_ends(tmp_path):
-    from lpg_hf import LPGLoss
-    from lpg_hf.model_card import _class_table
-
-    loss = LPGLoss(1000, "logit_clipping", class_counts=list(range(1, 1001)))
-    lines = _class_table(loss, [f"c{label}" for label in range(1000)]).splitlines()
+def test_of_many_classes_the_card_shows_both_ends():
+    lines = _class_table([f"c{label}" for label in range(1000)], list(range(1, 1001)), [0.5] * 1000).splitlines()
     assert len(lines) == 2 + 40 + 1
-    assert lines[2].startswith("| c999 | 1000 |") and lines[-1].startswith("| c0 | 1 |")
+    assert lines[2] == "| c999 | 1000 | 0.500 |" and lines[-1] == "| c0 | 1 | 0.500 |"
     assert "960 more classes" in lines[22]

@@ -2,43 +2,54 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-
-if TYPE_CHECKING:
-    from ..trainer import LPGTrainer
+from ..summary import TrainingSummary
 
 
-def write_report(trainer: "LPGTrainer", output_dir: str | Path | None = None) -> str:
+class Reporter(Protocol):
+    """Whatever writes a report of its training, as [`LPGTrainer`] does."""
+
+    def report(self, output_dir: str | Path | None = None, /) -> str: ...
+
+
+def write_report(
+    summary: TrainingSummary, output_dir: str | Path, train_dataset: object = None, tokenizer: object = None
+) -> str:
     """
-    Writes the report of a training that is over; see [`LPGTrainer.report`], which calls this.
+    Writes the report of a training; see [`LPGTrainer.report`], which calls this.
+
+    Args:
+        summary ([`TrainingSummary`]): The training.
+        output_dir (`str` or `Path`): Where the files go. The folder is made if it does not exist.
+        train_dataset (*optional*): The training set, which has the images and texts of the label issues.
+        tokenizer (*optional*): Decodes rows that have nothing but tokens.
+
+    Returns:
+        `str`: Path of the page, `report.html`.
 
     Raises:
-        ImportError: Without matplotlib or Jinja2.
-        ValueError: Before training.
+        ImportError: If matplotlib or Jinja2 are not installed.
     """
     check_installed()
     from .page import write_page
-    from .tables import collect_tables
+    from .tables import make_tables
 
-    folder = Path(trainer.args.output_dir) / "report" if output_dir is None else Path(output_dir)
-    # Every process takes part in collecting, one writes.
-    tables = collect_tables(trainer)
-    if trainer.is_world_process_zero():
-        write_page(tables, trainer.train_dataset, trainer.processing_class, folder)
-    return str(folder / "report.html")
+    return str(write_page(make_tables(summary), train_dataset, tokenizer, Path(output_dir)))
 
 
 def check_installed() -> None:
     """
+    Checks for the packages of the extra `report`.
+
     Raises:
-        ImportError: Without matplotlib or Jinja2.
+        ImportError: If matplotlib or Jinja2 are not installed.
     """
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"The report needs {' and '.join(missing)}: `pip install lpg_hf[report]`.")
+        raise ImportError(f"The report needs {' and '.join(missing)}. Run `pip install lpg_hf[report]`.")
 
 
 class ReportCallback(TrainerCallback):
@@ -46,11 +57,11 @@ class ReportCallback(TrainerCallback):
     Writes the report when training ends.
 
     Args:
-        trainer ([`LPGTrainer`]): The trainer it is added to.
+        trainer ([`LPGTrainer`]): The trainer that the callback is added to.
         output_dir (`str`, *optional*): As for [`LPGTrainer.report`].
 
     Raises:
-        ImportError: Without matplotlib or Jinja2: at once, and not after hours of training.
+        ImportError: If matplotlib or Jinja2 are not installed. This is checked before the training.
 
     Example:
 
@@ -69,10 +80,12 @@ class ReportCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, trainer: "LPGTrainer", output_dir: str | Path | None = None):
+    def __init__(self, trainer: Reporter, output_dir: str | Path | None = None) -> None:
         check_installed()
         self.trainer = trainer
         self.output_dir = output_dir
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.report(self.output_dir)

@@ -1,13 +1,15 @@
-"""Writes what was collected: CSV files, PNG files, and the HTML page that holds them all."""
+"""The files of the report: tables as CSV, figures as PNG, and one HTML page with everything inside."""
 
 import base64
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..metrics import CalibrationBin
 from .plots import FIGURES, make_figures, most_confused_classes
 from .previews import preview
 from .tables import ReportTables
@@ -17,26 +19,29 @@ SHOWN_ISSUES = 50
 SHOWN_PAIRS = 15
 
 
-def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, folder: Path) -> None:
+def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, folder: Path) -> Path:
     """
     Writes `report.html`, a PNG for each figure and a CSV for each table.
 
     Args:
-        tables ([`ReportTables`]): What to show.
-        train_dataset: Where the pictures and texts of the label issues come from.
-        tokenizer (*optional*): For rows that have only tokens left.
-        folder (`Path`): Made if it does not exist.
+        tables ([`ReportTables`]): The content of the report.
+        train_dataset: The training set, which has the images and texts of the label issues.
+        tokenizer: Decodes rows that have nothing but tokens; may be `None`.
+        folder (`Path`): Where the files go. It is made if it does not exist.
+
+    Returns:
+        `Path`: The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     issues = named_issues(tables)
     _write_csv(folder / "classes.csv", tables.classes)
     _write_csv(folder / "norms.csv", tables.norms)
-    _write_csv(folder / "calibration.csv", tables.calibration)
+    _write_csv(folder / "calibration.csv", [_calibration_line(each) for each in tables.calibration])
     _write_csv(folder / "confusion.csv", confused_pairs(tables))
     _write_csv(folder / "label_issues.csv", issues)
 
     figures = {}
-    for name in FIGURES:  # those of an earlier report
+    for name in FIGURES:  # an earlier report may have had more of them
         (folder / f"{name}.png").unlink(missing_ok=True)
     for name, figure in make_figures(tables).items():
         buffer = io.BytesIO()
@@ -54,13 +59,15 @@ def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, f
         num_issues=len(issues),
         classes=sorted(tables.classes, key=lambda line: -line.get("train_rows", 0)),
         pairs=[line for line in confused_pairs(tables) if line["label"] != line["predicted"]][:SHOWN_PAIRS],
-        num_in_confusion=0 if tables.confusion is None else len(most_confused_classes(tables)),
+        num_in_confusion=0 if tables.confusion is None else len(most_confused_classes(tables.confusion)),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
-def named_issues(tables: ReportTables) -> list[dict]:
-    """The label issues, most doubtful first, with the classes by number and by name."""
+def named_issues(tables: ReportTables) -> list[dict[str, Any]]:
+    """The label issues, the most doubtful first, with the number and the name of each class."""
     if tables.issues is None:
         return []
     names = tables.issues.features["label"].names
@@ -81,8 +88,8 @@ def named_issues(tables: ReportTables) -> list[dict]:
     return lines
 
 
-def confused_pairs(tables: ReportTables) -> list[dict]:
-    """The confusion matrix as pairs that occur, the most frequent first."""
+def confused_pairs(tables: ReportTables) -> list[dict[str, Any]]:
+    """The pairs of true and predicted class that occur in the evaluation, the most frequent first."""
     if tables.confusion is None:
         return []
     names, counts = tables.names, tables.confusion
@@ -100,8 +107,18 @@ def confused_pairs(tables: ReportTables) -> list[dict]:
     ]
 
 
-def _write_csv(path: Path, lines: list[dict]) -> None:
-    """No file where there are no lines, nor one of an earlier report."""
+def _calibration_line(each: CalibrationBin) -> dict[str, Any]:
+    return {
+        "from": each.lower,
+        "to": each.upper,
+        "rows": each.rows,
+        "confidence": each.confidence,
+        "accuracy": each.accuracy,
+    }
+
+
+def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes the lines. Without lines there is no file, and the file of an earlier report is removed."""
     path.unlink(missing_ok=True)
     if not lines:
         return

@@ -1,4 +1,6 @@
-"""The figures of the report, made to stay readable with many classes."""
+"""The figures of the report. They stay readable with many classes."""
+
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -9,9 +11,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from .tables import ReportTables
 
 
-BLUE, ORANGE, GREY, RED = "#2563eb", "#ea8a12", "#8a94a6", "#dc2626"
-COLORS = [GREY, BLUE, ORANGE, "#16a34a", "#9333ea", "#0891b2", "#be185d"]
-STYLE = {
+BLUE, ORANGE, GRAY, RED = "#2563eb", "#ea8a12", "#8a94a6", "#dc2626"
+COLORS = [GRAY, BLUE, ORANGE, "#16a34a", "#9333ea", "#0891b2", "#be185d"]
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -24,12 +26,15 @@ STYLE = {
     "ytick.color": "#39424e",
     "legend.frameon": False,
 }
-#: Up to how many classes a figure names each of them.
+#: A figure with more classes leaves their names out.
 MOST_NAMED_CLASSES = 30
+#: A confusion matrix with more classes leaves the numbers out.
 MOST_WRITTEN_CELLS = 12
 LONGEST_NAME = 24
-
-
+ACCURACY_LABELS = {
+    "eval_accuracy": "accuracy on the evaluation rows",
+    "train_accuracy": "running training accuracy",
+}
 FIGURES = ("class_accuracy", "calibration", "norms", "dampening", "signs", "confusion")
 
 
@@ -38,14 +43,11 @@ def make_figures(tables: ReportTables) -> dict[str, Figure]:
     columns = set(tables.classes[0]) if tables.classes else set()
     with rc_context(STYLE):
         figures = {}
-        accuracies = {
-            "eval_accuracy": "accuracy on the evaluation rows",
-            "train_accuracy": "running training accuracy",
-        }
-        column = next((name for name in accuracies if {"train_rows", name} <= columns), None)
-        lines = [line for line in tables.classes if column and line[column] is not None and line["train_rows"] > 0]
-        if lines:
-            figures["class_accuracy"] = _class_accuracy(lines, column, accuracies[column])
+        column = "eval_accuracy" if "eval_accuracy" in columns else "train_accuracy"
+        if {"train_rows", column} <= columns:
+            lines = [line for line in tables.classes if line[column] is not None and line["train_rows"] > 0]
+            if lines:
+                figures["class_accuracy"] = _class_accuracy(lines, column)
         if tables.calibration:
             figures["calibration"] = _calibration(tables)
         if tables.norms:
@@ -55,7 +57,7 @@ def make_figures(tables: ReportTables) -> dict[str, Figure]:
         if "sign" in columns:
             figures["signs"] = _signs(tables)
         if tables.confusion is not None:
-            figures["confusion"] = _confusion(tables)
+            figures["confusion"] = _confusion(tables.confusion, tables.names)
     return figures
 
 
@@ -64,7 +66,7 @@ def _figure(width: float = 5.6, height: float = 3.5) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _class_accuracy(lines: list[dict], column: str, label: str) -> Figure:
+def _class_accuracy(lines: list[dict[str, Any]], column: str) -> Figure:
     figure, axes = _figure()
     sizes, accuracy = [line["train_rows"] for line in lines], [line[column] for line in lines]
     many = len(lines) > MOST_NAMED_CLASSES
@@ -83,21 +85,21 @@ def _class_accuracy(lines: list[dict], column: str, label: str) -> Figure:
         fontsize=8,
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel="training rows of the class", ylabel=label, ylim=(-0.03, 1.03))
+    axes.set(xlabel="training rows of the class", ylabel=ACCURACY_LABELS[column], ylim=(-0.03, 1.03))
     return figure
 
 
 def _calibration(tables: ReportTables) -> Figure:
     figure, axes = _figure()
-    bins = [line for line in tables.calibration if line["rows"]]
-    total = sum(line["rows"] for line in bins)
-    middles = [(line["from"] + line["to"]) / 2 for line in bins]
+    bins = [each for each in tables.calibration if each.rows]
+    total = sum(each.rows for each in bins)
+    middles = [(each.lower + each.upper) / 2 for each in bins]
     width = 0.9 / len(tables.calibration)
-    axes.bar(middles, [line["rows"] / total for line in bins], width=width, color="#d5dbe6", label="share of the rows")
-    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfectly calibrated")
+    axes.bar(middles, [each.rows / total for each in bins], width=width, color="#d5dbe6", label="share of the rows")
+    axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1, label="perfectly calibrated")
     axes.plot(
-        [line["confidence"] for line in bins],
-        [line["accuracy"] for line in bins],
+        np.array([each.confidence for each in bins], dtype=float),
+        np.array([each.accuracy for each in bins], dtype=float),
         color=BLUE,
         marker="o",
         markersize=4,
@@ -129,7 +131,7 @@ def _dampening(tables: ReportTables) -> Figure:
     figure, axes = _figure()
     _bars(axes, [line["name"] for line in lines], [1 - line["weight"] for line in lines], BLUE)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(ylabel="mean share of the gradient taken off", ylim=(0, None))
+    axes.set(ylabel="mean share of the gradient removed", ylim=(0, None))
     return figure
 
 
@@ -144,13 +146,13 @@ def _signs(tables: ReportTables) -> Figure:
 
 
 def _bars(axes: Axes, names: list[str], heights: list[float], color: str | list[str]) -> None:
-    """Bars per class, the largest class first; named where there is room."""
+    """Draws one bar per class, the largest class first, and names the classes if there is room."""
     positions = np.arange(len(names))
     many = len(names) > MOST_NAMED_CLASSES
     axes.bar(positions, heights, color=color, width=1.0 if many else 0.75)
     axes.grid(axis="x", visible=False)
     if many:
-        axes.set_xlabel("classes, the largest first")
+        axes.set_xlabel("classes, largest first")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         is_long = max(map(len, names)) > 4 and len(names) > 4
@@ -164,12 +166,12 @@ def _bars(axes: Axes, names: list[str], heights: list[float], color: str | list[
         axes.set_xlabel("largest class first")
 
 
-def _confusion(tables: ReportTables) -> Figure:
-    shown = most_confused_classes(tables)
-    part = tables.confusion[np.ix_(shown, shown)]
-    share = part / np.maximum(tables.confusion[shown].sum(1, keepdims=True), 1)
-    names = [_short(tables.names[label]) for label in shown]
-    # Beyond that the page gives the figure its whole width.
+def _confusion(confusion: np.ndarray, names: list[str]) -> Figure:
+    shown = most_confused_classes(confusion)
+    part = confusion[np.ix_(shown, shown)]
+    share = part / np.maximum(confusion[shown].sum(1, keepdims=True), 1)
+    names = [_short(names[label]) for label in shown]
+    # The page gives a larger figure its whole width.
     figure, axes = _figure(6.2, 4.8) if len(names) <= MOST_WRITTEN_CELLS else _figure(11.4, 9.2)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.grid(visible=False)
@@ -185,15 +187,15 @@ def _confusion(tables: ReportTables) -> Figure:
     return figure
 
 
-def most_confused_classes(tables: ReportTables) -> np.ndarray:
-    """All classes where they can be named, else those with the most wrong predictions, in their own order."""
-    if len(tables.confusion) <= MOST_NAMED_CLASSES:
-        return np.arange(len(tables.confusion))
-    wrong = tables.confusion.sum(1) - tables.confusion.diagonal()
+def most_confused_classes(confusion: np.ndarray) -> np.ndarray:
+    """All classes if the figure can name them, else the ones with the most wrong predictions; in their order."""
+    if len(confusion) <= MOST_NAMED_CLASSES:
+        return np.arange(len(confusion))
+    wrong = confusion.sum(1) - confusion.diagonal()
     return np.sort(np.argsort(-wrong, kind="stable")[:MOST_NAMED_CLASSES])
 
 
-def _by_size(tables: ReportTables) -> list[dict]:
+def _by_size(tables: ReportTables) -> list[dict[str, Any]]:
     return sorted(tables.classes, key=lambda line: -line.get("train_rows", 0))
 
 

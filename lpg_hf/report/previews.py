@@ -1,12 +1,17 @@
-"""What a training row looks like: a thumbnail of an image, the beginning of a text, the file of a recording."""
+"""Previews of training rows: the thumbnail of an image, the beginning of a text, the file name of a recording."""
 
 import base64
 import io
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Audio, Dataset, Image, Value
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 
 THUMBNAIL_SIZE = 96
@@ -14,14 +19,14 @@ LONGEST_TEXT = 240
 MODEL_INPUTS = ("pixel_values", "input_ids")
 
 
-def preview(dataset: object, row: int, tokenizer: object = None) -> dict[str, str]:
+def preview(dataset: Any, row: int, tokenizer: Any = None) -> dict[str, str]:
     """
-    A row as `{"image": data URI}` or `{"text": snippet}`; empty where there is nothing to see.
+    Shows a row as `{"image": data URI}` or `{"text": snippet}`. The result is empty if there is nothing to see.
 
     Args:
-        dataset: `train_dataset`.
-        row (`int`): Its index.
-        tokenizer (*optional*): With `decode`, for rows that have only tokens left.
+        dataset: The training set.
+        row (`int`): The index of the row.
+        tokenizer (*optional*): Decodes rows that have nothing but tokens, if it has a method `decode`.
 
     Example:
 
@@ -51,11 +56,11 @@ def preview(dataset: object, row: int, tokenizer: object = None) -> dict[str, st
     return {}
 
 
-def _raw_item(dataset: object, row: int) -> tuple[object, dict]:
-    """The row before transforms, which may crop, normalise or drop what there is to see."""
+def _raw_item(dataset: Any, row: int) -> tuple[Any, dict[str, Any]]:
+    """The row before transforms, which may crop, normalize or drop the image or the text."""
     if not isinstance(dataset, Dataset):
         return dataset[row], {}
-    # Not all columns: to decode those of films takes long, and more packages.
+    # Other columns stay out: decoding a video takes long, and more packages.
     features = dict(dataset.features)
     seen = [name for name in features if name in MODEL_INPUTS or isinstance(features[name], Audio | Image)]
     shown = [*seen, *(name for name in features if name not in seen and _is_text(features[name]))]
@@ -68,13 +73,13 @@ def _raw_item(dataset: object, row: int) -> tuple[object, dict]:
     return dataset[row], features
 
 
-def _decoded(value: object) -> object:
-    """An image, from itself or from the bytes or the path of its file; `None` where there is none."""
+def _decoded(value: Any) -> "Picture | None":
+    """The image, decoded from the bytes or the path of its file if needed; `None` if there is none."""
     if not isinstance(value, Mapping):
         return value
     try:
         return Image().decode_example(value)
-    except (OSError, ValueError):  # it has moved, or was never an image
+    except (OSError, ValueError):  # the file has moved, or is not an image
         return None
 
 
@@ -87,8 +92,8 @@ def _snippet(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
-def _image_of(pixels: object) -> object:
-    """An image of `pixel_values` `[channels, height, width]`, stretched to the full range; `None` for other shapes."""
+def _image_of(pixels: object) -> "Picture | None":
+    """The image of `pixel_values` `[channels, height, width]`, scaled to the full range; `None` for other shapes."""
     from PIL import Image as PILImage
 
     array = torch.as_tensor(np.asarray(pixels), dtype=torch.float32)
@@ -99,14 +104,14 @@ def _image_of(pixels: object) -> object:
     return PILImage.fromarray(array.permute(1, 2, 0).squeeze(-1).numpy())
 
 
-def _data_uri(image: object) -> str:
+def _data_uri(image: "Picture") -> str:
     from PIL import Image as PILImage
 
     image = image.convert("RGB")
     # Small pictures keep their pixels when the page enlarges them.
     scale = THUMBNAIL_SIZE / max(image.size)
-    size = [max(1, round(side * scale)) for side in image.size]
-    image = image.resize(size, PILImage.Resampling.NEAREST if scale > 1 else PILImage.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), PILImage.Resampling.NEAREST if scale > 1 else PILImage.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,114 @@
+"""The rooms of the package: modules stay small, and imports form no cycle."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lpg_hf
+
+
+PACKAGE = Path(lpg_hf.__file__).parent
+MAX_LINES = 350
+#: Modules that are still to be split.
+TOO_LONG = {"trainer.py", "functional.py", "metrics.py", "pac_bayes/gibbs.py"}
+
+
+def module_names(root: Path) -> dict[str, Path]:
+    """The modules of a package by their full name; a package goes by the name of its folder."""
+    names = {}
+    for path in root.rglob("*.py"):
+        parts = [root.name, *path.relative_to(root).with_suffix("").parts]
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, str | None]]:
+    """Each import as module and name; imports inside functions and under `if TYPE_CHECKING` count as well."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # One dot is the package itself, every further dot the one above.
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from ((module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            target = node.args[0]
+            assert isinstance(target, ast.Constant), f"cannot read the module in `{ast.unparse(node)}`"
+            yield (package + target.value if target.value.startswith(".") else target.value), None
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """For each module the modules of the same package that it imports."""
+    modules = module_names(root)
+    graph = {}
+    for module, path in modules.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        # `from package import name` imports the submodule where there is one, else the package's own `__init__`.
+        targets = {
+            f"{target}.{name}" if f"{target}.{name}" in modules else target
+            for target, name in imports(ast.parse(path.read_text(encoding="utf-8")), package)
+        }
+        graph[module] = targets & set(modules)
+    return graph
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_import_cycle():
+    graph = import_graph(PACKAGE)
+    assert graph["lpg_hf"] and "lpg_hf.batch" in graph["lpg_hf.loss"]
+    assert find_cycle(graph) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .deep import inner",
+        "from . import deep",
+        "import room.deep",
+        "from room.deep.inner import value",
+        "def later():\n    from .deep.inner import value",
+        "if TYPE_CHECKING:\n    from .deep.inner import Value",
+        "def later():\n    return import_module('.deep.inner', __package__)",
+    ],
+)
+def test_every_kind_of_import_is_seen(line, tmp_path):
+    (tmp_path / "room" / "deep").mkdir(parents=True)
+    (tmp_path / "room" / "__init__.py").write_text("")
+    (tmp_path / "room" / "deep" / "__init__.py").write_text("from .inner import value")
+    (tmp_path / "room" / "deep" / "inner.py").write_text("from ..top import other")
+    (tmp_path / "room" / "top.py").write_text("")
+    assert find_cycle(import_graph(tmp_path / "room")) is None
+    (tmp_path / "room" / "top.py").write_text(line)
+    cycle = find_cycle(import_graph(tmp_path / "room"))
+    assert {"room.top", "room.deep.inner"} <= set(cycle)
+
+
+def test_the_report_is_not_needed_for_a_summary():
+    graph = import_graph(PACKAGE)
+    reached, waiting = set(), ["lpg_hf.summary", "lpg_hf.model_card"]
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += graph[module] - reached
+    assert not [module for module in reached if module.startswith(("lpg_hf.report", "lpg_hf.trainer"))]
+
+
+def test_no_module_is_long():
+    lengths = {
+        path.relative_to(PACKAGE).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in PACKAGE.rglob("*.py")
+    }
+    too_long = {name for name, length in lengths.items() if length > MAX_LINES}
+    # Equal: a module that was split leaves the set.
+    assert too_long == TOO_LONG
