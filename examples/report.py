@@ -1,9 +1,9 @@
 """
-The report of a training on noisy, long-tailed digits: which labels are wrong, what each class made of it.
+Trains on noisy, long-tailed digits and writes a report: which labels are wrong, and how well each class is learned.
 
     python examples/report.py --output_dir report-output
 
-The picture in the README is its page in a headless browser:
+The picture in the README shows this page in a headless browser:
 
     chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1602 \
         --screenshot=report.png report-output/report/report.html
@@ -24,11 +24,13 @@ from lpg_hf.data import add_label_noise, make_long_tailed
 
 @dataclass
 class ReportArguments:
-    output_dir: str = field(default="report-output", metadata={"help": "The report goes to its folder `report`."})
+    output_dir: str = field(
+        default="report-output", metadata={"help": "The report goes to the folder `report` in it."}
+    )
     epochs: int = field(default=40, metadata={"help": "Epochs of the training."})
     imbalance_ratio: float = field(default=20, metadata={"help": "Size of the largest class over the smallest."})
     label_noise: float = field(default=0.2, metadata={"help": "Share of wrong labels."})
-    seed: int = field(default=0, metadata={"help": "Of split, noise and weights."})
+    seed: int = field(default=0, metadata={"help": "Seed of split, noise and weights."})
 
 
 def main() -> None:
