@@ -1,148 +1,110 @@
 """Metrics for noisy and imbalanced labels: `evaluate` modules, and a `compute_metrics` for the Trainer.
 
 The modules are plain classes, instantiated directly; nothing is downloaded. They keep their inputs in memory, so
-processes that evaluate side by side share no cache file and wait for no lock.
+processes that evaluate at the same time share no cache file and wait for no lock.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import softmax
 from scipy.stats import rankdata
-from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.metrics import f1_score
 from transformers import EvalPrediction
 
+from .batch import IGNORE_INDEX
+from .calibration import check_probabilities, expected_calibration_error
 
-_IGNORED_LABEL = -100
-_CALIBRATION_BINS = 15
+
 _SHOT_METRICS = ("many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy")
-
-_INPUTS = """
-Args:
-    predictions (`list[int]`): The predicted class of each sample.
-    references (`list[int]`): The true class of each sample; samples with -100 are left out.
-"""
-_PROBABILITY_INPUTS = """
-Args:
-    predictions (`list[list[float]]`): The class probabilities of each sample, [N, C].
-    references (`list[int]`): The true class of each sample; samples with -100 are left out.
-"""
-_SHOT_INPUTS = (
-    _INPUTS
-    + """    train_class_counts (`list[int]`): The number of training samples of each class.
-    shot_thresholds (`tuple[int, int]`, *optional*): Classes with more training samples than the first number are
-        many-shot, those with fewer than the second few-shot. Defaults to thirds of the classes.
-"""
-)
-
-_SCIKIT_LEARN_CITATION = """\
-@article{scikit-learn,
-  title={Scikit-learn: Machine Learning in Python},
-  author={Pedregosa, F. and Varoquaux, G. and Gramfort, A. and Michel, V. and others},
-  journal={Journal of Machine Learning Research},
-  year={2011}
-}"""
-_OLTR_CITATION = """\
-@inproceedings{liu2019large,
-  title={Large-Scale Long-Tailed Recognition in an Open World},
-  author={Liu, Ziwei and Miao, Zhongqi and Zhan, Xiaohang and Wang, Jiayun and Gong, Boqing and Yu, Stella X.},
-  booktitle={CVPR},
-  year={2019}
-}"""
-_CALIBRATION_CITATION = """\
-@inproceedings{guo2017calibration,
-  title={On Calibration of Modern Neural Networks},
-  author={Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.},
-  booktitle={ICML},
-  year={2017}
-}"""
 
 
 class _InMemoryMetric(evaluate.Metric):
-    """An `evaluate.Metric` that writes no cache files, drops the labels of -100 and gives NumPy arrays to `_score`."""
+    """An `evaluate.Metric` that writes no cache files and is described by the docstring of its class."""
 
-    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **kwargs):
+    _citation = "Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 2011."
+    _predictions: object = datasets.Value("int64")
+
+    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **kwargs: Any):
         super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **kwargs)
 
-    def _compute(self, predictions, references, **kwargs) -> dict[str, float]:
-        references, predictions = _drop_ignored(np.asarray(references), np.asarray(predictions))
-        return self._score(predictions, references, **kwargs)
-
-    def _score(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        raise NotImplementedError
+    def _info(self) -> evaluate.MetricInfo:
+        description, args, usage = (inspect.getdoc(type(self)) or "").partition("Args:")
+        return evaluate.MetricInfo(
+            description=description.strip(),
+            citation=self._citation,
+            inputs_description=f"\n{args}{usage}\n",
+            features=datasets.Features({"predictions": self._predictions, "references": datasets.Value("int64")}),
+        )
 
 
 class BalancedAccuracy(_InMemoryMetric):
     """
     Mean recall over the classes that occur in the references, as scikit-learn's `balanced_accuracy_score`.
 
+    Args:
+        predictions (`list[int]`): The predicted class of each sample.
+        references (`list[int]`): The true class of each sample; samples with -100 are left out.
+
     Example:
 
     ```python
-    >>> from lpg_hf.metrics import BalancedAccuracy
-
     >>> BalancedAccuracy().compute(predictions=[0, 0, 0, 1], references=[0, 0, 1, 1])
     {'balanced_accuracy': 0.75}
 
     ```
     """
 
-    def _info(self):
-        return _class_metric_info("Mean recall over the classes that occur in the references.")
-
-    def _score(self, predictions, references):
-        _, recalls = _recall_by_class(references, predictions)
-        return {"balanced_accuracy": float(recalls.mean())}
+    def _compute(self, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
+        return {"balanced_accuracy": _balanced_accuracy(*_drop_ignored(references, predictions))}
 
 
 class WorstClassAccuracy(_InMemoryMetric):
     """
     The smallest recall of any class that occurs in the references.
 
+    Args:
+        predictions (`list[int]`): The predicted class of each sample.
+        references (`list[int]`): The true class of each sample; samples with -100 are left out.
+
     Example:
 
     ```python
-    >>> from lpg_hf.metrics import WorstClassAccuracy
-
     >>> WorstClassAccuracy().compute(predictions=[0, 0, 0, 1], references=[0, 0, 1, 1])
     {'worst_class_accuracy': 0.5}
 
     ```
     """
 
-    def _info(self):
-        return _class_metric_info("The smallest recall of any class that occurs in the references.")
-
-    def _score(self, predictions, references):
-        _, recalls = _recall_by_class(references, predictions)
-        return {"worst_class_accuracy": float(recalls.min())}
+    def _compute(self, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
+        return {"worst_class_accuracy": _worst_class_accuracy(*_drop_ignored(references, predictions))}
 
 
 class MacroF1(_InMemoryMetric):
     """
     Mean F1 score over the classes that occur in the references or the predictions, as scikit-learn's macro `f1_score`.
 
+    Args:
+        predictions (`list[int]`): The predicted class of each sample.
+        references (`list[int]`): The true class of each sample; samples with -100 are left out.
+
     Example:
 
     ```python
-    >>> from lpg_hf.metrics import MacroF1
-
     >>> MacroF1().compute(predictions=[0, 0, 1, 1], references=[0, 1, 0, 1])
     {'macro_f1': 0.5}
 
     ```
     """
 
-    def _info(self):
-        return _class_metric_info("Mean F1 score over the classes that occur in the references or the predictions.")
-
-    def _score(self, predictions, references):
-        return {"macro_f1": _macro_f1(references, predictions)}
+    def _compute(self, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
+        return {"macro_f1": _macro_f1(*_drop_ignored(references, predictions))}
 
 
 class ShotAccuracy(_InMemoryMetric):
@@ -150,43 +112,41 @@ class ShotAccuracy(_InMemoryMetric):
     Accuracy on the classes with many, a medium number and few training samples (Liu et al., 2019,
     https://huggingface.co/papers/1904.05160): the mean recall over the classes of each group.
 
-    By default the groups are thirds of the classes, ranked by their training counts (ours: a small dataset may have
-    no class of 100 samples). Classes of equal count share their mean rank, so they are never torn apart. The classes
-    of the largest count are always many-shot and those of the smallest few-shot; if all counts are equal, all are
-    medium-shot. The paper's groups are those of `shot_thresholds=(100, 20)`: more than 100 samples, 20 to 100, and
-    fewer than 20.
+    By default the groups are thirds of the classes, ranked by their training counts (ours, since a small dataset may
+    have no class of 100 samples). Classes of equal count share their mean rank, so they are in one group. The largest
+    classes are always many-shot and the smallest few-shot; if all counts are equal, all classes are medium-shot.
+    `shot_thresholds=(100, 20)` gives the paper's groups: more than 100 samples, 20 to 100, and fewer than 20. A group
+    with no class in the references has no accuracy, and no key in the result.
 
-    A group with no class in the references has no accuracy, and no key in the result.
+    Args:
+        predictions (`list[int]`): The predicted class of each sample.
+        references (`list[int]`): The true class of each sample; samples with -100 are left out.
+        train_class_counts (`list[int]`): The number of training samples of each class.
+        shot_thresholds (`tuple[int, int]`, *optional*): Classes with more training samples than the first number are
+            many-shot, classes with fewer than the second few-shot. Defaults to thirds of the classes.
 
     Example:
 
     ```python
-    >>> from lpg_hf.metrics import ShotAccuracy
-
-    >>> metric = ShotAccuracy()
-    >>> metric.compute(predictions=[0, 1, 0, 0], references=[0, 1, 1, 2], train_class_counts=[50, 9, 3])
+    >>> ShotAccuracy().compute(predictions=[0, 1, 0, 0], references=[0, 1, 1, 2], train_class_counts=[50, 9, 3])
     {'many_shot_accuracy': 1.0, 'medium_shot_accuracy': 0.5, 'few_shot_accuracy': 0.0}
 
     ```
     """
 
-    def _info(self):
-        return _class_metric_info(
-            "Mean recall over the classes with many, a medium number and few training samples.",
-            citation=_OLTR_CITATION,
-            inputs_description=_SHOT_INPUTS,
-        )
+    _citation = "Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019."
 
-    def _score(
+    def _compute(
         self,
-        predictions: np.ndarray,
-        references: np.ndarray,
+        predictions: ArrayLike,
+        references: ArrayLike,
         train_class_counts: Sequence[int],
         shot_thresholds: tuple[int, int] | None = None,
     ) -> dict[str, float]:
+        labels, classes = _drop_ignored(references, predictions)
         groups = _group_classes_by_shots(train_class_counts, shot_thresholds)
-        _check_references(references, len(groups), "train_class_counts has one entry for each")
-        return _shot_accuracies(*_recall_by_class(references, predictions), groups)
+        _check_references(labels, len(groups), "train_class_counts has one entry for each")
+        return _shot_accuracies(labels, classes, groups)
 
 
 class ExpectedCalibrationError(_InMemoryMetric):
@@ -194,100 +154,27 @@ class ExpectedCalibrationError(_InMemoryMetric):
     How far the confidence in the top class is from its accuracy (Guo et al., 2017,
     https://huggingface.co/papers/1706.04599), over 15 bins of equal width, each weighted by its share of the samples.
 
-    The predictions are probabilities of shape [N, C].
+    Args:
+        predictions (`list[list[float]]`): The class probabilities of each sample, `[N, C]`.
+        references (`list[int]`): The true class of each sample; samples with -100 are left out.
 
     Example:
 
     ```python
-    >>> from lpg_hf.metrics import ExpectedCalibrationError
-
-    >>> metric = ExpectedCalibrationError()
-    >>> metric.compute(predictions=[[0.75, 0.25], [0.75, 0.25]], references=[0, 1])
+    >>> ExpectedCalibrationError().compute(predictions=[[0.75, 0.25], [0.75, 0.25]], references=[0, 1])
     {'expected_calibration_error': 0.25}
 
     ```
     """
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Distance between the confidence in the top class and its accuracy, over 15 bins.",
-            citation=_CALIBRATION_CITATION,
-            inputs_description=_PROBABILITY_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
-            ),
-        )
+    _citation = "Guo et al., On Calibration of Modern Neural Networks, ICML 2017."
+    _predictions = datasets.List(datasets.Value("float64"))
 
-    def _score(self, predictions, references):
-        _check_probabilities(predictions)
-        _check_references(references, predictions.shape[1], "predictions has one column for each")
-        return {"expected_calibration_error": _expected_calibration_error(references, predictions)}
-
-
-class CalibrationBin(NamedTuple):
-    """
-    The samples whose confidence lies in `(lower, upper]`; a confidence of 0 belongs to the first bin.
-
-    Attributes:
-        lower (`float`): Lower edge of the bin.
-        upper (`float`): Upper edge of the bin.
-        rows (`int`): Number of samples.
-        confidence (`float` or `None`): Mean confidence of the samples; `None` in an empty bin.
-        accuracy (`float` or `None`): Share of the samples that are classified correctly; `None` in an empty bin.
-    """
-
-    lower: float
-    upper: float
-    rows: int
-    confidence: float | None
-    accuracy: float | None
-
-    @property
-    def gap(self) -> float:
-        """Distance between mean confidence and accuracy; 0 in an empty bin."""
-        if self.confidence is None or self.accuracy is None:
-            return 0.0
-        return abs(self.accuracy - self.confidence)
-
-
-def calibration_bins(confidence: np.ndarray, is_correct: np.ndarray) -> list[CalibrationBin]:
-    """
-    Compares confidence and accuracy in 15 bins of equal width (Guo et al., 2017,
-    https://huggingface.co/papers/1706.04599).
-
-    Args:
-        confidence (`np.ndarray` of shape `[N]`): The probability of the predicted class of each sample.
-        is_correct (`np.ndarray` of shape `[N]`): Whether the predicted class is the true one.
-
-    Returns:
-        `list[CalibrationBin]`: The bins from low to high confidence, the empty ones included.
-
-    Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from lpg_hf.metrics import calibration_bins
-
-    >>> last = calibration_bins(np.array([1.0, 0.95]), np.array([True, False]))[-1]
-    >>> last.rows, last.confidence, last.accuracy
-    (2, 0.975, 0.5)
-
-    ```
-    """
-    edges = np.linspace(0, 1, _CALIBRATION_BINS + 1)
-    numbers = np.searchsorted(edges[1:-1], confidence, side="left")
-    bins = []
-    for number, (lower, upper) in enumerate(pairwise(edges.tolist())):
-        members = numbers == number
-        rows = int(members.sum())
-        means = (float(confidence[members].mean()), float(is_correct[members].mean())) if rows else (None, None)
-        bins.append(CalibrationBin(lower, upper, rows, *means))
-    return bins
-
-
-def calibration_error(bins: Sequence[CalibrationBin]) -> float:
-    """The gaps between confidence and accuracy, each weighted by the share of the samples in its bin."""
-    return sum(each.rows * each.gap for each in bins) / sum(each.rows for each in bins)
+    def _compute(self, predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
+        labels, probabilities = _drop_ignored(references, predictions)
+        check_probabilities(probabilities)
+        _check_references(labels, probabilities.shape[1], "predictions has one column for each")
+        return {"expected_calibration_error": expected_calibration_error(labels, probabilities)}
 
 
 def make_compute_metrics(
@@ -306,22 +193,20 @@ def make_compute_metrics(
         train_class_counts (`Sequence[int]`, *optional*):
             The number of training samples of each class, as from [`~lpg_hf.data.class_counts`].
         shot_thresholds (`tuple[int, int]`, *optional*):
-            Classes with more training samples than the first number are many-shot, those with fewer than the second
+            Classes with more training samples than the first number are many-shot, classes with fewer than the second
             few-shot; the literature has `(100, 20)`. Defaults to thirds of the classes.
 
     Returns:
         `Callable[[EvalPrediction], dict[str, float]]`: The function for `Trainer(compute_metrics=...)`.
 
     Raises:
-        ValueError: If the counts or the thresholds make no sense; when called, if logits and labels are not those of
-            a classifier.
+        ValueError: If the counts or the thresholds are invalid; when called, if the logits or labels are invalid.
 
     Example:
 
     ```python
     >>> import numpy as np
     >>> from transformers import EvalPrediction
-    >>> from lpg_hf.metrics import make_compute_metrics
 
     >>> compute_metrics = make_compute_metrics(train_class_counts=[90, 10])
     >>> logits = np.array([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
@@ -331,69 +216,55 @@ def make_compute_metrics(
 
     ```
     """
-    if train_class_counts is None:
-        if shot_thresholds is not None:
-            raise ValueError(
-                f"shot_thresholds is {shot_thresholds}, but train_class_counts is None. Pass the training counts too, "
-                "for instance those of `lpg_hf.data.class_counts(train_dataset)`."
-            )
-        groups = None
-    else:
-        groups = _group_classes_by_shots(train_class_counts, shot_thresholds)
-    return partial(_compute_metrics, groups=groups)
+    if train_class_counts is not None:
+        return partial(_compute_metrics, groups=_group_classes_by_shots(train_class_counts, shot_thresholds))
+    if shot_thresholds is not None:
+        raise ValueError(
+            f"shot_thresholds is {shot_thresholds}, but train_class_counts is None. Pass the training counts too, "
+            "for instance from `lpg_hf.data.class_counts(train_dataset)`."
+        )
+    return partial(_compute_metrics, groups=None)
 
 
 def _compute_metrics(evaluation: EvalPrediction, groups: np.ndarray | None) -> dict[str, float]:
     references, logits = _drop_ignored(_label_vector(evaluation.label_ids), _logit_matrix(evaluation.predictions))
-    _check_references(references, logits.shape[1], "the logits have one column for each")
-    if groups is not None and len(groups) != logits.shape[1]:
+    num_classes = logits.shape[1]
+    _check_references(references, num_classes, "the logits have one column for each")
+    if groups is not None and len(groups) != num_classes:
         raise ValueError(
-            f"train_class_counts has {len(groups)} entries, but the logits have {logits.shape[1]} classes. Pass one "
-            "count per class, for instance `lpg_hf.data.class_counts(train_dataset, num_labels="
-            f"{logits.shape[1]})`."
+            f"train_class_counts has {len(groups)} entries, but the logits have {num_classes} classes. Pass one count "
+            f"per class, for instance from `lpg_hf.data.class_counts(train_dataset, num_labels={num_classes})`."
         )
     predictions = logits.argmax(axis=1)
-    classes, recalls = _recall_by_class(references, predictions)
-    # Infinite logits have no softmax; the NaN that comes out says so, a warning at every evaluation would add nothing.
+    # Infinite logits have no softmax. The NaN that comes out says so; a warning at every evaluation would add nothing.
     with np.errstate(invalid="ignore"):
         probabilities = softmax(logits.astype(np.float64), axis=1)
     metrics = {
-        "accuracy": float(accuracy_score(references, predictions)),
-        "balanced_accuracy": float(recalls.mean()),
-        "worst_class_accuracy": float(recalls.min()),
+        "accuracy": float((references == predictions).mean()),
+        "balanced_accuracy": _balanced_accuracy(references, predictions),
+        "worst_class_accuracy": _worst_class_accuracy(references, predictions),
         "macro_f1": _macro_f1(references, predictions),
-        "expected_calibration_error": _expected_calibration_error(references, probabilities),
+        "expected_calibration_error": expected_calibration_error(references, probabilities),
     }
-    if groups is not None:
-        metrics |= _shot_accuracies(classes, recalls, groups)
-    return metrics
-
-
-def _class_metric_info(
-    description: str, citation: str = _SCIKIT_LEARN_CITATION, inputs_description: str = _INPUTS
-) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=description,
-        citation=citation,
-        inputs_description=inputs_description,
-        features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
-        format="numpy",
-    )
+    return metrics if groups is None else metrics | _shot_accuracies(references, predictions, groups)
 
 
 def _recall_by_class(references: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # Over the classes of the references alone: balanced_accuracy_score itself warns of every other predicted class.
-    classes = np.unique(references)
-    return classes, recall_score(references, predictions, labels=classes, average=None, zero_division=0)
+    """The classes that occur in the references, in ascending order, and their recalls."""
+    classes, numbers, rows = np.unique(references, return_inverse=True, return_counts=True)
+    return classes, np.bincount(numbers, weights=predictions == references) / rows
+
+
+def _balanced_accuracy(references: np.ndarray, predictions: np.ndarray) -> float:
+    return float(_recall_by_class(references, predictions)[1].mean())
+
+
+def _worst_class_accuracy(references: np.ndarray, predictions: np.ndarray) -> float:
+    return float(_recall_by_class(references, predictions)[1].min())
 
 
 def _macro_f1(references: np.ndarray, predictions: np.ndarray) -> float:
     return float(f1_score(references, predictions, average="macro", zero_division=0))
-
-
-def _expected_calibration_error(references: np.ndarray, probabilities: np.ndarray) -> float:
-    bins = calibration_bins(probabilities.max(axis=1), probabilities.argmax(axis=1) == references)
-    return calibration_error(bins)
 
 
 def _group_classes_by_shots(train_class_counts: Sequence[int], shot_thresholds: tuple[int, int] | None) -> np.ndarray:
@@ -402,7 +273,7 @@ def _group_classes_by_shots(train_class_counts: Sequence[int], shot_thresholds: 
     if counts.ndim != 1 or len(counts) < 2 or not np.issubdtype(counts.dtype, np.integer) or counts.min() < 0:
         raise ValueError(
             f"train_class_counts is {train_class_counts}, but must be a list of at least 2 whole numbers, none "
-            "negative: the training samples of each class, as `lpg_hf.data.class_counts(train_dataset)` gives them."
+            "negative. Pass the training samples of each class, as from `lpg_hf.data.class_counts(train_dataset)`."
         )
     if shot_thresholds is None:
         # Twice the mid-rank, from 1 (largest class) to 2C - 1: whole numbers, so the thirds have no rounding.
@@ -421,7 +292,8 @@ def _group_classes_by_shots(train_class_counts: Sequence[int], shot_thresholds: 
     return np.where(many, 0, np.where(few, 2, 1))
 
 
-def _shot_accuracies(classes: np.ndarray, recalls: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+def _shot_accuracies(references: np.ndarray, predictions: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    classes, recalls = _recall_by_class(references, predictions)
     group_of_recall = groups[classes]
     return {
         name: float(recalls[group_of_recall == index].mean())
@@ -430,21 +302,22 @@ def _shot_accuracies(classes: np.ndarray, recalls: np.ndarray, groups: np.ndarra
     }
 
 
-def _drop_ignored(references: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _drop_ignored(references: ArrayLike, predictions: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    references, predictions = np.asarray(references), np.asarray(predictions)
     if len(references) != len(predictions):
         raise ValueError(
             f"there are {len(predictions)} predictions but {len(references)} labels. Pass one label per prediction."
         )
-    labelled = references != _IGNORED_LABEL
-    if not labelled.any():
+    valid_mask = references != IGNORE_INDEX
+    if not valid_mask.any():
         raise ValueError(
-            f"none of the {len(references)} labels names a class ({_IGNORED_LABEL} means ignored). Evaluate on a "
+            f"none of the {len(references)} labels names a class ({IGNORE_INDEX} means ignored). Evaluate on a "
             "dataset with labels."
         )
-    return references[labelled], predictions[labelled]
+    return references[valid_mask], predictions[valid_mask]
 
 
-def _logit_matrix(predictions: np.ndarray | tuple) -> np.ndarray:
+def _logit_matrix(predictions: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
     logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
@@ -454,7 +327,7 @@ def _logit_matrix(predictions: np.ndarray | tuple) -> np.ndarray:
     return logits
 
 
-def _label_vector(label_ids: np.ndarray) -> np.ndarray:
+def _label_vector(label_ids: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
     labels = np.asarray(label_ids)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -472,17 +345,4 @@ def _check_references(references: np.ndarray, num_classes: int, reason: str) -> 
         raise ValueError(
             f"the labels hold {wrong[0]}, but there are {num_classes} classes ({reason}), so they must lie in "
             f"0..{num_classes - 1}. Check that both come from the same label set."
-        )
-
-
-def _check_probabilities(probabilities: np.ndarray) -> None:
-    if probabilities.ndim != 2 or probabilities.shape[1] < 2:
-        raise ValueError(
-            f"predictions has shape {probabilities.shape}, but must be probabilities [N, C] of at least 2 classes."
-        )
-    # Written so that NaN fails; the slack is what half precision needs.
-    if not ((probabilities >= 0).all() and (np.abs(probabilities.sum(axis=1) - 1) <= 1e-2).all()):
-        raise ValueError(
-            f"predictions holds values from {probabilities.min()} to {probabilities.max()} and rows that are no "
-            "probabilities (at least 0, with sum 1). Pass the softmax of the logits."
         )
