@@ -203,17 +203,7 @@ class LPGTrainer(Trainer):
         found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, PathLength)]
         if not found:
             return None
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            raise ValueError(
-                f"PathLength needs whole parameters on every process, but {self.accelerator.distributed_type} shards "
-                "them. Use DDP, or leave it out."
-            )
-        if self._is_compiled():
-            raise ValueError(
-                "PathLength takes two gradients of one forward pass, which a compiled model does not allow. Set "
-                "`torch_compile=False`, or leave PathLength out."
-            )
-        found[0].reset()
+        found[0].start(self.accelerator)
         return found[0]
 
     def _is_compiled(self) -> bool:

@@ -1,9 +1,12 @@
-"""`PathLength` against steps taken by hand, and what theory says of the lengths on a linear softmax model."""
+"""`PathLength` against steps taken by hand, and against theory on a linear softmax model."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import reference
 import torch
+from accelerate.utils import DistributedType
 from tiny import flat_parameters, make_batch, make_model, make_trainer, split
 from torch import nn
 from torch.nn import functional as F
@@ -12,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lpg_hf import LPG, LogitClipping, LPGTrainer
 from lpg_hf.pac_bayes import PathLength
+from lpg_hf.perturbations.observers import PerturbationObserver
 
 
 NUM_CLASSES, NUM_FEATURES, BATCH_SIZE, NUM_STEPS = 4, 6, 10, 40
@@ -34,7 +38,7 @@ class LinearSoftmax(nn.Module):
 
 
 class Recorder(TrainerCallback):
-    """The weights after every step, and what PathLength says then."""
+    """Records the weights and the lengths after every step."""
 
     def __init__(self, path_length):
         self.path_length, self.weights, self.lengths = path_length, [], []
@@ -233,7 +237,7 @@ def test_accumulation_and_a_loss_of_the_users_measure_the_whole_batch(tmp_path):
 
 
 def test_sam_is_measured_at_the_pass_that_trains(tmp_path):
-    """The perturbations' part is that of the second pass, at the shifted weights."""
+    """The perturbation path comes from the second pass, at the shifted weights."""
     batch = make_batch("bert", 8, dtype=torch.float64)
     path_length = PathLength(interval=1)
     model = make_model("bert", exact=True)
@@ -320,3 +324,21 @@ def test_training_is_bit_for_bit_the_same_with_it(tmp_path):
 def test_an_interval_below_one():
     with pytest.raises(ValueError, match=r"`interval` must be at least 1; found 0"):
         PathLength(0)
+
+
+def test_an_observer_starts_anew_with_every_trainer(tmp_path):
+    path_length = PathLength(interval=1)
+    assert isinstance(path_length, PerturbationObserver) and not isinstance(TrainerCallback(), PerturbationObserver)
+    reports = []
+    for _ in range(2):
+        batches = split(make_batch("bert", 16), [8] * 2)
+        make_trainer(LPGTrainer, make_model("bert"), batches, tmp_path, callbacks=[path_length]).train()
+        reports.append(path_length.report())
+    assert reports[0]["lpg/displacement"] > 0
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_sharded_parameters_are_refused(kind):
+    with pytest.raises(ValueError, match=r"needs whole parameters on every process, but \S+ shards them\. Use DDP"):
+        PathLength().start(SimpleNamespace(distributed_type=kind))
