@@ -1,10 +1,11 @@
-"""What a certificate holds, how it prints, and how it is stored."""
+"""`Certificate`: the numbers of a certificate, printed as a table and stored as JSON."""
 
 import dataclasses
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,12 +14,12 @@ class ErrorBound:
     One certified error.
 
     Attributes:
-        bound (`float`): Upper bound on the true Gibbs error, in [0, 1]; `nan` where there is none.
-        error (`float`): Gibbs error on the certificate set, the mean over the draws; `nan` without samples.
-        error_limit (`float`): Upper confidence limit of that mean, had there been infinitely many draws; `nan` where
-            there is none of its own.
-        num_samples (`int`): Samples that it was taken on.
-        reason (`str`): Why `bound` is `nan`, or what it assumes; empty otherwise.
+        bound (`float`): Upper bound on the true Gibbs error, in [0, 1]; `nan` if it does not exist.
+        error (`float`): Gibbs error on the certificate set, averaged over the draws; `nan` without samples, and for
+            the clean error.
+        error_limit (`float`): Upper confidence limit of the average over infinitely many draws; `nan` if `error` is.
+        num_samples (`int`): Samples that `error` was measured on.
+        reason (`str`): Why `bound` is `nan`, or which assumption it makes; empty otherwise.
     """
 
     bound: float
@@ -31,14 +32,14 @@ class ErrorBound:
 @dataclass(frozen=True)
 class ScaleChoice:
     """
-    What one scale of the noise looked like when the scale was chosen, on draws that certify nothing.
+    One scale of the noise as it looked when the scale was chosen, on draws that are not used to certify.
 
     Attributes:
         sigma (`float`): Standard deviation of the noise.
-        error (`float`): Gibbs error on the certificate set, over few draws.
+        error (`float`): Gibbs error on the certificate set, averaged over few draws.
         kl (`float`): Divergence of posterior from prior, in nats.
-        complexity (`float`): `(kl + ln(xi(n) m / level)) / n`, which the bound pays on top of the error.
-        bound (`float`): The bound that the two give, without any correction for the draws.
+        complexity (`float`): `(kl + ln(xi(n) m / level)) / n`, which the bound adds to the error.
+        bound (`float`): Bound from `error` and `complexity`, without a correction for the draws.
     """
 
     sigma: float
@@ -51,35 +52,36 @@ class ScaleChoice:
 @dataclass(frozen=True)
 class Certificate:
     """
-    PAC-Bayes certificate of a randomised classifier, returned by [`certify`].
+    PAC-Bayes certificate of a randomized classifier, returned by [`certify`].
 
     With probability at least `1 - delta` over the certificate set and the draws, **all** bounds in it hold at once.
-    They speak of the classifier that draws new weights from `N(w, sigma^2 I)` for every answer.
+    The certified classifier draws new weights from `N(w, sigma^2 I)` for every prediction.
 
     Attributes:
-        overall ([`ErrorBound`]): The error on the distribution that the certificate set comes from.
-        per_class (`tuple[ErrorBound, ...]`): The error among the samples of each class.
-        balanced ([`ErrorBound`]): The mean of the classes' errors.
-        clean ([`ErrorBound`] or `None`): The error under the true labels; `None` if `label_noise` was not given.
+        overall ([`ErrorBound`]): Error on the distribution that the certificate set comes from.
+        per_class (`tuple[ErrorBound, ...]`): Error among the samples of each class.
+        balanced ([`ErrorBound`]): Mean of the classes' errors.
+        clean ([`ErrorBound`] or `None`): Error under the true labels; `None` if `label_noise` was not given.
         delta (`float`): Probability with which any of the bounds may fail.
-        sample_level (`float`): Of it, what one of the three certificates (overall, per class, balanced) may fail by
-            the certificate set: 4/5 of `delta` / 3.
-        draw_level (`float`): The same for the draws, 1/5 of `delta` / 3; divided by C for each class.
+        sample_level (`float`): Share of `delta` with which one of the three certificates (overall, per class,
+            balanced) may fail because of the certificate set, 4/5 of `delta` / 3.
+        draw_level (`float`): Share of `delta` with which one of them may fail because of the draws, 1/5 of
+            `delta` / 3; divided by C for each class.
         kl (`float`): Divergence of posterior from prior, `distance^2 / (2 sigma^2)`, in nats.
         distance (`float`): Euclidean distance of the weights from the prior's.
         sigma (`float`): Standard deviation of the noise, chosen from `sigma_grid` on other draws.
-        sigma_grid (`tuple[float, ...]`): The scales that the union bound runs over.
-        num_draws (`int`): Draws behind each error, K.
-        num_samples (`int`): Labelled rows of the certificate set, n.
-        num_labels (`int`): Classes, C.
-        label_names (`tuple[str, ...]`): Their names.
-        scope (`str`): Which parameters are noisy.
-        num_parameters (`int`): How many these are.
-        label_noise (`float` or `None`): The noise rate that `clean` rests on.
-        num_prior_rows (`int` or `None`): Rows of `prior_dataset`, compared with the certificate set; `None` if none
-            was given, so that the prior's independence is taken on trust.
-        seed (`int`): Of the draws.
-        selection (`tuple[ScaleChoice, ...]`): What the choice of `sigma` saw; empty for a grid of one.
+        sigma_grid (`tuple[float, ...]`): Scales that the union bound runs over.
+        num_draws (`int`): Number of draws K that each error is averaged over.
+        num_samples (`int`): Number of labeled rows n of the certificate set.
+        num_labels (`int`): Number of classes C.
+        label_names (`tuple[str, ...]`): Names of the classes.
+        scope (`str`): Parameters that get noise.
+        num_parameters (`int`): Number of these parameters.
+        label_noise (`float` or `None`): Rate of label noise that `clean` assumes.
+        num_prior_rows (`int` or `None`): Number of rows of `prior_dataset`, which were compared with the certificate
+            set; `None` if no `prior_dataset` was given, so that the prior's independence is taken on trust.
+        seed (`int`): Seed of the draws.
+        selection (`tuple[ScaleChoice, ...]`): Scales that `sigma` was chosen from; empty for a grid of one.
 
     Example:
 
@@ -129,7 +131,7 @@ class Certificate:
         prior = (
             "taken on trust to be independent of the set"
             if self.num_prior_rows is None
-            else f"its {self.num_prior_rows} rows share none with the set"
+            else f"trained on {self.num_prior_rows} rows, none of which is in the set"
         )
         return "\n".join(
             [
@@ -146,12 +148,12 @@ class Certificate:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes everything as JSON; a `nan` becomes `null`."""
+        """Writes the certificate as JSON, with `null` for `nan`."""
         Path(path).write_text(json.dumps(_to_json(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Certificate":
-        """Reads what [`save`] wrote."""
+        """Reads a certificate that [`~Certificate.save`] wrote."""
         content = json.loads(Path(path).read_text())
         for name in ("overall", "balanced", "clean"):
             content[name] = content[name] and _load_bound(content[name])
@@ -170,5 +172,6 @@ def _to_json(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _load_bound(content: dict) -> ErrorBound:
-    return ErrorBound(**{name: math.nan if value is None else value for name, value in content.items()})
+def _load_bound(content: dict[str, Any]) -> ErrorBound:
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in content.items()}
+    return ErrorBound(**values)

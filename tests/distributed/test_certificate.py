@@ -1,4 +1,4 @@
-"""Draws that several processes share give the certificate of one process, and the path is that of the whole batch."""
+"""Two processes that share the draws give the certificate and the path length of one process."""
 
 import subprocess
 import sys

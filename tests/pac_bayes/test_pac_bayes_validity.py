@@ -35,7 +35,7 @@ def fails(violations, delta):
     return binomtest(int(violations.sum()), len(violations), delta, alternative="greater").pvalue < 1e-9
 
 
-# Whole certificates: lines through the origin of the plane, whose randomised error is known
+# Whole certificates: lines through the origin of the plane, whose randomized error is known
 
 
 class Line(nn.Module):

@@ -231,7 +231,7 @@ def test_every_multiplier_gives_a_bound_and_none_a_better_one(classes, kl, log_m
     bound = balanced_error_bound(errors, counts.astype(int), kl, 1, 0.05)
     budget = kl + sum(map(log_xi, counts.astype(int))) + math.log(1 / 0.05)
     at_multiplier = _balanced_dual(math.exp(log_multiplier), errors, counts, budget)
-    # The minimiser is found to 1e-10 in the logarithm of the multiplier.
+    # The minimizer is found to 1e-10 in the logarithm of the multiplier.
     assert min(1.0, at_multiplier) >= bound - 1e-8
     assert at_multiplier >= errors.mean() - 1e-9
 

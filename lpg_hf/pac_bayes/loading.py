@@ -1,0 +1,140 @@
+"""How the rows of a certificate set reach the model: in a fixed order, with a fingerprint of every row."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, Protocol, cast
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
+
+from ..batch import IGNORE_INDEX
+from ..data import LABEL_COLUMNS
+from ..loss import logits_of
+from .fingerprints import row_fingerprint
+from .scope import device_of, find_pretrained_model
+
+
+class MapStyleDataset(Protocol):
+    """Rows by number: a `datasets.Dataset`, a `torch.utils.data.Dataset` with a length, or a list of dictionaries."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class FingerprintingCollator:
+    """
+    Collates rows after dropping the columns that the model does not take, as the Trainer does, and fingerprints them.
+
+    Args:
+        model (`torch.nn.Module`): Its forward decides which columns stay.
+        collator (`Callable`, *optional*): Defaults to [`~transformers.default_data_collator`].
+
+    Attributes:
+        inputs (`list[str]`): Fingerprints of the rows since the last [`~FingerprintingCollator.take_rows`], without
+            their labels.
+        seen_columns (`set[str]`): Input columns of the rows.
+    """
+
+    def __init__(self, model: nn.Module, collator: Callable | None = None):
+        columns = [*inspect.signature(find_pretrained_model(model).forward).parameters, *LABEL_COLUMNS]
+        self.inputs: list[str] = []
+        self.seen_columns: set[str] = set()
+        self._rows: list[str] = []
+        self._columns = set(columns)
+        self._collate = RemoveColumnsCollator(default_data_collator if collator is None else collator, columns)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        for row in rows:
+            self._rows.append(row_fingerprint({name: value for name, value in row.items() if name in self._columns}))
+            self.inputs.append(self.fingerprint_inputs(row))
+        self.seen_columns = self.input_columns(rows[0])
+        return self._collate(rows)
+
+    def input_columns(self, row: Mapping[str, object]) -> set[str]:
+        """Columns of a row that the model takes, without the labels."""
+        return set(row) & (self._columns - set(LABEL_COLUMNS))
+
+    def fingerprint_inputs(self, row: Mapping[str, object]) -> str:
+        """Fingerprint of a row without its labels."""
+        return row_fingerprint({name: row[name] for name in self.input_columns(row)})
+
+    def take_rows(self) -> list[str]:
+        """Returns the fingerprints of the rows since the last call, labels included, and forgets them."""
+        rows, self._rows, self.inputs = self._rows, [], []
+        return rows
+
+
+def make_loader(dataset: MapStyleDataset, collator: FingerprintingCollator, batch_size: int) -> DataLoader:
+    """
+    Batches in the order of the data set.
+
+    Raises:
+        ValueError: If the data set is empty or a stream.
+    """
+    if not isinstance(dataset, Sized):
+        raise ValueError(
+            "The data set must be map-style (with a length, and rows by number), because it is read several times in "
+            f"the same order; found {type(dataset).__name__}. Load a stream into a `datasets.Dataset` first."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The data set must have rows; found an empty one. Check its split and filters.")
+    # Without a generator of its own, a loader takes a number from the global random state at every pass.
+    return DataLoader(cast(Dataset, dataset), batch_size=batch_size, collate_fn=collator, generator=torch.Generator())
+
+
+def split_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """
+    Splits a batch into its inputs and its labels `[N]`.
+
+    Raises:
+        ValueError: If labels are missing, or are not one integer per sample.
+    """
+    inputs = dict(batch)
+    labels = inputs.pop("labels", None)
+    if labels is None:
+        raise ValueError(f"The data set has no labels; the collator returned {sorted(inputs)}. Add a column `labels`.")
+    if labels.is_floating_point() or labels.numel() != len(labels):
+        raise ValueError(
+            f"Labels must be one integer per sample; found {labels.dtype} of shape {list(labels.shape)}. Certificates "
+            "are for classifiers with a single label."
+        )
+    return inputs, labels.reshape(-1).long()
+
+
+def count_labels(model: nn.Module, loader: DataLoader) -> Tensor:
+    """
+    Reads all rows once and counts the samples of each class.
+
+    Args:
+        model (`torch.nn.Module`): The width of its logits on the first batch is the number of classes C.
+        loader (`torch.utils.data.DataLoader`): From [`make_loader`].
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: Counts in float64, on the CPU, ignored labels left out.
+
+    Raises:
+        ValueError: If a label is out of range, or all labels are ignored.
+    """
+    num_labels, found = 0, []
+    for batch in loader:
+        inputs, labels = split_labels(batch)
+        found.append(labels.cpu())
+        if num_labels == 0:
+            num_labels = logits_of(model(**send_to_device(inputs, device_of(model)))).shape[-1]
+    labels = torch.cat(found)
+    labels = labels[labels != IGNORE_INDEX]
+    if len(labels) == 0:
+        raise ValueError(
+            f"The data set has no labeled sample; all labels are {IGNORE_INDEX}. Use rows whose labels are known."
+        )
+    if labels.min() < 0 or labels.max() >= num_labels:
+        raise ValueError(
+            f"Labels must lie in [0, {num_labels}), the width of the model's logits, or be {IGNORE_INDEX}; found "
+            f"{labels.min().item()} to {labels.max().item()}. Check `num_labels` of the model and the label column."
+        )
+    return torch.bincount(labels, minlength=num_labels).double()

@@ -1,0 +1,66 @@
+"""Scope of a certificate: the parameters that get noise, and the base model that may stay without."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+SCOPES = ("trained", "head", "lora")
+
+_LORA_NAMES = ("lora_", "modules_to_save.")
+
+
+def parameters_in_scope(model: nn.Module, scope: str) -> list[str]:
+    """
+    Names the parameters that get noise.
+
+    Args:
+        model (`torch.nn.Module`): The classifier.
+        scope (`str`): One of [`SCOPES`], explained at [`certify`].
+
+    Returns:
+        `list[str]`: Names as in `model.named_parameters()`, at least one.
+
+    Raises:
+        ValueError: If `scope` is unknown or selects no parameter.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` must be one of {', '.join(SCOPES)}; found {scope!r}. Use 'trained' if in doubt.")
+    if scope == "trained":
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    elif scope == "lora":
+        names = [name for name, _ in model.named_parameters() if any(part in name for part in _LORA_NAMES)]
+    else:
+        backbone = find_backbone(model)
+        if backbone is None:
+            raise ValueError(
+                f"`scope` 'head' needs a model with a base model inside; found {type(model).__name__} without one. "
+                "Freeze everything but the head with `requires_grad_(False)` before training, and use 'trained'."
+            )
+        in_backbone = {id(parameter) for parameter in backbone.parameters()}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) not in in_backbone]
+    if not names:
+        raise ValueError(
+            f"`scope` {scope!r} selects no parameter of {type(model).__name__}. Use 'trained' for parameters that "
+            "require a gradient, 'head' for parameters outside the base model, or 'lora' for adapters of peft and the "
+            "modules saved with them."
+        )
+    return names
+
+
+def find_pretrained_model(model: nn.Module) -> nn.Module:
+    """Finds the `transformers` model inside a wrapper such as peft's. Falls back on the model itself."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def find_backbone(model: nn.Module) -> nn.Module | None:
+    """Finds the base model of a `transformers` model with a head. `None` for every other model."""
+    inner = find_pretrained_model(model)
+    if not isinstance(inner, PreTrainedModel) or inner.base_model is inner:
+        return None
+    return inner.base_model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter, which is where the inputs go."""
+    return next(model.parameters()).device
