@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..metrics import CalibrationBin
+from ..calibration import CalibrationBin
 from .plots import FIGURES, make_figures, most_confused_classes
 from .previews import preview
 from .tables import ReportTables

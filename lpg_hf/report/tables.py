@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..metrics import CalibrationBin, calibration_bins, calibration_error
+from ..calibration import CalibrationBin, calibration_bins, calibration_error
 from ..summary import Evaluation, TrainingSummary, Unavailable
 
 
