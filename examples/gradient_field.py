@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from lpg_hf.functional import logit_gradient
+from lpg_hf.batch import logit_gradient
 from lpg_hf.perturbations import (
     LPG,
     LPL,
@@ -77,9 +77,9 @@ def simplex_grid(points: int) -> Tensor:
 def trained_statistics() -> ClassStatistics:
     """A class that has been learned and of which the model contradicts a part."""
     statistics = ClassStatistics(3, COUNTS).double()
-    statistics.own_probability.fill_(0.8)
-    statistics.relative_confidence.fill_(0.85)
-    statistics.contradiction.fill_(0.2)
+    statistics.label_prob.fill_(0.8)
+    statistics.confidence_ratio.fill_(0.85)
+    statistics.confident_error_rate.fill_(0.2)
     return statistics
 
 

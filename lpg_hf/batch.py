@@ -1,48 +1,47 @@
-"""What the logits of a micro-batch say, computed once for the loss, the methods and the statistics."""
+"""What the logits of a micro-batch say: computed once, and handed to the loss, the methods and the statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from .functional import balance_entry_, labelled_bits, zero_ignored_
 
 
 IGNORE_INDEX = -100
 
 
-class Batch:
+class LogitBatch:
     """
     Softmax and cross-entropy of a micro-batch in one pass over its logits, with a single matrix of their size.
 
     Args:
-        logits (`torch.Tensor` of shape `[N, C]`): The model's own, detached, float32 or float64.
+        logits (`torch.Tensor` of shape `[N, C]`): The logits of the model, detached, float32 or float64.
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
 
     Attributes:
-        labelled (`torch.Tensor` of shape `[N]`): Whether a sample counts.
-        ignored (`torch.Tensor` of shape `[N]`): Its opposite.
-        labelled_bits (`torch.Tensor` of shape `[N, 1]`): The same as [`~functional.labelled_bits`].
-        classes (`torch.Tensor` of shape `[N]`): The labels, 0 where there is none.
-        own_log_probability (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy; 0 for ignored samples.
-        own_probability (`torch.Tensor` of shape `[N]`): `p_y`; 1 for ignored samples.
-        is_right (`torch.Tensor` of shape `[N]`):
-            Whether no logit is larger than the label's; arbitrary for ignored samples, like the next two.
-        relative_confidence (`torch.Tensor` of shape `[N]`): `p_y / max_j p_j`.
-        is_contradicted (`torch.Tensor` of shape `[N]`):
-            Whether the model contradicts the label confidently: `p_y < max_j p_j / 10` and `max_j p_j > 0.3`.
+        valid_mask (`torch.Tensor` of shape `[N]`): Whether a sample has a label.
+        ignore_mask (`torch.Tensor` of shape `[N]`): Its opposite.
+        valid_bits (`torch.Tensor` of shape `[N, 1]`): All bits set where a sample has a label, for [`zero_ignored_`].
+        classes (`torch.Tensor` of shape `[N]`): The labels, 0 for ignored samples.
+        label_log_prob (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy; 0 for ignored samples.
+        label_prob (`torch.Tensor` of shape `[N]`): `p_y`; 1 for ignored samples.
+        is_correct (`torch.Tensor` of shape `[N]`):
+            Whether no logit is larger than that of the label. Arbitrary for ignored samples, like the next two.
+        confidence_ratio (`torch.Tensor` of shape `[N]`): `p_y / max_j p_j`, in [0, 1].
+        is_confident_error (`torch.Tensor` of shape `[N]`):
+            Whether the model confidently contradicts the label: `p_y < max_j p_j / 10` and `max_j p_j > 0.3`.
         gradient (`torch.Tensor` of shape `[N, C]`):
-            Of the cross-entropy, as [`~functional.logit_gradient`] gives it; zero for ignored samples. Read-only.
+            Gradient of the summed cross-entropy at the logits, see [`logit_gradient`]. Read-only.
 
     Raises:
-        ValueError: If a label is neither -100 nor a class. (Where the labels are on a GPU, CUDA raises instead.)
+        ValueError: If a label is neither -100 nor a class. On a GPU, CUDA raises its own error instead.
 
     Example:
 
     ```python
     >>> import torch
-    >>> batch = Batch(torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
-    >>> -batch.own_log_probability
+    >>> batch = LogitBatch(torch.tensor([[2.0, 0.0]]), torch.tensor([1]))
+    >>> -batch.label_log_prob
     tensor([2.1269])
     >>> batch.gradient
     tensor([[ 0.8808, -0.8808]])
@@ -53,20 +52,46 @@ class Batch:
     def __init__(self, logits: Tensor, labels: Tensor):
         self.logits = logits
         self.labels = labels
-        self.labelled = labels != IGNORE_INDEX
-        self.ignored = labels == IGNORE_INDEX
-        self.labelled_bits = labelled_bits(logits, self.labelled)
+        self.valid_mask = labels != IGNORE_INDEX
+        self.ignore_mask = labels == IGNORE_INDEX
+        self.valid_bits = _bits(logits, self.valid_mask)
         self.classes = labels.clamp(min=0)
-        margin = _own_logit(logits, labels) - logits.amax(-1)
-        self.is_right = margin == 0
-        self.relative_confidence = margin.exp()
+        margin = _label_logit(logits, labels) - logits.amax(-1)
+        self.is_correct = margin == 0
+        self.confidence_ratio = margin.exp()
         probabilities = logits.softmax(-1)
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         largest = probabilities.amax(-1)
-        self.own_log_probability = (margin + largest.log()).masked_fill(self.ignored, 0.0)
-        self.own_probability = self.own_log_probability.exp()
-        self.is_contradicted = (self.relative_confidence < 0.1) & (largest > 0.3)
-        self.gradient = zero_ignored_(balance_entry_(probabilities, self.classes), labels, self.labelled_bits)
+        self.label_log_prob = (margin + largest.log()).masked_fill(self.ignore_mask, 0.0)
+        self.label_prob = self.label_log_prob.exp()
+        self.is_confident_error = (self.confidence_ratio < 0.1) & (largest > 0.3)
+        self.gradient = zero_ignored_(balance_label_entry_(probabilities, self.classes), labels, self.valid_bits)
+
+
+def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""
+    Gradient of the summed cross-entropy at the logits, `softmax(z) - onehot(y)`.
+
+    The entry of the label is minus the sum of the others. `p_y - 1` would lose it as soon as `p_y` rounds to 1 (at a
+    margin of 17 in float32), and with it the direction of the gradient.
+
+    Args:
+        logits (`torch.Tensor` of shape `[N, C]`): The logits of the model.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: One gradient per sample. Rows sum to zero, those of ignored samples are zero.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> logit_gradient(torch.zeros(1, 4), torch.tensor([2]))
+    tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
+
+    ```
+    """
+    return zero_ignored_(balance_label_entry_(logits.softmax(-1), labels.clamp(min=0)), labels)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -74,7 +99,44 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return _checked(F.cross_entropy, logits, labels)
 
 
-def _own_logit(logits: Tensor, labels: Tensor) -> Tensor:
+def logits_of(outputs: Tensor | Mapping | tuple) -> Tensor:
+    """The logits among the outputs of a model: the tensor itself, the entry `logits`, or the first item of a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def balance_label_entry_(matrix: Tensor, classes: Tensor) -> Tensor:
+    """Sets the entry of each row's class, in place, to minus the sum of the others."""
+    index = classes[:, None]
+    matrix.scatter_(-1, index, 0.0)
+    return matrix.scatter_(-1, index, -matrix.sum(-1, keepdim=True))
+
+
+def zero_ignored_(matrix: Tensor, labels: Tensor, valid_bits: Tensor | None = None) -> Tensor:
+    """
+    Sets the rows of ignored samples to zero in place, NaN and infinity included.
+
+    Args:
+        matrix (`torch.Tensor` of shape `[N, C]`): Floating point.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        valid_bits (`torch.Tensor` of shape `[N, 1]`, *optional*): [`LogitBatch.valid_bits`], if it is known.
+    """
+    if torch.compiler.is_compiling():
+        return matrix.masked_fill_((labels < 0)[:, None], 0.0)
+    # By the bits: on the CPU four times as fast as `masked_fill_` with a mask of one entry per row.
+    bits = _bits(matrix, labels >= 0) if valid_bits is None else valid_bits
+    matrix.view(bits.dtype).bitwise_and_(bits)
+    return matrix
+
+
+def _bits(matrix: Tensor, valid_mask: Tensor) -> Tensor:
+    """All bits set for valid samples and none for the others, `[N, 1]`, as wide as the entries of the matrix."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
+    return -valid_mask.to(integer)[:, None]
+
+
+def _label_logit(logits: Tensor, labels: Tensor) -> Tensor:
     return -_checked(F.nll_loss, logits, labels)
 
 

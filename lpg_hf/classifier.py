@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
-from .functional import logit_gradient
-from .loss import IGNORE_INDEX
+from .batch import IGNORE_INDEX, logit_gradient
 
 
 def find_obstacle(logits: Tensor | None, labels: Tensor | None, problem_type: str | None) -> str | None:

@@ -99,7 +99,7 @@ class LPGConfig(TrainingArguments):
         metadata={"help": "Whether the class means of `lpg` run over all processes; moves their logit gradients."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.perturbations, str):
             self.perturbations = [self.perturbations]

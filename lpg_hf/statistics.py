@@ -1,41 +1,102 @@
 """What training has seen of each class so far, kept on the device and reduced over processes once per step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch
+from .batch import LogitBatch
 
 
-# Running means give a step's n samples of a class the weight n / (n + INERTIA).
+# Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
 MEAN_INERTIA = 20
-CONTRADICTION_INERTIA = 40
-# Samples added to every class while the prior is still being counted, so that a few batches don't look imbalanced.
+CONFIDENT_ERROR_INERTIA = 40
+# Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
+
+
+class PriorTerms(NamedTuple):
+    """
+    The class shares and what follows from them alone. It is computed again only when they change.
+
+    Tensors have shape `[C]` where nothing else is said.
+
+    Attributes:
+        shares: Share of each class in the training set.
+        log_rarity:
+            Minus the logarithm of the share, relative to the largest; a class without samples counts as the rarest
+            class that has some.
+        present_mean: Weights of a mean over the classes that have samples.
+        onehot_distance: `||onehot(c) - shares||`.
+        smallest_ratio (scalar): Share of the rarest class that has samples, relative to the largest.
+    """
+
+    shares: Tensor
+    log_rarity: Tensor
+    present_mean: Tensor
+    onehot_distance: Tensor
+    smallest_ratio: Tensor
+
+
+def relative_prior(shares: Tensor) -> Tensor:
+    """
+    Shares relative to the largest class. A class without samples counts as the rarest class that has some.
+
+    Args:
+        shares (`torch.Tensor` of shape `[C]`): Share of each class in the training set, not negative.
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: In (0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> relative_prior(torch.tensor([0.8, 0.2, 0.0]))
+    tensor([1.0000, 0.2500, 0.2500])
+
+    ```
+    """
+    smallest = torch.where(shares > 0, shares, torch.inf).min()
+    return shares.clamp(min=smallest) / shares.max()
+
+
+def prior_terms(shares: Tensor) -> PriorTerms:
+    """The [`PriorTerms`] of class shares `[C]`."""
+    relative = relative_prior(shares)
+    present = (shares > 0).to(shares)
+    squares = shares.square()
+    # Where a share is nearly 1, the difference to the sum of all would leave nothing of the others.
+    largest = squares.argmax(keepdim=True)
+    others = (squares.sum() - squares).scatter(0, largest, squares.scatter(0, largest, 0.0).sum(0, keepdim=True))
+    distance = ((1 - shares).square() + others).sqrt()
+    return PriorTerms(shares, -relative.log(), present / present.sum(), distance, relative.min())
 
 
 class ClassStatistics(nn.Module):
     """
     Class prior, and running means per class of what the model makes of its training samples.
 
-    A step uses the statistics of the step before: [`~ClassStatistics.update`] only adds the samples of a micro-batch
-    to pending sums, [`~ClassStatistics.fold`] reduces these over processes and moves the running means, once per
+    A step uses the statistics of the step before. [`~ClassStatistics.update`] only adds the samples of a micro-batch
+    to pending sums. [`~ClassStatistics.step`] reduces these over processes and moves the running means, once per
     optimizer step. The result does not depend on how the batch was split into micro-batches and processes.
 
     Args:
         num_labels (`int`): Number of classes C.
         class_counts (`Sequence[int]`, *optional*):
-            Training samples of each class. Without them the samples seen are counted.
+            Training samples of each class. Left out, the samples that training sees are counted.
+        waits_for_epoch (`bool`, *optional*, defaults to `False`):
+            Whether counted classes have a uniform prior until [`~ClassStatistics.end_epoch`]. A prior is biased by the
+            order of the data until all of it has been seen.
 
     Attributes:
         class_counts (`torch.Tensor` of shape `[C]`): Samples of each class, in the data set or seen so far.
-        steps (`torch.Tensor`, scalar): Number of folds so far.
-        prior_is_ready (`bool`):
-            Whether a prior that is being counted may be used; while `False`, the prior is uniform.
+        counts_are_given (`bool`): Whether `class_counts` was given.
+        steps (`torch.Tensor`, scalar): Number of optimizer steps so far.
 
     Raises:
-        ValueError: If `class_counts` has not `num_labels` entries, a negative one, or no positive one.
+        ValueError: If `class_counts` does not have `num_labels` entries, has a negative one, or no positive one.
 
     Example:
 
@@ -44,8 +105,8 @@ class ClassStatistics(nn.Module):
     >>> statistics = ClassStatistics(num_labels=2, class_counts=[30, 10])
     >>> statistics.prior
     tensor([0.7500, 0.2500])
-    >>> statistics.update(logits=torch.tensor([[2.0, 0.0], [0.0, 2.0]]), labels=torch.tensor([0, 0]))
-    >>> statistics.fold()
+    >>> statistics.update(LogitBatch(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])))
+    >>> statistics.step()
     >>> statistics.accuracy  # a mean of 1/2 with weight 2 / (2 + 20)
     tensor([0.0455, 0.0000])
 
@@ -55,25 +116,24 @@ class ClassStatistics(nn.Module):
     class_counts: Tensor
     steps: Tensor
     _running: Tensor
+    _inertia: Tensor
     _pending: Tensor
 
-    def __init__(self, num_labels: int, class_counts: Sequence[int] | None = None):
+    def __init__(self, num_labels: int, class_counts: Sequence[int] | None = None, waits_for_epoch: bool = False):
         super().__init__()
         self.counts_are_given = class_counts is not None
-        self.prior_is_ready = True
+        self._prior_is_ready = not waits_for_epoch
         counts = torch.zeros(num_labels, dtype=torch.int64)
         if class_counts is not None:
             counts = _check_class_counts(class_counts, num_labels)
         self.register_buffer("class_counts", counts)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_running", torch.zeros(4, num_labels))
-        inertia = [[MEAN_INERTIA]] * 3 + [[CONTRADICTION_INERTIA]]
+        inertia = [[MEAN_INERTIA]] * 3 + [[CONFIDENT_ERROR_INERTIA]]
         self.register_buffer("_inertia", torch.tensor(inertia, dtype=torch.float32), persistent=False)
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(5, num_labels), persistent=False)
-        # What a step looks at again and again.
-        self._batch: Batch | None = None
-        self._prior: Tensor | None = None
+        self._update_prior()
 
     @property
     def num_labels(self) -> int:
@@ -81,56 +141,53 @@ class ClassStatistics(nn.Module):
 
     @property
     def pending(self) -> Tensor:
-        """What the next [`~ClassStatistics.fold`] sums over processes, `[5, C]`."""
+        """What the next [`~ClassStatistics.step`] sums over processes, `[5, C]`."""
         return self._pending
 
     @property
     def prior(self) -> Tensor:
         """Share of each class in the training set, `[C]`; uniform while it is unknown."""
-        if self._batch is None and not self.counts_are_given:
-            return self._computed_prior()
-        if self._prior is None:
-            self._prior = self._computed_prior()
-        return self._prior
+        return self.prior_terms.shares
 
-    def _apply(self, *args, **kwargs) -> "ClassStatistics":
-        self._prior = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._prior = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _computed_prior(self) -> Tensor:
+    def _update_prior(self) -> None:
         if self.counts_are_given:
             counts = self.class_counts
-        elif self.prior_is_ready:
+        elif self._prior_is_ready:
             counts = self.class_counts + PRIOR_PSEUDO_COUNT
         else:
             counts = torch.ones_like(self.class_counts)
-        return counts.to(self._running.dtype) / counts.sum()
+        self.prior_terms = prior_terms(counts.to(self._running.dtype) / counts.sum())
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        module = super()._apply(*args, **kwargs)
+        self._update_prior()
+        return module
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._update_prior()
 
     @property
     def accuracy(self) -> Tensor:
         """
         Running training accuracy of each class, `[C]`, measured before the step that learns from the sample.
 
-        A sample is predicted right if no logit is larger than its label's: ties favour no class over another.
+        A prediction counts as correct if no logit is larger than that of the label, so ties favor no class.
         """
         return self._running[0]
 
     @property
-    def own_probability(self) -> Tensor:
+    def label_prob(self) -> Tensor:
         """Running mean of `p_{i,c}` over the samples of class c, `[C]`."""
         return self._running[1]
 
     @property
-    def relative_confidence(self) -> Tensor:
+    def confidence_ratio(self) -> Tensor:
         """Running mean of `p_{i,c} / max_j p_ij`, `[C]`."""
         return self._running[2]
 
     @property
-    def contradiction(self) -> Tensor:
+    def confident_error_rate(self) -> Tensor:
         """Running share of samples with `p_{i,c} < max_j p_ij / 10` and `max_j p_ij > 0.3`, `[C]`."""
         return self._running[3]
 
@@ -139,47 +196,24 @@ class ClassStatistics(nn.Module):
         """
         Share of the errors on the training set in which the model confidently contradicts the label, a scalar.
 
-        Both shares are weighted by [`~ClassStatistics.prior`]. A model that finds its data hard is mostly unsure where
-        it errs; one that has learned the classes and meets wrong labels is sure of itself.
+        Both rates are weighted by [`~ClassStatistics.prior`]. A model that finds its data hard is mostly unsure where
+        it errs. One that has learned the classes and meets wrong labels is sure of itself.
         """
-        accuracy, _, _, contradiction = self._running @ self.prior
-        return contradiction / (1 - accuracy).clamp(min=0.01)
-
-    def batch(self, logits: Tensor, labels: Tensor) -> Batch:
-        """
-        What the logits `[N, C]` of a micro-batch say: the one that [`~ClassStatistics.share`] was given, if it is of
-        these very tensors, else computed.
-        """
-        shared = self._batch
-        if shared is not None and shared.logits is logits and shared.labels is labels:
-            return shared
-        return Batch(logits, labels)
-
-    def share(self, batch: Batch | None) -> None:
-        """Keeps a batch, and a prior that is being counted, for all who ask in a step; `None` lets them go."""
-        self._batch = batch
-        if not self.counts_are_given:
-            self._prior = None
+        accuracy, _, _, confident_error_rate = self._running @ self.prior
+        return confident_error_rate / (1 - accuracy).clamp(min=0.01)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a micro-batch (logits `[N, C]`, labels `[N]`, -100 ignored) to the pending sums."""
-        batch = self.batch(logits, labels)
+    def update(self, batch: LogitBatch) -> None:
+        """Adds a micro-batch to the pending sums."""
         rows = torch.stack(
-            [
-                batch.labelled,
-                batch.is_right,
-                batch.own_probability,
-                batch.relative_confidence,
-                batch.is_contradicted,
-            ]
+            [batch.valid_mask, batch.is_correct, batch.label_prob, batch.confidence_ratio, batch.is_confident_error]
         )
         # Filled and not multiplied: an ignored sample may have logits that are not finite.
-        rows.masked_fill_(batch.ignored, 0.0)
+        rows.masked_fill_(batch.ignore_mask, 0.0)
         self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
-    def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """
         Moves the running means by the pending sums and clears these: once per optimizer step.
 
@@ -188,12 +222,19 @@ class ClassStatistics(nn.Module):
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
-        # A running mean m moves to that of the step's n samples by (sum - n m) / n, with the weight n / (n + inertia).
+        # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + inertia).
         self._running.addcdiv_(pending[1:].addcmul(counts, self._running, value=-1), counts + self._inertia)
+        self.steps += 1
         if not self.counts_are_given:
             self.class_counts += counts.long()
-        self.steps += 1
+            self._update_prior()
         self._pending.zero_()
+
+    def end_epoch(self) -> None:
+        """Says that all training data has been seen: counted classes have a prior from here on."""
+        if not self._prior_is_ready:
+            self._prior_is_ready = True
+            self._update_prior()
 
 
 def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
@@ -205,17 +246,18 @@ def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
     counts = torch.as_tensor(class_counts)
     if counts.shape != (num_labels,):
         raise ValueError(
-            f"`class_counts` has shape {list(counts.shape)}, but there are {num_labels} classes: pass one count per "
+            f"`class_counts` has shape {list(counts.shape)}, but there are {num_labels} classes. Pass one count per "
             "class."
         )
     if not counts.isfinite().all() or (counts < 0).any() or not (counts > 0).any():
         raise ValueError(
-            f"`class_counts` must be finite and not negative, and at least one must be positive; found "
+            f"`class_counts` must be finite and not negative, with at least one positive entry; found "
             f"{counts.tolist()}. Count the training rows of each class, for instance with "
             "`lpg_hf.data.class_counts(dataset)`."
         )
     if (counts != counts.round()).any():
         raise ValueError(
-            f"`class_counts` must be whole numbers of training rows, not shares; found {counts.tolist()}."
+            f"`class_counts` must be whole numbers of training rows, not shares; found {counts.tolist()}. Pass the "
+            "counts themselves."
         )
     return counts.to(torch.int64, copy=True)

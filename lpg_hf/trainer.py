@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from .batch import IGNORE_INDEX, LogitBatch
 from .checkpoint import (
     STATE_FILE,
     SavedState,
@@ -34,9 +35,8 @@ from .classifier import LossScale, can_tell_losses_apart, compare_with_cross_ent
 from .config import LPGConfig
 from .data import LABEL_COLUMNS
 from .data import class_counts as count_classes
-from .functional import zero_ignored_
 from .label_issues import RowRecords, VisitQueue
-from .loss import IGNORE_INDEX, LPGLoss, add_gradient, numbered_names
+from .loss import LPGLoss
 from .model_card import add_section
 from .pac_bayes import PathLength
 from .pending_sum import PendingSum
@@ -52,6 +52,7 @@ from .perturbations import (
 )
 from .rows import ROWS_KEY, NumberedCollator, NumberedRows, UnnumberedBatches, has_rows
 from .summary import find_class_names, summarize_for_report, summarize_training
+from .telemetry import unique_names
 
 
 logger = get_logger(__name__)
@@ -233,8 +234,7 @@ class LPGTrainer(Trainer):
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         for method in chain:
             method.use_label_names(getattr(config, "label2id", None) or {})
-        self._lpg_loss = LPGLoss(num_labels, chain, counts, base_loss)
-        self._lpg_loss.fold_every_call = False
+        self._lpg_loss = LPGLoss(num_labels, chain, counts, base_loss, managed=True)
         if self._is_compiled() and base_loss is None:  # another loss is differentiated on the way
             self._lpg_loss.compile(**self.accelerator.state.dynamo_plugin.to_kwargs())
 
@@ -371,19 +371,19 @@ class LPGTrainer(Trainer):
         """The perturbed loss, with the statistics of all steps that have ended."""
         if self._sum_of_statistics is not None:
             total, self._sum_of_statistics = self._sum_of_statistics.wait(), None
-            self._lpg_loss.statistics.fold(lambda _: total)
+            self._lpg_loss.statistics.step(lambda _: total)
         return self._lpg_loss
 
     def _fold(self) -> None:
         """Ends an optimizer step for what learns at the logits."""
         loss = self.lpg_loss
         if self.accelerator.num_processes == 1:
-            loss.fold()
+            loss.step()
             return
         # Nobody needs them before the next forward pass: they travel while the optimizer takes its step.
         self._sum_of_statistics = PendingSum(loss.statistics.pending, self.accelerator)
         for method in loss.perturbations:
-            method.fold(lambda tensor: PendingSum(tensor, self.accelerator).wait())
+            method.step(lambda tensor: PendingSum(tensor, self.accelerator).wait())
 
     def _sam_step(
         self, sam: SAM, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None
@@ -461,8 +461,6 @@ class LPGTrainer(Trainer):
                 self._is_classifier = self._examine(loss, outputs, labels, num_items)
             if self._is_classifier:
                 loss = self._perturbed_loss(loss, outputs, labels, num_items)
-                if self._path_length is not None:  # the observer holds the graph
-                    self.lpg_loss.observer = None
                 self.loss_is_scaled_for_ga = num_items is not None
         if self._rows is not None and model.training and torch.is_grad_enabled():
             self._record_rows(outputs, labels)
@@ -483,9 +481,8 @@ class LPGTrainer(Trainer):
         self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor, num_items: Tensor | int | None
     ) -> Tensor:
         lpg_loss = self.lpg_loss
-        if not lpg_loss.statistics.counts_are_given:
-            # A prior that is being counted is biased by the order of the data until all of it has been seen.
-            lpg_loss.statistics.prior_is_ready = self.state.epoch is not None and self.state.epoch >= 1
+        if self.state.epoch is not None and self.state.epoch >= 1:
+            lpg_loss.end_epoch()
         logits = self._logits(outputs)
         num_copies = 1
         if num_items is None:
@@ -493,31 +490,21 @@ class LPGTrainer(Trainer):
         elif self.args.average_tokens_across_devices:
             # The count is that of all processes, over which the gradients will be averaged.
             num_copies = self.accelerator.num_processes // self.get_tp_size()
+        observer = None
         if self._path_length is not None and self._path_length.is_due and not self._is_ascent:
-            lpg_loss.observer = partial(self._observe_delta, logits, num_items, num_copies)
+            observer = partial(self._observe_delta, logits, num_items, num_copies)
         if self.compute_loss_func is None:
             model_loss = None
             if self.label_smoother is None:
                 is_whole_step = self.current_gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
                 model_loss = self._loss_scales[0].to_step(loss.mean(), labels, num_items, is_whole_step=is_whole_step)
-            perturbed_loss = lpg_loss(logits, labels, num_items, model_loss)
+            perturbed_loss = lpg_loss(logits, labels, num_items, model_loss, observer)
             return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
 
-        # The user's loss keeps its graph; per-sample units undo the division by the count.
-        loss = loss.mean()
-        weight = num_copies / torch.as_tensor(num_items).to(loss).clamp(min=1)
-        (gradient,) = torch.autograd.grad(loss, logits, 1 / weight, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            raise ValueError(
-                "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient "
-                "to perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
-            )
-        labels = labels.reshape(-1).long()
-        # Where the user's loss reaches samples without a label, its gradient there is no method's business.
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
-        gradient = zero_ignored_(gradient.contiguous(), labels)
-        perturbed = lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
-        return add_gradient(loss, logits, (perturbed - gradient) * weight)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long())
+        divisor = torch.as_tensor(num_items).to(dtype).clamp(min=1) / num_copies
+        return lpg_loss.perturb_loss(loss.mean(), logits, batch, divisor, observer)
 
     def _observe_delta(self, logits: Tensor, num_items: Tensor | int, num_copies: int, delta: Tensor) -> None:
         weight = num_copies / torch.as_tensor(num_items).to(delta).clamp(min=1)
@@ -781,7 +768,7 @@ class LPGTrainer(Trainer):
         telemetry = {}
         if self._is_classifier and self._has_logit_methods:
             telemetry = self.lpg_loss.telemetry(lambda tensor: self.accelerator.gather(tensor[None]))
-        names = numbered_names(self._parameter_methods)
+        names = unique_names(self._parameter_methods)
         for name, (count, norm) in zip(names, self._parameter_telemetry.tolist(), strict=True):
             if count > 0:
                 telemetry[f"lpg/{name}/delta_norm"] = norm / count

@@ -91,8 +91,8 @@ def project_zero_sum_box(point, bound):
 def dampening_weight(
     logits,
     labels,
-    own_probability,
-    relative_confidence,
+    label_prob,
+    confidence_ratio,
     contradiction,
     power=2.0,
     learned=(0.1, 0.5),
@@ -112,17 +112,17 @@ def dampening_weight(
         power = part * power + (1 - part) * 2
     weights = []
     for row, label in zip(np.asarray(logits, dtype=np.float64), labels, strict=True):
-        if label == IGNORED or relative_confidence[label] == 0:
+        if label == IGNORED or confidence_ratio[label] == 0:
             weights.append(1.0)
             continue
         probabilities = softmax([row])[0]
         rho = math.exp(row[label] - max(row))
         assert math.isclose(rho, probabilities[label] / max(probabilities), rel_tol=1e-9, abs_tol=1e-300)
-        gate = ramp(own_probability[label], *learned) * ramp(contradiction[label], *contradicted)
+        gate = ramp(label_prob[label], *learned) * ramp(contradiction[label], *contradicted)
         if decided is not None:
             gate *= ramp(confident_error_share, *decided)
         share = max(1 - gate * contradiction[label], 0.5) if compensated else 1.0
-        weights.append(min(1.0, rho / relative_confidence[label]) ** (power * gate) / share)
+        weights.append(min(1.0, rho / confidence_ratio[label]) ** (power * gate) / share)
     return np.array(weights)
 
 
@@ -169,8 +169,8 @@ class RunningStatistics:
     def __init__(self, num_classes):
         self.counts = np.zeros(num_classes)
         self.accuracy = np.zeros(num_classes)
-        self.own_probability = np.zeros(num_classes)
-        self.relative_confidence = np.zeros(num_classes)
+        self.label_prob = np.zeros(num_classes)
+        self.confidence_ratio = np.zeros(num_classes)
         self.contradiction = np.zeros(num_classes)
 
     def update(self, logits, labels):
@@ -181,8 +181,8 @@ class RunningStatistics:
             if n == 0:
                 continue
             self._move("accuracy", c, n, 20, [int(np.argmax(p)) == c for p in members])
-            self._move("own_probability", c, n, 20, [p[c] for p in members])
-            self._move("relative_confidence", c, n, 20, [p[c] / max(p) for p in members])
+            self._move("label_prob", c, n, 20, [p[c] for p in members])
+            self._move("confidence_ratio", c, n, 20, [p[c] / max(p) for p in members])
             self._move("contradiction", c, n, 40, [p[c] / max(p) < 0.1 and max(p) > 0.3 for p in members])
             self.counts[c] += n
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lpg_hf import LPG, ClassRelativeDampening, LabelSmoothing, LogitAdjustment, LogitClipping, LPGLoss
-from lpg_hf.perturbations import LogitPerturbation, Rescaling
+from lpg_hf.perturbations import LogitPerturbation, SampleReweighting
 
 
 C = 5
@@ -98,9 +98,9 @@ def test_dampening_uses_the_statistics_of_the_step_before():
         weight = reference.dampening_weight(
             z,
             y,
-            statistics.own_probability,
-            statistics.relative_confidence,
-            statistics.contradiction,
+            statistics.label_prob,
+            statistics.confidence_ratio,
+            statistics.confident_error_rate,
             learned=(0.0, 0.05),
             contradicted=(0.0, 0.01),
         )
@@ -117,7 +117,7 @@ class Shift(LogitPerturbation):
         return 0.1 * logits
 
 
-class BySoftmax(Rescaling):
+class BySoftmax(SampleReweighting):
     name = "by_softmax"
 
     def weight(self, gradient, logits, labels, statistics):
@@ -232,7 +232,7 @@ def test_a_method_sees_the_same_gradient_in_update_and_delta():
             seen.append(gradient.clone())
             return gradient
 
-    class RecordingWeights(Rescaling):
+    class RecordingWeights(SampleReweighting):
         name = "recording_weights"
         update = Recording.update
 
@@ -468,7 +468,7 @@ def test_a_delta_written_into_a_rescaling_method_is_refused(name, by_mixin):
 
 
 def test_a_weight_of_true_and_false_keeps_or_drops_samples():
-    class Even(Rescaling):
+    class Even(SampleReweighting):
         name = "even"
 
         def weight(self, gradient, logits, labels, statistics):

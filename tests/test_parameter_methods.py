@@ -572,9 +572,9 @@ def test_statistics_and_learning_methods_see_each_step_once_at_the_unshifted_wei
         clipping.fold(None)
     statistics = trainer.lpg_loss.statistics
     assert statistics.steps == 10
-    for name in ("accuracy", "own_probability", "relative_confidence", "contradiction"):
+    for name in ("accuracy", "label_prob", "confidence_ratio", "contradiction"):
         np.testing.assert_allclose(getattr(statistics, name).numpy(), getattr(expected, name), atol=1e-9)
-    assert abs(statistics.own_probability.numpy() - with_both.own_probability).max() > 0.01
+    assert abs(statistics.label_prob.numpy() - with_both.label_prob).max() > 0.01
     torch.testing.assert_close(trainer.lpg_loss.perturbations[0].bounds, clipping.bounds, rtol=0, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ from lpg_hf.statistics import ClassStatistics
 
 NUM_CLASSES = 4
 IGNORED = -100
-MEANS = ["accuracy", "own_probability", "relative_confidence", "contradiction"]
+MEANS = ["accuracy", "label_prob", "confidence_ratio", "contradiction"]
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 
@@ -90,12 +90,12 @@ def test_means_of_a_step_have_weight_n_over_n_plus_20_and_contradiction_n_plus_4
     labels = torch.tensor([0] * 10 + [1] * 5)
     statistics = train(ClassStatistics(2).double(), [(logits, labels)])
     assert_equal(statistics.accuracy, [10 / 30, 0], 1e-12)
-    assert_equal(statistics.own_probability, [10 / 30, 0], 1e-12)
-    assert_equal(statistics.relative_confidence, [10 / 30, 0], 1e-12)
-    assert_equal(statistics.contradiction, [0, 5 / 45], 1e-12)
+    assert_equal(statistics.label_prob, [10 / 30, 0], 1e-12)
+    assert_equal(statistics.confidence_ratio, [10 / 30, 0], 1e-12)
+    assert_equal(statistics.confident_error_rate, [0, 5 / 45], 1e-12)
     train(statistics, [(logits, labels)])
     assert_equal(statistics.accuracy[0], 10 / 30 + 10 / 30 * (1 - 10 / 30), 1e-12)
-    assert_equal(statistics.contradiction[1], 5 / 45 + 5 / 45 * (1 - 5 / 45), 1e-12)
+    assert_equal(statistics.confident_error_rate[1], 5 / 45 + 5 / 45 * (1 - 5 / 45), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_sample_is_contradicted_below_a_tenth_of_a_largest_probability_above_t
 ):
     logits = torch.tensor([probabilities], dtype=torch.float64).log()
     statistics = train(ClassStatistics(5).double(), [(logits, torch.tensor([0]))])
-    assert_equal(statistics.contradiction, [is_contradicted / 41, 0, 0, 0, 0], 1e-15)
+    assert_equal(statistics.confident_error_rate, [is_contradicted / 41, 0, 0, 0, 0], 1e-15)
 
 
 def test_the_confident_share_of_the_errors_is_that_of_the_training_set():
@@ -120,7 +120,7 @@ def test_the_confident_share_of_the_errors_is_that_of_the_training_set():
     statistics = train(ClassStatistics(NUM_CLASSES).double(), random_steps())
     prior = statistics.prior.tolist()
     errors = sum(pi * (1 - right) for pi, right in zip(prior, statistics.accuracy.tolist(), strict=True))
-    confident = sum(pi * u for pi, u in zip(prior, statistics.contradiction.tolist(), strict=True))
+    confident = sum(pi * u for pi, u in zip(prior, statistics.confident_error_rate.tolist(), strict=True))
     assert_equal(statistics.confident_error_share, confident / errors, 1e-12)
 
 
@@ -128,7 +128,7 @@ def test_the_last_errors_of_a_model_are_not_weighed_against_nothing():
     statistics = ClassStatistics(2).double()
     assert statistics.confident_error_share == 0
     statistics.accuracy.fill_(1 - 1e-6)
-    statistics.contradiction.fill_(1e-6)
+    statistics.confident_error_rate.fill_(1e-6)
     assert_equal(statistics.confident_error_share, 1e-4, 1e-12)
 
 
@@ -139,7 +139,7 @@ def test_classes_absent_from_a_step_keep_their_means():
     train(statistics, [(logits, torch.tensor([1, 1, 1, 3, 3, IGNORED]))])
     for name in MEANS:
         assert torch.equal(getattr(statistics, name)[[0, 2]], getattr(before, name)[[0, 2]])
-    assert (statistics.own_probability[[1, 3]] != before.own_probability[[1, 3]]).all()
+    assert (statistics.label_prob[[1, 3]] != before.label_prob[[1, 3]]).all()
 
 
 def test_a_step_without_samples_counts_as_a_step_and_changes_nothing_else():
@@ -159,7 +159,7 @@ def test_updates_show_only_after_the_fold():
         statistics.update(logits, labels)
     assert_same_state(statistics, before, tolerance=0)
     statistics.fold()
-    assert (statistics.own_probability != before.own_probability).all()
+    assert (statistics.label_prob != before.label_prob).all()
 
 
 def test_ignored_samples_leave_no_trace_whatever_their_logits():
@@ -174,7 +174,7 @@ def test_an_update_keeps_no_graph():
     statistics = ClassStatistics(NUM_CLASSES)
     statistics.update(torch.zeros(2, NUM_CLASSES, requires_grad=True) * 1, torch.tensor([0, 1]))
     statistics.fold()
-    assert not statistics.own_probability.requires_grad
+    assert not statistics.label_prob.requires_grad
     assert not list(statistics.parameters())
 
 

@@ -13,8 +13,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..batch import IGNORE_INDEX
-from ..loss import logits_of
+from ..batch import IGNORE_INDEX, logits_of
 from .loading import FingerprintingCollator, MapStyleDataset, count_labels, make_loader, split_labels
 from .scope import device_of, parameters_in_scope
 from .weight_noise import EVALUATION, STREAM_NAMES, WeightNoise

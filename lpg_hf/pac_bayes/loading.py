@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from ..batch import IGNORE_INDEX
+from ..batch import IGNORE_INDEX, logits_of
 from ..data import LABEL_COLUMNS
-from ..loss import logits_of
 from .fingerprints import row_fingerprint
 from .scope import device_of, find_pretrained_model
 

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import METHODS, method_card
+from .registry import METHODS, method_card
 
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"

@@ -6,21 +6,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..functional import class_weight
+from ..batch import LogitBatch
 from ..statistics import ClassStatistics
-from .base import Rescaling, check
+from .base import SampleReweighting
+from .checks import check
 
 
-class ClassWeighting(Rescaling):
+class ClassWeighting(SampleReweighting):
     r"""
     Class weighting: every class pulls with its own weight.
 
     Level: class.
     Formula: `delta = (w_c - 1) g`.
     Helps: imbalanced data with models that are far from fitting all of it.
-    Hurts: models that fit all of it (the weights then change little but the noise); rare classes with wrong labels.
+    Hurts: models that fit all of it (where weights change little but the noise); rare classes with wrong labels.
     Cost: O(NC).
-    Source: classic; the effective number is that of Cui et al., Class-balanced loss (CVPR 2019).
+    Source: classic; the effective number is from Cui et al., Class-balanced loss (CVPR 2019).
 
     Args:
         weights (`str`, `Sequence[float]` or `Mapping`, *optional*, defaults to `"balanced"`):
@@ -29,7 +30,7 @@ class ClassWeighting(Rescaling):
         beta (`float`, *optional*, defaults to 0.999): For `"effective"`, in [0, 1).
 
     Raises:
-        ValueError: If a weight is negative or infinite, `beta` out of range, or names or length don't fit the classes.
+        ValueError: If a weight is negative or infinite, `beta` is out of range, or names or length do not fit.
 
     Example:
 
@@ -41,6 +42,7 @@ class ClassWeighting(Rescaling):
     """
 
     name = "class_weighting"
+    _weights: Tensor
 
     def __init__(self, weights: str | Sequence[float] | Mapping[str | int, float] = "balanced", beta: float = 0.999):
         super().__init__()
@@ -77,8 +79,9 @@ class ClassWeighting(Rescaling):
             weights = torch.as_tensor(self.weights, dtype=torch.float64)
         self.register_buffer("_weights", weights, persistent=False)
 
-    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        return class_weight(labels, self.class_weights(statistics).to(gradient))
+    def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
+        weights = self.class_weights(statistics).to(gradient)
+        return torch.where(batch.valid_mask, weights[batch.classes], 1.0)
 
     def class_weights(self, statistics: ClassStatistics) -> Tensor:
         """The weight of every class, `[C]`; 0 for classes without samples where the weights come from the counts."""
@@ -96,13 +99,13 @@ class ClassWeighting(Rescaling):
         return weights * present.sum() / weights.sum()
 
     def _class_index(self, key: str | int, num_labels: int) -> int:
-        index = self._label_names.get(key, key)
+        index = self._label_names.get(key, key) if isinstance(key, str) else key
         if not isinstance(index, int) or not 0 <= index < num_labels:
             known = (
                 ", ".join(map(repr, self._label_names)) or "no names (LPGTrainer takes them from the model's config)"
             )
             raise ValueError(
-                f"`weights` has the key {key!r}, which is no class: use an index in [0, {num_labels}) or a label "
-                f"name. Known names: {known}."
+                f"`weights` has the key {key!r}, which does not name a class. Use an index in [0, {num_labels}) or a "
+                f"label name. Known names: {known}."
             )
         return index

@@ -1,22 +1,23 @@
-"""Generalized cross-entropy as a perturbation: what the model does not believe pulls less."""
+"""Generalized cross-entropy as a perturbation: samples that the model does not believe pull less."""
 
 from torch import Tensor
 
-from ..functional import gce_weight
+from ..batch import LogitBatch
 from ..statistics import ClassStatistics
-from .base import Rescaling, check
+from .base import SampleReweighting
+from .checks import check
 
 
-class GeneralizedCrossEntropy(Rescaling):
+class GeneralizedCrossEntropy(SampleReweighting):
     r"""
     Generalized cross-entropy: between cross-entropy and the mean absolute error, which label noise hardly moves.
 
     Level: sample.
     Formula: `delta = (p^q - 1) g`, `p` the probability of the label.
     Helps: label noise with few classes.
-    Hurts: many classes or rare ones, whose samples begin with a small p and are then never learned.
+    Hurts: many classes or rare ones: their samples begin with a small p and are never learned.
     Cost: O(NC).
-    Source: Zhang and Sabuncu, Generalized cross entropy loss (NeurIPS 2018).
+    Source: Zhang and Sabuncu, Generalized cross entropy loss (NeurIPS 2018), whose loss is `(1 - p^q) / q`.
 
     Args:
         q (`float`, *optional*, defaults to 0.7): 0 is cross-entropy, 1 the mean absolute error; in [0, 1].
@@ -40,6 +41,5 @@ class GeneralizedCrossEntropy(Rescaling):
         check(0 <= q <= 1, "q", q, "in [0, 1]")
         self.q = q
 
-    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        log_p = statistics.batch(logits, labels).own_log_probability
-        return gce_weight(logits, labels, self.q, log_p)
+    def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
+        return (self.q * batch.label_log_prob).exp()

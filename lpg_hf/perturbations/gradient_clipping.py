@@ -1,11 +1,12 @@
-"""Clipping of the parameters' gradient, by norm, by value or by the run's own history."""
+"""Clipping of the gradient of the parameters, by norm, by value or by the history of the run."""
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from .base import GradientPerturbation, check
+from .base import GradientPerturbation, gradients_of
+from .checks import check
 
 
 class GradientClipping(GradientPerturbation):
@@ -23,7 +24,7 @@ class GradientClipping(GradientPerturbation):
         max_norm (`float`, *optional*): Bound on the global norm, above 0; 1.0 when no argument is given.
         max_value (`float`, *optional*): Bound on every entry, above 0.
         percentile (`float`, *optional*):
-            In (0, 100]: the bound is this percentile of the global norms of the run so far, this step's included.
+            In (0, 100]: the bound is this percentile of the global norms of the run so far, including this step.
 
     Raises:
         ValueError: If an argument is out of its range or more than one is given.
@@ -53,11 +54,11 @@ class GradientClipping(GradientPerturbation):
 
     @torch.no_grad()
     def perturb_(self, parameters: list[Parameter], scale: float = 1.0) -> Tensor:
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = gradients_of(parameters)
         if self.max_value is not None:
-            bound = self.max_value * scale
-            excess = get_total_norm([(gradient.abs() - bound).clamp(min=0) for gradient in gradients])
-            clip_grad_value_(parameters, bound)
+            max_value = self.max_value * scale
+            excess = get_total_norm([(gradient.abs() - max_value).clamp(min=0) for gradient in gradients])
+            clip_grad_value_(parameters, max_value)
             return excess / scale
 
         norm = get_total_norm(gradients)

@@ -1,11 +1,13 @@
-"""Annealed Gaussian noise on the parameters' gradient."""
+"""Annealed Gaussian noise on the gradient of the parameters."""
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
-from .base import GradientPerturbation, check_not_negative, draw_seed
+from .base import GradientPerturbation, gradients_of
+from .checks import check_not_negative
+from .ops import draw_seed
 
 
 class GradientNoise(GradientPerturbation):
@@ -54,7 +56,7 @@ class GradientNoise(GradientPerturbation):
         generator = torch.Generator(parameters[0].device).manual_seed(draw_seed(self.seed, self._steps))
         self._steps += 1
         noises = []
-        for gradient in (parameter.grad for parameter in parameters):
+        for gradient in gradients_of(parameters):
             noise = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype, device=gradient.device)
             gradient.add_(noise, alpha=sigma * scale)
             noises.append(sigma * noise)

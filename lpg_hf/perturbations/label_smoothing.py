@@ -2,11 +2,50 @@
 
 import math
 
+import torch
 from torch import Tensor
 
-from ..functional import label_smoothing_delta, smooth_labels
+from ..batch import LogitBatch
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check, check_choice
+from .base import LogitPerturbation
+from .checks import check, check_choice
+
+
+def smooth_labels(
+    gradient: Tensor, classes: Tensor, share: Tensor, target: Tensor | None = None, in_place: bool = False
+) -> Tensor:
+    r"""
+    A gradient plus the delta of label smoothing, `alpha (onehot(y) - t)`, without a matrix for the delta.
+
+    Source: Szegedy et al., Rethinking the Inception architecture (CVPR 2016). A `target` of class frequencies is the
+    unigram smoothing of Pereyra et al., Regularizing neural networks by penalizing confident output distributions
+    (2017); a negative `alpha` is the negative smoothing of Wei et al., To smooth or not? (ICML 2022).
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): The gradients that the methods before left.
+        classes (`torch.Tensor` of shape `[N]`): The labels, 0 for ignored samples.
+        share (`torch.Tensor` of shape `[N]`): `alpha`, 0 for ignored samples.
+        target (`torch.Tensor` of shape `[C]`, *optional*): The distribution t with sum 1; uniform when left out.
+        in_place (`bool`, *optional*, defaults to `False`): Whether the gradient is overwritten.
+
+    Returns:
+        `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> smooth_labels(torch.zeros(1, 4), torch.tensor([0]), share=torch.tensor([0.4]))
+    tensor([[ 0.3000, -0.1000, -0.1000, -0.1000]])
+
+    ```
+    """
+    share = share[:, None]
+    if target is None:
+        smoothed = (gradient.sub_ if in_place else gradient.sub)(share / gradient.shape[-1])
+    else:
+        smoothed = (gradient.addcmul_ if in_place else gradient.addcmul)(share, target.to(gradient), value=-1)
+    return smoothed.scatter_add_(-1, classes[:, None], share)
 
 
 class LabelSmoothing(LogitPerturbation):
@@ -24,12 +63,11 @@ class LabelSmoothing(LogitPerturbation):
         alpha (`float`, *optional*, defaults to 0.1):
             Share of the target that is spread, in (-1, 1). A negative share sharpens instead (Wei et al., ICML 2022).
         target (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`, or `"prior"`: the share of each class in the training set (Pereyra et al., 2017). After
-            logit adjustment, which models `p(z) pi`, only the latter asks for nothing but uncertainty: the uniform
-            one would push the tail up a second time.
+            `"uniform"`, or `"prior"`: the share of each class in the training set (Pereyra et al., 2017). Use the
+            prior after logit adjustment, where a uniform target would push the tail up a second time.
 
     Raises:
-        ValueError: If `alpha` is not in (-1, 1), or `target` is none of the two.
+        ValueError: If `alpha` is not in (-1, 1), or `target` is neither of the two.
 
     Example:
 
@@ -48,31 +86,21 @@ class LabelSmoothing(LogitPerturbation):
         check_choice("target", target, ("uniform", "prior"))
         self.alpha = alpha
         self.target = target
-        self._prior: Tensor | None = None
 
-    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
-        target = statistics.prior if self.target == "prior" else None
-        return label_smoothing_delta(gradient, labels, self.alpha, target)
+    def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
+        return self._smooth(torch.zeros_like(gradient), batch, statistics, in_place=True)
 
     def add_delta(
-        self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics, in_place: bool = False
+        self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        batch = statistics.batch(logits, labels)
-        share = self.alpha * batch.labelled.to(gradient)
+        if type(self).delta is not LabelSmoothing.delta:  # a subclass with another delta
+            return super().add_delta(gradient, batch, statistics, in_place)
         if self.target == "prior":
-            self._look_at(statistics.prior)
-            norm, target = abs(self.alpha) * self._distances.to(gradient)[batch.classes], self._prior
+            norm = abs(self.alpha) * statistics.prior_terms.onehot_distance.to(gradient)[batch.classes]
         else:
-            norm, target = share.abs() * math.sqrt(1 - 1 / gradient.shape[-1]), None
-        return smooth_labels(gradient, batch.classes, share, target, in_place), norm
+            norm = abs(self.alpha) * batch.valid_mask.to(gradient) * math.sqrt(1 - 1 / gradient.shape[-1])
+        return self._smooth(gradient, batch, statistics, in_place), norm
 
-    def _look_at(self, prior: Tensor) -> None:
-        """`||onehot(c) - prior||` of each class, from a prior that seldom changes."""
-        if prior is self._prior:
-            return
-        self._prior = prior
-        squares = prior.square()
-        # Where a share is nearly 1, the difference to the sum of all would leave nothing of the others.
-        largest = squares.argmax(keepdim=True)
-        others = (squares.sum() - squares).scatter(0, largest, squares.scatter(0, largest, 0.0).sum(0, keepdim=True))
-        self._distances = ((1 - prior).square() + others).sqrt()
+    def _smooth(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics, in_place: bool) -> Tensor:
+        target = statistics.prior if self.target == "prior" else None
+        return smooth_labels(gradient, batch.classes, self.alpha * batch.valid_mask.to(gradient), target, in_place)

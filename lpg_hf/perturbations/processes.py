@@ -1,8 +1,10 @@
-"""What a method may ask of the other processes."""
+"""The other processes, as far as methods need them."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..batch import IGNORE_INDEX
 
 
 def is_distributed() -> bool:
@@ -31,7 +33,7 @@ def gather_samples(gradient: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, sl
     sizes = _all_gather(torch.tensor([size], device=labels.device), num_processes)
     largest = int(torch.cat(sizes).max())
     gradients = _all_gather(F.pad(gradient, (0, 0, 0, largest - size)), num_processes)
-    all_labels = _all_gather(F.pad(labels, (0, largest - size), value=-100), num_processes)
+    all_labels = _all_gather(F.pad(labels, (0, largest - size), value=IGNORE_INDEX), num_processes)
     start = process_index() * largest
     return torch.cat(gradients), torch.cat(all_labels), slice(start, start + size)
 

@@ -9,19 +9,20 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
-from .base import ParameterPerturbation, check_count, check_not_negative
+from .base import ParameterPerturbation
+from .checks import check_count, check_not_negative
 
 
 class SAM(ParameterPerturbation):
     r"""
-    Sharpness-aware minimisation: a first pass finds the steepest ascent, a second takes the gradient up there.
+    Sharpness-aware minimization: a first pass finds the steepest ascent, a second takes the gradient up there.
 
     In a chain SAM comes first among the parameter methods, and both passes see the logit perturbations, whose
     statistics learn from the first alone. The ascent is that of the micro-batch and process, as in the original.
 
     Level: batch.
     Formula: `delta = G(w + e) - G(w)` with `e = rho G / ||G||`, or `rho w^2 G / || |w| G ||` (adaptive).
-    Helps: generalisation of over-parameterised models; a little against label noise.
+    Helps: generalization of over-parameterized models; a little against label noise.
     Hurts: training time; models that don't fit their training data yet.
     Cost: a second forward and backward pass every `interval` steps, and a copy of the weights.
     Source: Foret et al., Sharpness-aware minimization (ICLR 2021); adaptive: Kwon et al., ASAM (ICML 2021).

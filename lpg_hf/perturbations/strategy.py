@@ -1,4 +1,4 @@
-"""Strategies: what decides which classes are amplified, which dampened, and how far."""
+"""Strategies that decide which classes are amplified, which are dampened, and how far."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check, check_choice, check_not_negative
+from .base import LogitPerturbation
+from .checks import check, check_choice, check_not_negative
 
 
 class ClassLevelPerturbation(LogitPerturbation):
@@ -23,6 +24,9 @@ class ClassLevelPerturbation(LogitPerturbation):
     Source: the first two settings are the paper's (arXiv 2605.29494); the radii and `"fixed"` are ours.
     """
 
+    _signs: Tensor
+    _bounds: Tensor
+
     def __init__(
         self,
         strategy: str,
@@ -36,7 +40,8 @@ class ClassLevelPerturbation(LogitPerturbation):
         check_not_negative("epsilon", epsilon)
         check(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0")
         if strategy == "fixed":
-            check(signs is not None, "signs", signs, "given, one per class, with strategy='fixed'")
+            signs = [] if signs is None else list(signs)
+            check(len(signs) > 0, "signs", signs, "given, one per class, with strategy='fixed'")
             check(all(sign in (-1, 0, 1) for sign in signs), "signs", signs, "-1, 0 or 1 for each class")
             radii = [epsilon] * len(signs) if bounds is None else bounds
             check(len(radii) == len(signs), "bounds", bounds, f"as long as `signs`, {len(signs)} entries")
@@ -53,9 +58,9 @@ class ClassLevelPerturbation(LogitPerturbation):
         self.bounds = None if bounds is None else list(bounds)
 
     def setup(self, num_labels: int) -> None:
-        if self.strategy == "fixed" and len(self.signs) != num_labels:
+        if self.signs is not None and len(self.signs) != num_labels:
             raise ValueError(
-                f"`signs` has {len(self.signs)} entries, but there are {num_labels} classes: pass one per class."
+                f"`signs` has {len(self.signs)} entries, but there are {num_labels} classes. Pass one per class."
             )
 
     def signs_and_bounds(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
-"""Noise on the logit gradient."""
+"""Logit-gradient noise."""
 
 import torch
 from torch import Tensor
 
-from ..functional import noise_delta
+from ..batch import LogitBatch, zero_ignored_
 from ..statistics import ClassStatistics
-from .base import LogitPerturbation, check_not_negative, draw_seed
+from .base import LogitPerturbation
+from .checks import check_not_negative
+from .ops import draw_seed
 from .processes import process_index
 
 
@@ -15,10 +17,10 @@ class LogitNoise(LogitPerturbation):
 
     Level: sample.
     Formula: `delta ~ N(0, sigma^2 I)`, projected on the rows that sum to zero.
-    Helps: flat regions early in training; a regulariser that does not look at the labels.
-    Hurts: the end of training, which it keeps from settling.
+    Helps: flat regions early in training; it regularizes without a look at the labels.
+    Hurts: the end of training, where it keeps the weights from settling.
     Cost: O(NC).
-    Source: ours, after Neelakantan et al., Adding gradient noise (2015), who perturb the parameters' gradient.
+    Source: ours, after Neelakantan et al., Adding gradient noise (2015), who perturb the gradient of the parameters.
 
     Args:
         sigma (`float`, *optional*, defaults to 0.1): Standard deviation of an entry before the projection, at least 0.
@@ -45,13 +47,14 @@ class LogitNoise(LogitPerturbation):
         check_not_negative("sigma", sigma)
         self.sigma = sigma
         self.seed = seed
-        # On the host, and a tensor, which `torch.compile` needs to see the counter go up.
+        # A tensor on the host: `torch.compile` would take a number for a constant.
         self._draws = torch.tensor(0)
 
-    def delta(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+    def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         noise = _standard_normal(gradient, self._draws, self.seed, process_index())
         self._draws += 1
-        return noise_delta(noise, labels, self.sigma)
+        centered = noise - noise.mean(-1, keepdim=True)
+        return zero_ignored_(centered.mul_(self.sigma), batch.labels)
 
     def get_extra_state(self) -> Tensor:
         return self._draws.clone()
@@ -62,7 +65,7 @@ class LogitNoise(LogitPerturbation):
 
 @torch.library.custom_op("lpg_hf::standard_normal", mutates_args=())
 def _standard_normal(like: Tensor, draws: Tensor, seed: int, process: int) -> Tensor:
-    """Gaussian noise that depends on counter, seed and process alone; one operation, for graphs hold no generators."""
+    """Gaussian noise of counter, seed and process. It is one operation, as compiled graphs hold no generators."""
     generator = torch.Generator(like.device).manual_seed(draw_seed(seed, int(draws), process))
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 

@@ -1,4 +1,4 @@
-"""Clipping: no sample pulls harder than a bound, fixed or learned per class."""
+"""Logit-gradient clipping: no sample pulls harder than a bound, fixed or learned per class."""
 
 import math
 from collections.abc import Callable
@@ -6,17 +6,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..functional import clip_weight
+from ..batch import LogitBatch
 from ..statistics import MEAN_INERTIA, ClassStatistics
-from .base import Rescaling, check
+from .base import SampleReweighting
+from .checks import check
 
 
-class LogitClipping(Rescaling):
+def clip_weight(gradient: Tensor, max_norm: float | Tensor) -> Tensor:
+    """
+    The factor `min(1, M / ||g_i||)` that bounds the norm of each sample's gradient.
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): The gradients that the methods before left.
+        max_norm (`float` or `torch.Tensor` of shape `[N]`): The largest l2 norm M of a sample's gradient.
+
+    Returns:
+        `torch.Tensor` of shape `[N]`: In (0, 1]; 1 for a gradient of zero.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> clip_weight(torch.tensor([[3.0, -4.0], [0.3, -0.4]]), 1.0)
+    tensor([0.2000, 1.0000])
+
+    ```
+    """
+    return (max_norm / gradient.norm(dim=-1)).clamp(max=1)
+
+
+class LogitClipping(SampleReweighting):
     r"""
-    Logit-gradient clipping: bounds the pull of every sample, those with wrong labels included.
+    Logit-gradient clipping: bounds the pull of every sample, also of samples with wrong labels.
 
-    The bound is fixed, or, with `quantile`, a running quantile of the gradient norms of each class: then only the
-    hardest samples of a class are clipped, however hard the class is.
+    The bound is fixed, or with `quantile` a running quantile of the gradient norms of each class. A quantile clips
+    only the hardest samples of a class, however hard the class is.
 
     Level: sample, or sample by statistics of its class.
     Formula: `delta = (min(1, M / ||g||) - 1) g`.
@@ -44,6 +68,8 @@ class LogitClipping(Rescaling):
     """
 
     name = "logit_clipping"
+    bounds: Tensor
+    _pending: Tensor
 
     def __init__(self, max_norm: float | None = None, quantile: float | None = None):
         super().__init__()
@@ -56,22 +82,21 @@ class LogitClipping(Rescaling):
     def setup(self, num_labels: int) -> None:
         if self.quantile is not None:
             self.register_buffer("bounds", torch.full((num_labels,), math.sqrt(2)))
-            # Samples of each class, and those of them within the bound, since the last fold.
+            # Samples of each class, and those of them within the bound, since the last step.
             self.register_buffer("_pending", torch.zeros(2, num_labels), persistent=False)
 
-    def weight(self, gradient: Tensor, logits: Tensor, labels: Tensor, statistics: ClassStatistics) -> Tensor:
+    def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         if self.quantile is None:
             return clip_weight(gradient, 0.3 if self.max_norm is None else self.max_norm)
-        return clip_weight(gradient, self.bounds[labels.clamp(min=0)])
+        return clip_weight(gradient, self.bounds[batch.classes])
 
-    def update(self, gradient: Tensor, labels: Tensor) -> None:
+    def update(self, gradient: Tensor, batch: LogitBatch) -> None:
         if self.quantile is not None:
-            classes = labels.clamp(min=0)
-            within = gradient.norm(dim=-1) <= self.bounds[classes]
-            rows = torch.where(labels >= 0, torch.stack([torch.ones_like(within), within]), False)
-            self._pending.index_add_(1, classes, rows.to(self._pending.dtype))
+            within = gradient.norm(dim=-1) <= self.bounds[batch.classes]
+            rows = torch.stack([batch.valid_mask, within & batch.valid_mask])
+            self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
-    def fold(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Robbins and Monro on the log scale: a bound goes up while too few norms lie within it, else down."""
         if self.quantile is not None:
             counts, within = self._pending if reduce is None else reduce(self._pending)

@@ -1,0 +1,109 @@
+"""Sums over the samples of a training, kept on the device and read when a log is due."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .perturbations import Perturbation, SampleReweighting
+from .statistics import ClassStatistics
+
+
+class Telemetry(nn.Module):
+    """
+    Norms and weights of a chain, summed since the last report.
+
+    Args:
+        num_methods (`int`): Methods in the chain, M.
+    """
+
+    _sums: Tensor
+
+    def __init__(self, num_methods: int):
+        super().__init__()
+        # First row: samples, norm of the base gradient. A row per method: norm of its delta, weight. Last row: the
+        # number of steps before the first one with values that are not finite.
+        self.register_buffer("_sums", torch.zeros(num_methods + 2, 2), persistent=False)
+        self._clear()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._sums.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._sums.device
+
+    def record(self, rows: Tensor, steps: Tensor) -> None:
+        """
+        Adds a micro-batch.
+
+        Args:
+            rows (`torch.Tensor` of shape `[2 M + 2, N]`): The entries of each sample in the order of the sums.
+            steps (`torch.Tensor`, scalar): Optimizer steps before this one.
+        """
+        sums = rows.sum(-1)
+        self._sums[:-1].add_(sums.view(-1, 2))
+        # The sums of the norms are finite if and only if all gradients are (unless they are too large to sum up).
+        total = sums.sum()
+        is_finite = total - total == 0
+        self._sums[-1, 0].clamp_(max=steps.to(total.dtype).masked_fill(is_finite, torch.inf))
+
+    def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> list[list[float]]:
+        """
+        The sums over all processes, without the last row. Everything starts anew.
+
+        Args:
+            gather (`Callable`, *optional*): Stacks a tensor of every process along a new leading axis.
+
+        Raises:
+            FloatingPointError: If a value was not finite; the message names the first step.
+        """
+        stacked = (self._sums[None] if gather is None else gather(self._sums)).tolist()
+        self._clear()
+        bad_step = min(rows[-1][0] for rows in stacked)
+        if bad_step < math.inf:
+            raise FloatingPointError(
+                f"The logits of step {int(bad_step) + 1}, or their gradient after loss and methods, were not finite "
+                "(NaN or infinite). Lower the learning rate, clip gradients, or look for bad values in the inputs of "
+                "that step."
+            )
+        sums = [[sum(values) for values in zip(*rows, strict=True)] for rows in zip(*stacked, strict=True)]
+        return sums[:-1]
+
+    def _clear(self) -> None:
+        self._sums.zero_()[-1] = torch.inf
+
+
+def mean_norms_and_weights(sums: Sequence[Sequence[float]], methods: Iterable[Perturbation]) -> dict[str, float]:
+    """The entries of a log from what [`Telemetry.read`] returns; empty if there was no sample."""
+    (samples, norm), *of_methods = sums
+    if samples == 0:
+        return {}
+    report = {"lpg/gradient_norm": norm / samples}
+    methods = list(methods)
+    for name, method, (delta_norm, weight) in zip(unique_names(methods), methods, of_methods, strict=True):
+        report[f"lpg/{name}/delta_norm"] = delta_norm / samples
+        report[f"lpg/{name}/delta_ratio"] = delta_norm / norm if norm > 0 else 0.0
+        if isinstance(method, SampleReweighting):
+            report[f"lpg/{name}/weight"] = weight / samples
+    return report
+
+
+def head_and_tail_accuracy(statistics: ClassStatistics) -> dict[str, float]:
+    """Running training accuracy of the larger and of the smaller third of the classes."""
+    counts, accuracy = statistics.class_counts.tolist(), statistics.accuracy.tolist()
+    present = sorted((label for label, count in enumerate(counts) if count > 0), key=lambda label: -counts[label])
+    third = max(len(present) // 3, 1)
+    groups = {"head": present[:third], "tail": present[-third:]}
+    return {f"lpg/{name}_accuracy": sum(accuracy[c] for c in group) / third for name, group in groups.items()}
+
+
+def unique_names(methods: Iterable[Perturbation]) -> list[str]:
+    """A name for each method of a chain, with a number where one occurs again."""
+    names = [method.name for method in methods]
+    return [
+        name if names.index(name) == position else f"{name}_{names[: position + 1].count(name)}"
+        for position, name in enumerate(names)
+    ]
