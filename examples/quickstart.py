@@ -30,8 +30,8 @@ from transformers import (
 from transformers.utils import logging
 
 from lpg_hf import ClassRelativeDampening, LPGTrainer
-from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 from lpg_hf.batch import logit_gradient
+from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 from lpg_hf.metrics import make_compute_metrics
 
 

@@ -171,7 +171,7 @@ class RunningStatistics:
         self.accuracy = np.zeros(num_classes)
         self.label_prob = np.zeros(num_classes)
         self.confidence_ratio = np.zeros(num_classes)
-        self.contradiction = np.zeros(num_classes)
+        self.confident_error_rate = np.zeros(num_classes)
 
     def update(self, logits, labels):
         """One whole optimizer step: all its micro-batches, of all processes."""
@@ -183,7 +183,7 @@ class RunningStatistics:
             self._move("accuracy", c, n, 20, [int(np.argmax(p)) == c for p in members])
             self._move("label_prob", c, n, 20, [p[c] for p in members])
             self._move("confidence_ratio", c, n, 20, [p[c] / max(p) for p in members])
-            self._move("contradiction", c, n, 40, [p[c] / max(p) < 0.1 and max(p) > 0.3 for p in members])
+            self._move("confident_error_rate", c, n, 40, [p[c] / max(p) < 0.1 and max(p) > 0.3 for p in members])
             self.counts[c] += n
 
     def _move(self, name, c, n, inertia, values):

@@ -465,8 +465,7 @@ def test_a_loss_has_its_own_copies_of_the_methods():
 
 
 def test_effective_weights_wait_for_the_prior():
-    loss = LPGLoss(3, ClassWeighting("effective"))
-    loss.statistics.prior_is_ready = False
+    loss = LPGLoss(3, ClassWeighting("effective"), managed=True)
     loss(torch.randn(8, 3, requires_grad=True), torch.tensor([0] * 6 + [1] * 2))
     weights = loss.perturbations[0].class_weights(loss.statistics)
     torch.testing.assert_close(weights, torch.ones(3))

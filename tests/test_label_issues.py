@@ -487,7 +487,7 @@ def test_no_batch_outlives_the_training(tmp_path):
 
 def test_the_weight_of_a_subclass_is_the_one_that_is_booked(tmp_path):
     class Half(ClassRelativeDampening):
-        def weight(self, gradient, logits, labels, statistics):
+        def weight(self, gradient, batch, statistics):
             return torch.full_like(gradient[:, 0], 0.5)
 
     assert set(train(tmp_path, perturbations=[Half()]).label_issues()["weight"]) == {0.5}

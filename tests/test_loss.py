@@ -1,4 +1,4 @@
-"""LPGLoss: exact gradients at the logits and at the parameters, in every dtype, without synchronisation."""
+"""LPGLoss: exact gradients at the logits and at the parameters, in every dtype, without synchronization."""
 
 import itertools
 import math
@@ -113,15 +113,15 @@ def test_dampening_uses_the_statistics_of_the_step_before():
 class Shift(LogitPerturbation):
     name = "shift"
 
-    def delta(self, gradient, logits, labels, statistics):
-        return 0.1 * logits
+    def delta(self, gradient, batch, statistics):
+        return 0.1 * batch.logits
 
 
 class BySoftmax(SampleReweighting):
     name = "by_softmax"
 
-    def weight(self, gradient, logits, labels, statistics):
-        return logits.softmax(-1).amax(-1)
+    def weight(self, gradient, batch, statistics):
+        return batch.logits.softmax(-1).amax(-1)
 
 
 CHAINS = [
@@ -225,10 +225,10 @@ def test_a_method_sees_the_same_gradient_in_update_and_delta():
     class Recording(LogitPerturbation):
         name = "recording"
 
-        def update(self, gradient, labels):
+        def update(self, gradient, batch):
             seen.append(gradient.clone())
 
-        def delta(self, gradient, logits, labels, statistics):
+        def delta(self, gradient, batch, statistics):
             seen.append(gradient.clone())
             return gradient
 
@@ -236,9 +236,9 @@ def test_a_method_sees_the_same_gradient_in_update_and_delta():
         name = "recording_weights"
         update = Recording.update
 
-        def weight(self, gradient, logits, labels, statistics):
+        def weight(self, gradient, batch, statistics):
             seen.append(gradient.clone())
-            return torch.full(labels.shape, 0.5)
+            return torch.full(batch.labels.shape, 0.5)
 
     logits, labels = make_logits()
     LPGLoss(C, [LabelSmoothing(), Recording(), RecordingWeights()], COUNTS)(logits, labels).backward()
@@ -251,10 +251,10 @@ def test_a_norm_of_another_shape_is_refused():
     class Column(LogitPerturbation):
         name = "column"
 
-        def delta(self, gradient, logits, labels, statistics):
+        def delta(self, gradient, batch, statistics):
             return gradient
 
-        def add_delta(self, gradient, logits, labels, statistics, in_place=False):
+        def add_delta(self, gradient, batch, statistics, in_place=False):
             return 2 * gradient, gradient.norm(dim=-1, keepdim=True)
 
     with pytest.raises(ValueError, match=r"`column\(\)` returned a norm of shape \[12, 1\] .* must be \[12\]"):
@@ -351,22 +351,22 @@ def test_errors_name_what_was_found():
 
 def test_a_delta_of_the_wrong_shape_is_refused():
     class Broken(LabelSmoothing):
-        def delta(self, gradient, logits, labels, statistics):
+        def delta(self, gradient, batch, statistics):
             return gradient.sum(-1)
 
     with pytest.raises(
-        ValueError, match=r"a delta of shape \[12\] for a gradient of shape \[12, 5\]: it must be \[12, 5\]"
+        ValueError, match=r"a delta of shape \[12\] for a gradient of shape \[12, 5\]; it must be \[12, 5\]"
     ):
         LPGLoss(C, Broken())(*make_logits())
 
 
 def test_a_weight_of_the_wrong_shape_is_refused():
     class Broken(LogitClipping):
-        def weight(self, gradient, logits, labels, statistics):
+        def weight(self, gradient, batch, statistics):
             return gradient
 
     with pytest.raises(
-        ValueError, match=r"a weight of shape \[12, 5\] for a gradient of shape \[12, 5\]: it must be \[12\]"
+        ValueError, match=r"a weight of shape \[12, 5\] for a gradient of shape \[12, 5\]; it must be \[12\]"
     ):
         LPGLoss(C, Broken())(*make_logits())
 
@@ -391,8 +391,8 @@ class Custom(LogitPerturbation):
         super().__init__()
         self.function = function
 
-    def delta(self, gradient, logits, labels, statistics):
-        return self.function(gradient, logits, labels, statistics)
+    def delta(self, gradient, batch, statistics):
+        return self.function(gradient, batch, statistics)
 
 
 def test_a_method_that_returns_nan_is_reported_with_its_step():
@@ -405,7 +405,7 @@ def test_a_method_that_returns_nan_is_reported_with_its_step():
     loss_fn = LPGLoss(C, [Custom(late_nan), LabelSmoothing(0.1)])
     for _ in range(4):
         loss_fn(*make_logits())
-    with pytest.raises(FloatingPointError, match=r"step 3, or the gradient that loss and methods make of them"):
+    with pytest.raises(FloatingPointError, match=r"step 3, or their gradient after loss and methods"):
         loss_fn.telemetry()
     # The next interval starts anew.
     calls.clear()
@@ -444,8 +444,8 @@ def test_telemetry_has_the_mean_norms_of_gradient_and_deltas():
     assert "lpg/label_smoothing/weight" not in report
 
 
-def test_an_error_in_a_method_leaves_nothing_of_its_batch_behind():
-    def fail(gradient, logits, labels, statistics):
+def test_an_error_in_a_method_leaves_the_statistics_as_they_were():
+    def fail(gradient, batch, statistics):
         assert statistics.prior.tolist() == pytest.approx([0.2] * C)
         raise KeyboardInterrupt
 
@@ -453,9 +453,12 @@ def test_an_error_in_a_method_leaves_nothing_of_its_batch_behind():
     logits, labels = make_logits()
     with pytest.raises(KeyboardInterrupt):
         loss_fn(logits, labels)
-    loss_fn.statistics.class_counts[:] = torch.tensor([96, 1, 1, 1, 1])
-    assert loss_fn.statistics.prior.tolist() == pytest.approx([106 / 150, *[11 / 150] * 4])
-    assert loss_fn.statistics._batch is None
+    assert loss_fn.statistics.steps == 0
+    assert (loss_fn.statistics.pending == 0).all()
+    loss_fn.perturbations[0].function = lambda gradient, *_: 0.0 * gradient
+    loss_fn(logits, labels)
+    counts = 10 + labels.bincount(minlength=C).double()
+    assert loss_fn.statistics.prior.tolist() == pytest.approx((counts / counts.sum()).tolist())
 
 
 @pytest.mark.parametrize("name", ["delta", "add_delta"])
@@ -463,7 +466,7 @@ def test_an_error_in_a_method_leaves_nothing_of_its_batch_behind():
 def test_a_delta_written_into_a_rescaling_method_is_refused(name, by_mixin):
     body = {name: lambda self, gradient, *_: -gradient / 2}
     bases = (type("Mixin", (), body), LogitClipping) if by_mixin else (LogitClipping,)
-    with pytest.raises(TypeError, match=rf"Half overrides `{name}`, which nothing calls .* write `weight`"):
+    with pytest.raises(TypeError, match=rf"Half overrides `{name}`, which is never called .* Write `weight`"):
         type("Half", bases, {} if by_mixin else body)
 
 
@@ -471,8 +474,8 @@ def test_a_weight_of_true_and_false_keeps_or_drops_samples():
     class Even(SampleReweighting):
         name = "even"
 
-        def weight(self, gradient, logits, labels, statistics):
-            return (labels % 2 == 0) | (labels < 0)
+        def weight(self, gradient, batch, statistics):
+            return (batch.labels % 2 == 0) | batch.ignore_mask
 
     logits, labels = make_logits()
     loss_fn = LPGLoss(C, Even())

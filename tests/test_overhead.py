@@ -62,7 +62,7 @@ class NoCopies(TorchFunctionMode):
         return result
 
 
-class NoSynchronisation(TorchDispatchMode):
+class NoSynchronization(TorchDispatchMode):
     """
     Refuses operations that make the host wait for the device, for which the device "meta" stands: its tensors have no
     values, so that torch itself refuses `item`, `bool`, `nonzero`, `unique` and the like.
@@ -84,39 +84,38 @@ class NoSynchronisation(TorchDispatchMode):
         return result
 
 
-def steps_without_synchronisation(loss_fn, dtype=torch.float32):
+def steps_without_synchronization(loss_fn, dtype=torch.float32):
     """Micro-batches, a second look as in SAM, and the end of the optimizer step, on a device without values."""
     logits = torch.empty(N, C, dtype=dtype, device="meta", requires_grad=True)
     labels = torch.empty(N, dtype=torch.int64, device="meta")
-    loss_fn.fold_every_call = False
     loss_fn(logits, labels).backward()  # moves the state to the device, once
-    with NoCopies(), NoSynchronisation():
+    with NoCopies(), NoSynchronization():
         loss_fn(logits, labels).backward()
         loss_fn(logits, labels, num_items_in_batch=2 * N).backward()
         with loss_fn.frozen():
             loss_fn(logits, labels, num_items_in_batch=torch.empty((), dtype=torch.int64, device="meta")).backward()
-        loss_fn.fold()
-        loss_fn.fold(reduce=lambda tensor: tensor + tensor)
+        loss_fn.step()
+        loss_fn.step(reduce=lambda tensor: tensor + tensor)
     return logits
 
 
 @pytest.mark.parametrize("counts", [None, COUNTS], ids=["counting", "counts"])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_step_never_waits_for_the_device(chain, counts):
-    logits = steps_without_synchronisation(LPGLoss(C, [chain, "label_smoothing"], counts))
+    logits = steps_without_synchronization(LPGLoss(C, [chain, "label_smoothing"], counts, managed=True))
     assert logits.grad.shape == (N, C)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_step_in_other_dtypes_never_waits_for_the_device(dtype):
-    assert steps_without_synchronisation(LPGLoss(C, "auto", COUNTS), dtype).grad.dtype == dtype
+    assert steps_without_synchronization(LPGLoss(C, "auto", COUNTS, managed=True), dtype).grad.dtype == dtype
 
 
 def test_a_step_with_a_users_loss_never_waits_for_the_device():
     def squared_error(logits, labels):
         return (logits.softmax(-1) - F.one_hot(labels, C)).square().sum(-1)
 
-    steps_without_synchronisation(LPGLoss(C, "auto", COUNTS, base_loss=squared_error))
+    steps_without_synchronization(LPGLoss(C, "auto", COUNTS, base_loss=squared_error, managed=True))
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"max_value": 1.0}])
@@ -125,11 +124,11 @@ def test_gradient_clipping_never_waits_for_the_device(options):
     parameter.grad = torch.empty_like(parameter)
     method = GradientClipping(**options)
     method.perturb_([parameter])
-    with NoCopies(), NoSynchronisation():
+    with NoCopies(), NoSynchronization():
         method.perturb_([parameter])
 
 
-SYNCHRONISING = {
+SYNCHRONIZING = {
     "item": lambda gradient, labels: gradient * gradient.sum().item(),
     "tolist": lambda gradient, labels: gradient * sum(labels.tolist()),
     "bool": lambda gradient, labels: gradient if gradient.sum() > 0 else -gradient,
@@ -146,18 +145,18 @@ SYNCHRONISING = {
 }
 
 
-@pytest.mark.parametrize("delta", SYNCHRONISING.values(), ids=SYNCHRONISING)
+@pytest.mark.parametrize("delta", SYNCHRONIZING.values(), ids=SYNCHRONIZING)
 def test_the_test_sees_a_method_that_waits_for_the_device(delta):
     class Waiting(LogitPerturbation):
         name = "waiting"
 
-        def delta(self, gradient, logits, labels, statistics):
+        def delta(self, gradient, batch, statistics):
             # Not in the first call, whose step is not looked at.
             self.calls = getattr(self, "calls", 0) + 1
-            return delta(gradient, labels) if self.calls > 1 else gradient
+            return delta(gradient, batch.labels) if self.calls > 1 else gradient
 
     with pytest.raises((HostDeviceTrafficError, RuntimeError, NotImplementedError, TypeError)):
-        steps_without_synchronisation(LPGLoss(C, Waiting()))
+        steps_without_synchronization(LPGLoss(C, Waiting(), managed=True))
 
 
 # Matrices and operations.

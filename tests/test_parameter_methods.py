@@ -24,6 +24,7 @@ from lpg_hf import (
     LPGLoss,
     LPGTrainer,
 )
+from lpg_hf.batch import LogitBatch
 
 
 COUNTS = [55, 25, 15, 5]
@@ -568,11 +569,11 @@ def test_statistics_and_learning_methods_see_each_step_once_at_the_unshifted_wei
         expected.update(first.numpy(), y.tolist())
         with_both.update(first.numpy(), y.tolist())
         with_both.update(second.numpy(), y.tolist())
-        clipping.update(class_gradient(first, y), y)
-        clipping.fold(None)
+        clipping.update(class_gradient(first, y), LogitBatch(first, y))
+        clipping.step(None)
     statistics = trainer.lpg_loss.statistics
     assert statistics.steps == 10
-    for name in ("accuracy", "label_prob", "confidence_ratio", "contradiction"):
+    for name in ("accuracy", "label_prob", "confidence_ratio", "confident_error_rate"):
         np.testing.assert_allclose(getattr(statistics, name).numpy(), getattr(expected, name), atol=1e-9)
     assert abs(statistics.label_prob.numpy() - with_both.label_prob).max() > 0.01
     torch.testing.assert_close(trainer.lpg_loss.perturbations[0].bounds, clipping.bounds, rtol=0, atol=1e-6)

@@ -377,7 +377,7 @@ class Halving(LogitPerturbation):
 
     name = "halving"
 
-    def delta(self, gradient, logits, labels, statistics):
+    def delta(self, gradient, batch, statistics):
         return -0.5 * gradient
 
 

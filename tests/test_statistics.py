@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lpg_hf.batch import LogitBatch
 from lpg_hf.statistics import ClassStatistics
 
 
 NUM_CLASSES = 4
 IGNORED = -100
-MEANS = ["accuracy", "label_prob", "confidence_ratio", "contradiction"]
+MEANS = ["accuracy", "label_prob", "confidence_ratio", "confident_error_rate"]
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 
@@ -40,8 +41,8 @@ def random_steps(count=5, num_samples=12, seed=0):
 
 def train(statistics, batches):
     for logits, labels in batches:
-        statistics.update(logits, labels)
-        statistics.fold()
+        statistics.update(LogitBatch(logits, labels))
+        statistics.step()
     return statistics
 
 
@@ -146,19 +147,19 @@ def test_a_step_without_samples_counts_as_a_step_and_changes_nothing_else():
     statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
     before = copy.deepcopy(statistics)
     train(statistics, [(torch.zeros(0, NUM_CLASSES), torch.zeros(0, dtype=torch.int64))])
-    statistics.fold()
+    statistics.step()
     assert statistics.steps == before.steps + 2
     for name in [*MEANS, "class_counts"]:
         assert torch.equal(getattr(statistics, name), getattr(before, name))
 
 
-def test_updates_show_only_after_the_fold():
+def test_updates_show_only_after_the_step():
     statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
     before = copy.deepcopy(statistics)
     for logits, labels in random_steps(seed=1):
-        statistics.update(logits, labels)
+        statistics.update(LogitBatch(logits, labels))
     assert_same_state(statistics, before, tolerance=0)
-    statistics.fold()
+    statistics.step()
     assert (statistics.label_prob != before.label_prob).all()
 
 
@@ -172,8 +173,8 @@ def test_ignored_samples_leave_no_trace_whatever_their_logits():
 
 def test_an_update_keeps_no_graph():
     statistics = ClassStatistics(NUM_CLASSES)
-    statistics.update(torch.zeros(2, NUM_CLASSES, requires_grad=True) * 1, torch.tensor([0, 1]))
-    statistics.fold()
+    statistics.update(LogitBatch(torch.zeros(2, NUM_CLASSES, requires_grad=True) * 1, torch.tensor([0, 1])))
+    statistics.step()
     assert not statistics.label_prob.requires_grad
     assert not list(statistics.parameters())
 
@@ -190,19 +191,19 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(batches, data):
         cuts = sorted(data.draw(st.lists(st.integers(0, len(labels)), max_size=3)))
         sizes = np.diff([0, *cuts, len(labels)]).tolist()
         for part, part_labels in zip(logits.split(sizes), labels.split(sizes), strict=True):
-            split.update(part, part_labels)
-        split.fold()
+            split.update(LogitBatch(part, part_labels))
+        split.step()
     assert_same_state(split, whole)
 
 
-def fold_together(processes):
-    """Folds as if the pending sums of all processes were all-reduced."""
+def step_together(processes):
+    """Steps as if the pending sums of all processes were all-reduced."""
     pending = []
     for process in processes:
-        copy.deepcopy(process).fold(reduce=lambda tensor: pending.append(tensor.clone()) or tensor)
+        copy.deepcopy(process).step(reduce=lambda tensor: pending.append(tensor.clone()) or tensor)
     calls = []
     for process in processes:
-        process.fold(reduce=lambda tensor: calls.append(tensor) or sum(pending))
+        process.step(reduce=lambda tensor: calls.append(tensor) or sum(pending))
     assert len(calls) == len(processes)  # one collective a step
 
 
@@ -213,9 +214,9 @@ def test_two_processes_end_up_with_the_statistics_of_one(batches, data):
     processes = [ClassStatistics(NUM_CLASSES).double() for _ in range(2)]
     for logits, labels in batches:
         cut = data.draw(st.integers(0, len(labels)))
-        processes[0].update(logits[:cut], labels[:cut])
-        processes[1].update(logits[cut:], labels[cut:])
-        fold_together(processes)
+        processes[0].update(LogitBatch(logits[:cut], labels[:cut]))
+        processes[1].update(LogitBatch(logits[cut:], labels[cut:]))
+        step_together(processes)
     for process in processes:
         assert_same_state(process, whole)
 
@@ -224,8 +225,8 @@ def test_a_reduction_in_place_does_not_leak_into_the_next_step():
     batches = list(random_steps())
     doubled = ClassStatistics(NUM_CLASSES).double()
     for logits, labels in batches:
-        doubled.update(logits, labels)
-        doubled.fold(reduce=lambda tensor: tensor.mul_(2))
+        doubled.update(LogitBatch(logits, labels))
+        doubled.step(reduce=lambda tensor: tensor.mul_(2))
     twice = [(torch.cat([logits, logits]), torch.cat([labels, labels])) for logits, labels in batches]
     assert_same_state(doubled, train(ClassStatistics(NUM_CLASSES).double(), twice))
 
@@ -256,17 +257,15 @@ def test_without_counts_the_prior_is_that_of_the_samples_seen_and_ten_more_of_ea
 
 
 def test_a_prior_that_is_not_ready_is_uniform_and_counts_on():
-    statistics = ClassStatistics(NUM_CLASSES).double()
-    statistics.prior_is_ready = False
+    statistics = ClassStatistics(NUM_CLASSES, waits_for_epoch=True).double()
     train(statistics, [(torch.zeros(30, NUM_CLASSES), torch.zeros(30, dtype=torch.int64))])
     assert statistics.prior.tolist() == [0.25] * 4
-    statistics.prior_is_ready = True
+    statistics.end_epoch()
     assert_equal(statistics.prior, np.array([40, 10, 10, 10]) / 70, 1e-15)
 
 
 def test_given_counts_do_not_wait_to_be_ready():
-    statistics = ClassStatistics(2, [3, 1])
-    statistics.prior_is_ready = False
+    statistics = ClassStatistics(2, [3, 1], waits_for_epoch=True)
     assert statistics.prior.tolist() == [0.75, 0.25]
 
 
@@ -302,7 +301,7 @@ def test_the_prior_of_given_counts_follows_a_state_that_is_loaded_and_the_dtype(
 def test_state_dict_holds_no_pending_sums():
     statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
     before = copy.deepcopy(statistics.state_dict())
-    statistics.update(torch.randn(3, NUM_CLASSES), torch.tensor([0, 1, 2]))
+    statistics.update(LogitBatch(torch.randn(3, NUM_CLASSES), torch.tensor([0, 1, 2])))
     after = statistics.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -314,14 +313,14 @@ def test_state_dict_holds_no_pending_sums():
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ([5, 2], r"`class_counts` has shape \[2\], but there are 3 classes: pass one count per class"),
-        ([5, 2, 1, 1], r"`class_counts` has shape \[4\], but there are 3 classes: pass one count per class"),
-        ([[5, 2, 1]], r"`class_counts` has shape \[1, 3\], but there are 3 classes: pass one count per class"),
-        ([], r"`class_counts` has shape \[0\], but there are 3 classes: pass one count per class"),
+        ([5, 2], r"`class_counts` has shape \[2\], but there are 3 classes. Pass one count per class"),
+        ([5, 2, 1, 1], r"`class_counts` has shape \[4\], but there are 3 classes. Pass one count per class"),
+        ([[5, 2, 1]], r"`class_counts` has shape \[1, 3\], but there are 3 classes. Pass one count per class"),
+        ([], r"`class_counts` has shape \[0\], but there are 3 classes. Pass one count per class"),
         ([5, -2, 1], r"`class_counts` must be finite and not negative.*found \[5, -2, 1\].*lpg_hf.data.class_counts"),
         ([0.6, 0.3, 0.1], r"`class_counts` must be whole numbers of training rows, not shares; found \[0.6"),
         (Counter([0, 1, 1, 2]), r"must be a list in the order of the classes; found a Counter.*counts\[label\] for"),
-        ([0, 0, 0], r"at least one must be positive; found \[0, 0, 0\].*lpg_hf.data.class_counts"),
+        ([0, 0, 0], r"at least one positive entry; found \[0, 0, 0\].*lpg_hf.data.class_counts"),
     ],
 )
 def test_bad_class_counts_are_refused_with_what_was_found_and_what_to_do(counts, message):

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 import lpg_hf
 from lpg_hf import LPGTrainer, statistics
-from lpg_hf.batch import IGNORE_INDEX, Batch
+from lpg_hf.batch import IGNORE_INDEX, LogitBatch
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> 
             trainer.train()
         rows = {name: value[torch.from_numpy(split.train)] for name, value in source.inputs.items()}
         logits = predict_logits(trainer.model, rows, trainer.args.device)
-        return np.where(Batch(logits, torch.from_numpy(noisy)).is_contradicted, IGNORE_INDEX, noisy)
+        return np.where(LogitBatch(logits, torch.from_numpy(noisy)).is_confident_error, IGNORE_INDEX, noisy)
     return noisy
 
 

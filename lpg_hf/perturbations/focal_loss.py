@@ -27,7 +27,7 @@ def focal_weight(log_p: Tensor, gamma: float) -> Tensor:
     ```python
     >>> import torch
     >>> focal_weight(torch.tensor([0.5, 0.9]).log(), gamma=2.0)
-    tensor([0.5966, 0.0003])
+    tensor([0.5966, 0.0290])
 
     ```
     """
