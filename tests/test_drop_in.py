@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import ClassWeightedBert, bert, plain_args, text_batches, text_dataset
+from text_cases import ClassWeightedBert, bert, plain_args, text_batches, text_dataset
 from tiny import NUM_LABELS, flat_parameters, make_batch, make_model, make_trainer, split
 from torch import nn
 from torch.nn import functional as F

@@ -8,18 +8,17 @@ import reference
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
+from text_cases import ClassWeightedBert, bert, plain_args, text_batches, text_dataset
 from tiny import MODELS, NUM_LABELS, flat_parameters, make_batch, make_model, make_trainer, split
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lpg_hf import LPG, LogitAdjustment, LogitClipping, LPGConfig, LPGLoss, LPGTrainer
 
@@ -227,13 +226,6 @@ def test_the_logged_loss_is_the_unperturbed_one(tmp_path):
 # The classifier rule
 
 
-class ClassWeightedBert(BertForSequenceClassification):
-    def forward(self, input_ids, labels=None):
-        logits = super().forward(input_ids=input_ids).logits
-        loss = None if labels is None else F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
 class AuxiliaryLossBert(BertForSequenceClassification):
     def forward(self, input_ids, labels=None):
         output = super().forward(input_ids=input_ids, labels=labels)
@@ -242,31 +234,10 @@ class AuxiliaryLossBert(BertForSequenceClassification):
         return output
 
 
-def bert(model_class=BertForSequenceClassification, **config):
-    torch.manual_seed(0)
-    settings = {"num_labels": NUM_LABELS} | config
-    return model_class(
-        BertConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            vocab_size=30,
-            max_position_embeddings=16,
-            **settings,
-        )
-    )
-
-
 def zero_head(model):
     nn.init.zeros_(model.classifier.weight)
     nn.init.zeros_(model.classifier.bias)
     return model
-
-
-def text_batches(make_labels):
-    batches = split(make_batch("bert", 32), [8] * 4)
-    return [batch | {"labels": make_labels(batch)} for batch in batches]
 
 
 NOT_CLASSIFIERS = {
@@ -427,16 +398,6 @@ def test_compute_loss_func_that_is_an_lpg_loss_is_refused(tmp_path):
 
 
 # Class counts
-
-
-def text_dataset(labels, column="label"):
-    return Dataset.from_dict({"input_ids": [[1, 2, 3]] * len(labels), column: labels})
-
-
-def plain_args(path, **kwargs):
-    return TrainingArguments(
-        path, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", **({"max_steps": 2} | kwargs)
-    )
 
 
 def test_class_counts_are_read_after_shuffle_select_and_transform(tmp_path):

@@ -2,24 +2,21 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
+import certify_exact
 import pytest
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).parent))
 from certify_exact import run
 
 from lpg_hf.pac_bayes import Certificate
 
 
-SCRIPT = Path(__file__).parent / "certify_exact.py"
+SCRIPT = certify_exact.__file__
 WATCHDOG_SECONDS = 300
 
 
 def test_two_processes_certify_like_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(SCRIPT)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", SCRIPT]
     done = subprocess.run(
         [*command, ",".join(["8"] * 12), str(tmp_path)], capture_output=True, text=True, timeout=WATCHDOG_SECONDS
     )

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-
-sys.path.insert(0, str(Path(__file__).parent))
+import train_exact
 from train_exact import train
 
 
-SCRIPT = Path(__file__).parent / "train_exact.py"
+SCRIPT = train_exact.__file__
 WATCHDOG_SECONDS = 300  # far above what a run needs: a hanging collective must not hang the suite
 OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
@@ -24,7 +22,7 @@ def launch_all(jobs, processes, output_dir, launcher=None):
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command = torchrun if launcher is None else launcher
     done = subprocess.run(
-        [*command, str(SCRIPT), json.dumps(jobs), str(output_dir)],
+        [*command, SCRIPT, json.dumps(jobs), str(output_dir)],
         capture_output=True,
         text=True,
         timeout=WATCHDOG_SECONDS,

@@ -5,11 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import audio_classification
 import datasets
+import image_classification
+import make_tones
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
+import text_classification
 import torch
+from classification import training
 from datasets import ClassLabel, Dataset
 from example_data import (
     EVAL_ROWS,
@@ -47,15 +53,6 @@ from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import audio_classification  # noqa: E402
-import image_classification  # noqa: E402
-import make_tones  # noqa: E402
-import soundfile  # noqa: E402
-import text_classification  # noqa: E402
-from classification import training  # noqa: E402
-
-
 QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
 FAST = [*QUIET, "--per_device_train_batch_size", "12", "--learning_rate", "0.02", "--save_strategy", "no"]
 DO = ["--do_train", "--do_eval"]

@@ -3,14 +3,23 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
+import audio_classification
+import compare
 import datasets
 import huggingface_hub.constants
+import hyperparameter_search
+import image_classification
+import make_tones
+import numpy as np
+import PIL.Image
 import pytest
+import soundfile
+import text_classification
 import torch
 import yaml
+from classification.arguments import ESSENTIAL_HEADING, OUR_HEADING, TRAINING_HEADING, parse_arguments
 from datasets import ClassLabel, Dataset
 from example_data import audio_model, image_model, text_model, text_rows, write_csv, write_images
 from hypothesis import given, settings
@@ -19,19 +28,6 @@ from scipy import stats
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import audio_classification  # noqa: E402
-import compare  # noqa: E402
-import hyperparameter_search  # noqa: E402
-import image_classification  # noqa: E402
-import make_tones  # noqa: E402
-import numpy as np  # noqa: E402
-import PIL.Image  # noqa: E402
-import soundfile  # noqa: E402
-import text_classification  # noqa: E402
-from classification.arguments import ESSENTIAL_HEADING, OUR_HEADING, TRAINING_HEADING, parse_arguments  # noqa: E402
-
-
 SCRIPTS = [text_classification, image_classification, audio_classification]
 QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

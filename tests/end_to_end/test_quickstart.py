@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from digits import load_digits, small_resnet, to_pixels, training_arguments
 from transformers import Trainer
 
 from lpg_hf import LPGTrainer
@@ -15,8 +16,6 @@ from lpg_hf.metrics import make_compute_metrics
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-from digits import load_digits, small_resnet, to_pixels, training_arguments  # noqa: E402
 
 
 def quickstart(output_dir, *options):

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import torch
 from datasets import IterableDataset
-from transformers import TrainerCallback, default_data_collator
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from leave import leave_together
 from tiny import flat_parameters, make_batch, make_model, make_trainer, split
+from transformers import TrainerCallback, default_data_collator
 
 from lpg_hf import LPGTrainer
 

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from leave import leave_together
 from tiny import make_batch, make_model, make_trainer, split
 

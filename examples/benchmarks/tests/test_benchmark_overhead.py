@@ -3,14 +3,10 @@
 import math
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 from overhead import OverheadArguments, growth, make_trainer, tasks
+from transformers import TrainerCallback
 
 
 @pytest.mark.parametrize(

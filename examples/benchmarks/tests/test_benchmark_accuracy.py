@@ -4,29 +4,25 @@ import csv
 import os
 import sys
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
-from sklearn.metrics import balanced_accuracy_score
-from transformers import Trainer
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 import accuracy
 import accuracy_statistics as statistics
 import accuracy_summary
 import accuracy_training as training
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 from accuracy_claims import check_claims
 from accuracy_data import DataSpec, Source, load_source, make_split, parse_regime
 from accuracy_methods import ABLATIONS, BENCHMARK, METHODS, check_methods
 from accuracy_models import Recipe
 from accuracy_results import COLUMNS, KEY, VALUES, Results
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import balanced_accuracy_score
+from transformers import Trainer
 
 
 def make_source(sizes, num_test=0, human=None, seed=0):
