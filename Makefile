@@ -3,6 +3,7 @@
 quality:
 	ruff check .
 	ruff format --check .
+	mypy
 
 style:
 	ruff check --fix .
