@@ -199,16 +199,24 @@ BALANCED = [5] * C
 @pytest.mark.parametrize(
     ("chain", "counts", "operations", "passes", "matrices"),
     [
-        ("auto", BALANCED, 103, 14, 3),
-        ("auto", COUNTS, 129, 23, 3),
-        ("lpg", COUNTS, 119, 18, 4),
-        ("logit_clipping", COUNTS, 65, 12, 3),
-        ("focal_loss", COUNTS, 79, 11, 3),
-        ("label_smoothing", COUNTS, 63, 12, 3),
-        ("lpl", COUNTS, 287, 94, 25),
+        # Measured with torch 2.13: 103, 14, 3.
+        ("auto", BALANCED, 110, 15, 3),
+        # 129, 23, 3.
+        ("auto", COUNTS, 138, 25, 3),
+        # 119, 18, 4.
+        ("lpg", COUNTS, 128, 20, 4),
+        # 65, 12, 3.
+        ("logit_clipping", COUNTS, 70, 13, 3),
+        # 79, 11, 3.
+        ("focal_loss", COUNTS, 85, 12, 3),
+        # 63, 12, 3.
+        ("label_smoothing", COUNTS, 68, 13, 3),
+        # 287, 94, 25.
+        ("lpl", COUNTS, 308, 100, 25),
     ],
 )
-def test_a_step_takes_no_more_operations_and_matrices_than_it_did(chain, counts, operations, passes, matrices):
+def test_a_step_takes_few_operations_and_matrices(chain, counts, operations, passes, matrices):
+    """The bounds leave room for a few small operations, but not for another matrix."""
     loss_fn = LPGLoss(C, chain, counts)
     logits, labels = a_batch()
 
