@@ -98,7 +98,9 @@ def check_gradient(model, micro_batches, path):
     steps = zip(before, parameters, strict=True)
     gradient = torch.cat([(old - new.detach()).flatten() for old, new in steps]) / LEARNING_RATE
     assert gradient.dtype == torch.float64
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+    # DeBERTa converts its logits to float32 for its own loss, which the deltas join.
+    tolerance = 1e-6 if model.config.model_type == "deberta-v2" else 1e-9
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 # Evaluation

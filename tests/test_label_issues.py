@@ -205,8 +205,8 @@ def test_the_weights_are_those_of_the_dampening(tmp_path, monkeypatch):
     weights = {}
     weight = ClassRelativeDampening.weight
 
-    def spy(self, gradient, logits, labels, statistics):
-        result = weight(self, gradient, logits, labels, statistics)
+    def spy(self, gradient, batch, statistics):
+        result = weight(self, gradient, batch, statistics)
         weights.setdefault("all", []).extend(result.tolist())
         return result
 

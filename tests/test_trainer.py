@@ -596,7 +596,7 @@ def test_checkpoint_of_another_chain_is_refused(tmp_path):
 
 def test_bad_input_raises_early(tmp_path):
     args = plain_args(tmp_path)
-    with pytest.raises(ValueError, match=r"Unknown perturbation 'lgp': the known ones are auto, none, .*lpg"):
+    with pytest.raises(ValueError, match=r"Unknown perturbation 'lgp'. The known ones are auto, none, .*lpg"):
         LPGTrainer(model=bert(), args=args, perturbations=["lgp"])
     with pytest.raises(ValueError, match="`epsilon` must be at least 0; found -1"):
         LPGConfig(str(tmp_path), perturbations=["lpg"], lpg_epsilon=-1.0)
