@@ -200,9 +200,9 @@ def print_experiment(experiment: Experiment) -> None:
     certified = certificate.overall if certificate.clean is None else certificate.clean
     rows = [
         ("LPGTrainer, error: certified", certified.bound),
-        ("LPGTrainer, test error: randomised, as certified", experiment.gibbs_test.overall),
+        ("LPGTrainer, test error: randomized, as certified", experiment.gibbs_test.overall),
         ("LPGTrainer, test error: without noise on the weights", experiment.test_error),
-        ("LPGTrainer, balanced test error: randomised", experiment.gibbs_test.balanced),
+        ("LPGTrainer, balanced test error: randomized", experiment.gibbs_test.balanced),
         ("prior alone, error: hold-out bound on the same rows", experiment.holdout_bound),
         ("prior alone, test error", experiment.prior_test_error),
     ]
@@ -277,7 +277,7 @@ def plot_scales(axes: Axes, experiment: Experiment) -> None:
         axes.plot(sigmas, values, color=color, marker=".", label=label)
     overall = certificate.overall.bound
     axes.scatter([certificate.sigma], [overall], color="black", zorder=3, label=f"certificate: {overall:.3f}")
-    axes.axhline(experiment.gibbs_test.overall, color="0.6", linestyle=":", label="randomised test error")
+    axes.axhline(experiment.gibbs_test.overall, color="0.6", linestyle=":", label="randomized test error")
     axes.set(xscale="log", title="Bound and its parts", xlabel="standard deviation of the noise", ylim=(0, 1))
     # Between the two flanks.
     axes.legend(loc="upper center", bbox_to_anchor=(0.56, 1), fontsize=8, handlelength=1.5)

@@ -127,11 +127,11 @@ def main() -> None:
     print(f"\n{certificate}\n")
 
     settings = {"scope": arguments.scope, "data_collator": collator, "batch_size": 256, "disable_tqdm": True}
-    randomised = gibbs_error(posterior, test, sigma=certificate.sigma, num_draws=10, **settings)
+    randomized = gibbs_error(posterior, test, sigma=certificate.sigma, num_draws=10, **settings)
     plain = gibbs_error(posterior, test, sigma=0.0, num_draws=1, **settings)
     for name, value in (
         ("certified error under the true labels", (certificate.clean or certificate.overall).bound),
-        ("test error: randomised, as certified", randomised.overall),
+        ("test error: randomized, as certified", randomized.overall),
         ("test error: without noise on the weights", plain.overall),
     ):
         print(f"{name:42} {value:.4f}")

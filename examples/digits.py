@@ -16,7 +16,7 @@ BATCH_SIZE = 32
 
 
 def load_digits(seed: int = 0) -> DatasetDict:
-    """1,797 grey images of 10 digits, split 70 : 10 : 20 with the same share of each digit in every part."""
+    """1,797 gray images of 10 digits, split 70 : 10 : 20 with the same share of each digit in every part."""
     raw = load_raw_digits()
     images = (raw.images * (255 / 16)).round().astype(np.uint8)
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(NUM_LABELS)])})

@@ -1,5 +1,5 @@
 """
-Writes a small audio data set that no one has to download: half a second of a tone, labelled with how it sounds.
+Writes a small audio data set that no one has to download: half a second of a tone, labeled with how it sounds.
 
     python examples/make_tones.py --output_dir tones
 

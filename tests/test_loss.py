@@ -207,14 +207,14 @@ def test_the_scale_of_the_loss_scales_the_gradient_and_not_the_delta(scale):
 
 @pytest.mark.parametrize("perturbations", CHAINS, ids=repr)
 def test_what_a_users_loss_over_the_whole_batch_says_of_ignored_samples_is_left_alone(perturbations):
-    def centred(logits, labels):
+    def centered(logits, labels):
         return F.cross_entropy(logits - logits.mean(0), labels, reduction="none")
 
     logits, labels = make_logits(8)
     labels[2] = -100
-    LPGLoss(C, perturbations, COUNTS, base_loss=centred)(logits, labels).backward()
+    LPGLoss(C, perturbations, COUNTS, base_loss=centered)(logits, labels).backward()
     plain = logits.detach().clone().requires_grad_()
-    (centred(plain, labels.clamp(min=0)) * (labels >= 0)).sum().div(7).backward()
+    (centered(plain, labels.clamp(min=0)) * (labels >= 0)).sum().div(7).backward()
     torch.testing.assert_close(logits.grad[2], plain.grad[2])
     assert logits.grad[2].abs().max() > 0
 

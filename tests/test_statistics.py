@@ -21,7 +21,7 @@ few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 @st.composite
 def steps(draw, max_steps=4, max_samples=9):
-    """Batches of some optimizer steps, some of them without a labelled sample."""
+    """Batches of some optimizer steps, some of them without a labeled sample."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     drawn = []
     for _ in range(draw(st.integers(1, max_steps))):

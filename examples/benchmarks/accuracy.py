@@ -60,7 +60,7 @@ class BenchmarkArguments:
     optimizer: list[str] = field(default_factory=lambda: list(OPTIMIZERS), metadata={"help": "sgd, adamw."})
     pace: list[str] = field(
         default_factory=lambda: list(PACES),
-        metadata={"help": "memorise (long, fast training) or slow; see RECIPES in accuracy_models.py."},
+        metadata={"help": "memorize (long, fast training) or slow; see RECIPES in accuracy_models.py."},
     )
     learning_rate: float | None = field(default=None, metadata={"help": "In place of the recipe's."})
     epochs: int | None = field(default=None, metadata={"help": "In place of the recipe's."})

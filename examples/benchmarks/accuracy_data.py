@@ -428,7 +428,7 @@ def _thumbnails(pixels: Tensor) -> np.ndarray:
 
 
 def _standardized(values: Tensor, is_test: np.ndarray, over: tuple[int, ...]) -> Tensor:
-    """Centred, and scaled to unit variance overall, both as measured outside the test split."""
+    """Centered, and scaled to unit variance overall, both as measured outside the test split."""
     rest = values[torch.from_numpy(~is_test)]
     mean = rest.mean(over, keepdim=True)
     return (values - mean) / (rest - mean).std()

@@ -1,4 +1,4 @@
-"""The models of the benchmark, and how each is trained: with one optimizer, until it memorises or not that far."""
+"""The models of the benchmark, and how each is trained: with one optimizer, until it memorizes or not that far."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from transformers.models.resnet.modeling_resnet import ResNetConvLayer
 
 
 OPTIMIZERS = {"sgd": "sgd", "adamw": "adamw_torch"}
-PACES = ("memorise", "slow")
+PACES = ("memorize", "slow")
 MLP, RESNET, RESNET32, VIT = "mlp", "resnet", "resnet32", "vit"
 FINE_TUNING = "fine-tuning"
 
@@ -37,28 +37,28 @@ class Recipe:
     hidden_size: int | None = None
 
 
-# Found on training-side data of the digits and banking77 (README.md): `memorise` fits a good part of 40 % wrong
+# Found on training-side data of the digits and banking77 (README.md): `memorize` fits a good part of 40 % wrong
 # labels, `slow` hardly begins to.
 RECIPES = {
-    (MLP, "sgd", "memorise"): Recipe(0.2, 20, 128, 256),
+    (MLP, "sgd", "memorize"): Recipe(0.2, 20, 128, 256),
     (MLP, "sgd", "slow"): Recipe(0.1, 10, 128, 64),
-    (MLP, "adamw", "memorise"): Recipe(1e-2, 20, 128, 256),
+    (MLP, "adamw", "memorize"): Recipe(1e-2, 20, 128, 256),
     (MLP, "adamw", "slow"): Recipe(3e-3, 10, 128, 64),
-    (RESNET, "sgd", "memorise"): Recipe(0.1, 40, 64),
+    (RESNET, "sgd", "memorize"): Recipe(0.1, 40, 64),
     (RESNET, "sgd", "slow"): Recipe(0.02, 10, 64),
-    (RESNET, "adamw", "memorise"): Recipe(2e-3, 40, 64),
+    (RESNET, "adamw", "memorize"): Recipe(2e-3, 40, 64),
     (RESNET, "adamw", "slow"): Recipe(5e-4, 10, 64),
-    (RESNET32, "sgd", "memorise"): Recipe(0.1, 30, 128),
+    (RESNET32, "sgd", "memorize"): Recipe(0.1, 30, 128),
     (RESNET32, "sgd", "slow"): Recipe(0.02, 15, 128),
-    (RESNET32, "adamw", "memorise"): Recipe(2e-3, 30, 128),
+    (RESNET32, "adamw", "memorize"): Recipe(2e-3, 30, 128),
     (RESNET32, "adamw", "slow"): Recipe(5e-4, 15, 128),
-    (VIT, "sgd", "memorise"): Recipe(0.1, 60, 64),
+    (VIT, "sgd", "memorize"): Recipe(0.1, 60, 64),
     (VIT, "sgd", "slow"): Recipe(0.02, 20, 64),
-    (VIT, "adamw", "memorise"): Recipe(1e-3, 60, 64),
+    (VIT, "adamw", "memorize"): Recipe(1e-3, 60, 64),
     (VIT, "adamw", "slow"): Recipe(3e-4, 20, 64),
-    (FINE_TUNING, "sgd", "memorise"): Recipe(3e-2, 10, 32),
+    (FINE_TUNING, "sgd", "memorize"): Recipe(3e-2, 10, 32),
     (FINE_TUNING, "sgd", "slow"): Recipe(1e-2, 4, 32),
-    (FINE_TUNING, "adamw", "memorise"): Recipe(1e-4, 10, 32),
+    (FINE_TUNING, "adamw", "memorize"): Recipe(1e-4, 10, 32),
     (FINE_TUNING, "adamw", "slow"): Recipe(5e-5, 4, 32),
 }
 

@@ -135,7 +135,7 @@ def against_best_rival(scored: pd.DataFrame, runs: pd.DataFrame, method: str = "
     """
     A method, untuned, against the best tuned rival of each cell (Trainer with a picked epoch is one of them).
 
-    The best one in two ways: by its test score, which no user can know (and which favours the rivals, as the largest
+    The best one in two ways: by its test score, which no user can know (and which favors the rivals, as the largest
     of many noisy means), and by its validation score.
 
     Returns:

@@ -411,7 +411,7 @@ def check_gpu() -> None:
             step_of(loss_fn, logits, labels)()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        row(f"`{chain}` does not synchronise", "passed")
+        row(f"`{chain}` does not synchronize", "passed")
 
     logits, labels, counts = matrix(256, 1000, "cuda")
     step_of(LPGLoss(1000, "auto", counts), logits, labels)()

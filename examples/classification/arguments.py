@@ -178,7 +178,7 @@ class ReportArguments:
 
     report: bool = field(
         default=False,
-        metadata={"help": "Write a report of the training, with the rows most likely labelled wrong, to output_dir."},
+        metadata={"help": "Write a report of the training, with the rows most likely labeled wrong, to output_dir."},
     )
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ def gather_samples(gradient: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, sl
     The samples of all processes' micro-batches, in the same order everywhere.
 
     Micro-batches may differ in size; the shorter ones are filled up with ignored samples. Costs three collectives, one
-    synchronisation with the host, and P N (C + 1) numbers for P processes.
+    synchronization with the host, and P N (C + 1) numbers for P processes.
 
     Args:
         gradient (`torch.Tensor` of shape `[N, C]`): Of this process's samples.

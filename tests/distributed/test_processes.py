@@ -69,7 +69,7 @@ def test_processes_train_like_one(model, optimizer, processes, accumulation, siz
     ("model", "perturbations", "of_a_step"),
     [
         ("vit", ["logit_adjustment", OPEN_GATES], [(5 * 4, True)]),
-        # A model that does not take the count of labelled samples: the Trainer does not count them.
+        # A model that does not take the count of labeled samples: the Trainer does not count them.
         ("convnext", ["logit_adjustment", OPEN_GATES], [(1, True), (5 * 4, True)]),
         # The second pass of SAM learns nothing, and the first does not send.
         ("vit", ["logit_adjustment", "sam"], [(5 * 4, True)]),

@@ -69,6 +69,6 @@ def test_digits_are_certified(tmp_path):
     assert clean["overall"]["bound"] < 0.15
     assert noisy["clean"]["bound"] < 0.5
     for occurrence, bound in enumerate((clean["overall"]["bound"], noisy["clean"]["bound"])):
-        assert value_of(output, "LPGTrainer, test error: randomised", occurrence) < bound
+        assert value_of(output, "LPGTrainer, test error: randomized", occurrence) < bound
     assert value_of(output, "LPGTrainer, balanced test error", 0) < clean["balanced"]["bound"]
     assert max(entry["bound"] for entry in clean["per_class"]) < 0.6

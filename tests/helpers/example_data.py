@@ -21,7 +21,7 @@ from transformers import (
 
 
 WORDS = {"red": "rose", "green": "grass", "blue": "sky"}
-COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 NAMES = sorted(WORDS)
 TRAIN_ROWS, EVAL_ROWS = 36, 12
 
@@ -50,7 +50,7 @@ def text_rows(number: int, seed: int = 0) -> list[dict]:
 def write_images(folder: Path, number: int) -> Path:
     rng = np.random.default_rng(0)
     for row in range(number):
-        pixels = np.clip(COLOURS[label_of(row)] + rng.integers(-30, 30, (12, 16, 3)), 0, 255).astype(np.uint8)
+        pixels = np.clip(COLORS[label_of(row)] + rng.integers(-30, 30, (12, 16, 3)), 0, 255).astype(np.uint8)
         path = folder / label_of(row) / f"{row:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)

@@ -191,7 +191,7 @@ def test_unknown_methods_list_the_known_ones():
 @pytest.fixture(scope="module")
 def setting():
     return training.Setting(
-        "digits", "mlp", "sgd", "memorise", DataSpec("digits", "features"), "mlp", Recipe(0.1, 3, 128, 16)
+        "digits", "mlp", "sgd", "memorize", DataSpec("digits", "features"), "mlp", Recipe(0.1, 3, 128, 16)
     )
 
 
@@ -446,7 +446,7 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path):
     arguments = accuracy.BenchmarkArguments(
         "unused", data=[str(tmp_path / folder / "rows.csv") for folder in ("a", "b")]
     )
-    with pytest.raises(ValueError, match=r"go by the name 'rows/mlp/sgd/memorise'"):
+    with pytest.raises(ValueError, match=r"go by the name 'rows/mlp/sgd/memorize'"):
         accuracy.make_settings(arguments)
 
 
