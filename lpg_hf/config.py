@@ -13,34 +13,35 @@ class LPGConfig(TrainingArguments):
     r"""
     Configuration class for the [`LPGTrainer`].
 
-    This class adds the settings of the perturbations to [`~transformers.TrainingArguments`]; all of those keep their
-    defaults. With [`~transformers.HfArgumentParser`] every field is a command-line option. Fields hold strings and
-    numbers only; a method with its arguments is written as its `repr`, for instance
+    This class adds the settings of the perturbations to [`~transformers.TrainingArguments`], whose fields keep their
+    defaults. With [`~transformers.HfArgumentParser`] every field is a command-line option. The fields hold only
+    strings and numbers. A method with arguments is written as its `repr`, for instance
     `"lpg(strategy='frequency', epsilon=0.3)"`.
 
-    The `lpg_*` fields are the arguments of the method `lpg` where `perturbations` names it without its own, so that
-    `hyperparameter_search` can vary them.
+    If `perturbations` names the method `lpg` without arguments, the `lpg_*` fields are its arguments. This lets
+    `hyperparameter_search` vary them.
 
     Parameters:
         perturbations (`list[str]`, *optional*, defaults to `["auto"]`):
-            The chain of methods, in order. `["auto"]` is the preset that needs no tuning, `["none"]` (or `[]`) trains
-            as `Trainer`.
+            The chain of methods, in order. `["auto"]` is the preset that needs no tuning. `["none"]` (or `[]`) trains
+            as `Trainer` does.
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
-            What decides sign and radius of each class: `"frequency"` or `"accuracy"`.
+            The measure that decides sign and radius of each class: `"frequency"` or `"accuracy"`.
         lpg_epsilon (`float`, *optional*, defaults to `0.1`):
             Largest radius of a class's delta, at least 0, in per-sample units.
         lpg_max_dampening (`float`, *optional*, defaults to `0.5`):
-            Share of a class's mean gradient that dampening may remove, in (0, 1].
+            Largest share of a class's mean gradient that dampening may remove, in (0, 1].
         lpg_direction (`str`, *optional*, defaults to `"class"`):
-            Along the mean gradient of the class (`"class"`) or each sample's own (`"sample"`).
+            Direction of the delta: the mean gradient of the class (`"class"`) or the gradient of each sample
+            (`"sample"`).
         lpg_norm (`str`, *optional*, defaults to `"l2"`):
             Norm of the ball: `"l2"` or `"linf"`.
         lpg_solver (`str`, *optional*, defaults to `"closed_form"`):
-            `"closed_form"` or `"pgd"`.
+            How the delta is found: `"closed_form"` or `"pgd"`.
         lpg_warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps without perturbation at the start.
+            Number of optimizer steps at the start without perturbation.
         lpg_sync (`bool`, *optional*, defaults to `False`):
-            Whether class means run over all processes, at the cost of moving every process's logit gradients.
+            Whether class means are taken over all processes, which sends the logit gradients of every process.
 
     Raises:
         ValueError: If a method is unknown, an argument is out of range, or an `lpg_*` field is set but unused.
@@ -112,17 +113,20 @@ class LPGConfig(TrainingArguments):
 
     def chain(self, perturbations: Sequence[str | Perturbation] | None = None) -> list[str | Perturbation]:
         """
-        A chain with the `lpg_*` fields, as they are now, written out where it has a bare `lpg`.
+        Writes the present `lpg_*` fields into a chain, in place of an `lpg` without arguments.
 
         Args:
-            perturbations (`Sequence[str | Perturbation]`, *optional*): The field `perturbations` when left out.
+            perturbations (`Sequence[str | Perturbation]`, *optional*): The chain. Defaults to `self.perturbations`.
+
+        Returns:
+            `list[str | Perturbation]`: The chain.
 
         Raises:
-            ValueError: If an `lpg_*` field is set and there is no bare `lpg`.
+            ValueError: If an `lpg_*` field is set but the chain has no `lpg` without arguments.
         """
         if perturbations is None:
             perturbations = self.perturbations
-            # `hyperparameter_search` makes a list of the string it was given: letter by letter.
+            # `hyperparameter_search` turns a string into a list of its letters.
             if perturbations and all(len(entry) == 1 for entry in perturbations):
                 perturbations = ["".join(perturbations)]
         own_fields = [f for f in fields(self) if f.name.startswith("lpg_")]

@@ -13,7 +13,7 @@ from tiny import flat_parameters, make_batch, make_model, make_trainer, split
 from transformers.trainer_utils import get_last_checkpoint
 
 from lpg_hf import SAM, GradientNoise, LPGTrainer
-from lpg_hf.checkpoint import ROWS_FILE, STATE_FILE, is_whole, last_whole_checkpoint
+from lpg_hf.trainer.checkpoint import ROWS_FILE, STATE_FILE, is_complete, last_complete_checkpoint
 
 
 COUNTS = [55, 25, 15, 5]
@@ -72,7 +72,7 @@ def test_a_kill_after_any_file_resumes_from_a_whole_checkpoint(killed_after, who
     for file in FILES[: killed_after + 1]:
         shutil.copy(path / "checkpoint-4" / file, tmp_path / "checkpoint-4")
     is_last = killed_after == len(FILES) - 1
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-4" if is_last else "checkpoint-2"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / ("checkpoint-4" if is_last else "checkpoint-2"))
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")  # the Trainer would take the half one
     resumed = state_of(train(tmp_path, resume=True))
     assert resumed.keys() == expected.keys()
@@ -84,10 +84,10 @@ def test_a_state_of_the_trainer_that_was_cut_off_does_not_count(whole, tmp_path)
     shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:-20])
-    assert not is_whole(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match="There is no whole checkpoint"):
+    assert not is_complete(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match="There is no complete checkpoint"):
         train(tmp_path, resume=True)
-    with pytest.raises(ValueError, match="checkpoint-4 is no checkpoint that was saved to its end"):
+    with pytest.raises(ValueError, match="checkpoint-4 is not a complete checkpoint"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-4"))
 
 
@@ -101,7 +101,7 @@ def test_writing_over_an_old_checkpoint_makes_it_half_first(whole, tmp_path, mon
     monkeypatch.setattr(LPGTrainer, "_save_rng_state", killed)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
-    assert not is_whole(tmp_path / "checkpoint-2")
+    assert not is_complete(tmp_path / "checkpoint-2")
 
 
 def test_the_last_whole_checkpoint_outlives_the_rotation(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_the_last_whole_checkpoint_outlives_the_rotation(tmp_path, monkeypatch):
     monkeypatch.setattr(LPGTrainer, "_save_rng_state", killed_at_step_4)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, save_total_limit=1)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_training_that_ended_within_an_epoch_takes_no_step_more(tmp_path):
@@ -288,7 +288,7 @@ def test_another_number_of_processes_is_a_warning_where_it_matters(tmp_path, cap
         return caplog.text
 
     assert resume(["logit_clipping()"]) == ""
-    assert "written by 2 processes and this run has 1: lpg() depends on how a batch is split" in resume(["lpg()"])
+    assert "written by 2 processes and this run has 1. lpg() depends on how a batch is split" in resume(["lpg()"])
 
 
 def test_evaluation_in_the_middle_of_training_changes_nothing(tmp_path):

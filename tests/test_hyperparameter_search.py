@@ -5,6 +5,7 @@ from datasets import Dataset
 from tiny import NUM_LABELS, make_model
 
 from lpg_hf import LPGConfig, LPGTrainer
+from lpg_hf.trainer.managed_loss import ManagedLoss
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -12,13 +13,13 @@ def test_every_trial_trains_with_its_own_settings(tmp_path, monkeypatch):
     labels = [0] * 20 + [1] * 8 + [2] * 4 + [3] * 2
     dataset = Dataset.from_dict({"input_ids": [[1, 2 + label] for label in labels], "label": labels})
     seen = []
-    build = LPGTrainer._build_loss
+    build = ManagedLoss.build
 
     def spy(self, num_labels):
         build(self, num_labels)
-        seen.append(repr(self.lpg_loss.perturbations[0]))
+        seen.append(repr(self.loss.perturbations[0]))
 
-    monkeypatch.setattr(LPGTrainer, "_build_loss", spy)
+    monkeypatch.setattr(ManagedLoss, "build", spy)
     trainer = LPGTrainer(
         model_init=lambda: make_model("bert"),
         args=LPGConfig(

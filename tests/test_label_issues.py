@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-import lpg_hf.trainer
-from lpg_hf import ClassRelativeDampening, LPGTrainer, label_issues
-from lpg_hf.label_issues import SMALLEST_CONFIDENCE, RowRecords, VisitQueue, _merge_votes
-from lpg_hf.rows import ROWS_KEY, NumberedCollator, NumberedItems, NumberedRows
+import lpg_hf.trainer.label_issues
+from lpg_hf import ClassRelativeDampening, LPGTrainer, row_records
+from lpg_hf.row_numbers import ROWS_KEY, IndexedCollator, IndexedDataset, IndexedItems
+from lpg_hf.row_records import SMALLEST_CONFIDENCE, DynamicsBuffer, TrainingDynamics, _merge_votes
 
 
 ROWS = 26  # batches of 8: the last one is smaller
@@ -182,9 +182,9 @@ def test_set_epoch_still_reaches_the_data_set(tmp_path):
 def test_training_is_bit_for_bit_what_it_is_without_row_numbers(perturbations, args, tmp_path, monkeypatch):
     followed = train(tmp_path, perturbations=perturbations, **args)
     assert followed.label_issues().num_rows == ROWS
-    monkeypatch.setattr(lpg_hf.trainer, "has_rows", lambda dataset: False)
+    monkeypatch.setattr(lpg_hf.trainer.label_issues, "has_rows", lambda dataset: False)
     alone = train(tmp_path, perturbations=perturbations, **args)
-    assert alone._visits is None
+    assert alone._row_tracker.buffer is None
     assert torch.equal(flat_parameters(followed.model), flat_parameters(alone.model))
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (followed, alone)]
     assert losses[0] == losses[1]
@@ -274,7 +274,7 @@ def test_a_collator_under_which_rows_are_lost_trains_but_does_not_rank(collator,
 
 def test_a_collator_that_hands_out_the_rows_themselves_leaves_them_as_they_were():
     item = {"labels": torch.tensor([1]), "input_ids": torch.tensor([[1]])}
-    batch = NumberedCollator(lambda items: items[0], num_rows=5)([NumberedItems([3], [item])])
+    batch = IndexedCollator(lambda items: items[0], num_rows=5)([IndexedItems([3], [item])])
     assert batch[ROWS_KEY].tolist() == [3] and ROWS_KEY not in item
 
 
@@ -285,12 +285,12 @@ def test_training_batches_asked_for_by_others_are_those_of_the_trainer(tmp_path)
 
 def test_rows_read_a_batch_at_once_where_the_data_set_can():
     dataset = make_dataset()
-    loader = DataLoader(NumberedRows(dataset), batch_size=4, collate_fn=tuple)
+    loader = DataLoader(IndexedDataset(dataset), batch_size=4, collate_fn=tuple)
     assert next(iter(loader)) == (([0, 1, 2, 3], [dataset[row] for row in range(4)]),)
-    assert NumberedRows(dataset).__getitems__([5, 2]) == [([5, 2], [dataset[5], dataset[2]])]
-    assert NumberedRows("ab").__getitems__([1, 0]) == [([1, 0], ["b", "a"])] and NumberedRows("ab")[1] == "b"
+    assert IndexedDataset(dataset).__getitems__([5, 2]) == [([5, 2], [dataset[5], dataset[2]])]
+    assert IndexedDataset("ab").__getitems__([1, 0]) == [([1, 0], ["b", "a"])] and IndexedDataset("ab")[1] == "b"
     with pytest.raises(AttributeError, match="nothing"):
-        _ = NumberedRows(dataset).nothing
+        _ = IndexedDataset(dataset).nothing
 
 
 class Columns(torch.utils.data.Dataset):
@@ -338,12 +338,12 @@ def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
         train(tmp_path, stream, max_steps=2, remove_unused_columns=False).label_issues()
     with pytest.raises(ValueError, match="`get_train_dataloader` is overridden"):
         train(tmp_path, cls=OwnLoader).label_issues()
-    with pytest.raises(ValueError, match=r"recorded no row: .* `compute_loss` or `training_step` are overridden"):
+    with pytest.raises(ValueError, match=r"recorded no row. .* `compute_loss` or `training_step` are overridden"):
         train(tmp_path, cls=OwnLoss).label_issues()
     model = make_model("bert")
     model.config.problem_type, model.config.num_labels = "regression", 1
     model.num_labels, model.classifier = 1, torch.nn.Linear(16, 1)
-    with pytest.raises(ValueError, match="no single-label classifier"):
+    with pytest.raises(ValueError, match="is not a single-label classifier"):
         train(
             tmp_path,
             model=model,
@@ -352,22 +352,22 @@ def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
 
 
 def test_rows_without_a_number_are_not_known():
-    collator = NumberedCollator(default_data_collator, num_rows=5)
-    assert collator([NumberedItems(["a", "b"], [{"label": 1}, {"label": 0}])])[ROWS_KEY].tolist() == [5, 5]
-    assert collator([NumberedItems([1, 2], [{"x": 1.0}, {"x": 0.0}])]).keys() == {"x"}
-    assert NumberedCollator(list, num_rows=5)([NumberedItems([1], ["a"])]) == ["a"]
+    collator = IndexedCollator(default_data_collator, num_rows=5)
+    assert collator([IndexedItems(["a", "b"], [{"label": 1}, {"label": 0}])])[ROWS_KEY].tolist() == [5, 5]
+    assert collator([IndexedItems([1, 2], [{"x": 1.0}, {"x": 0.0}])]).keys() == {"x"}
+    assert IndexedCollator(list, num_rows=5)([IndexedItems([1], ["a"])]) == ["a"]
 
 
 def test_bad_values_do_not_stick():
     """A visit with NaN counts as the smallest probability; training itself reports such values."""
-    records = RowRecords(1)
+    records = TrainingDynamics(1)
     records.update(torch.tensor([0]), torch.tensor([[math.nan, 1.0]]), torch.tensor([1]))
     records.update(torch.tensor([0]), torch.tensor([[0.0, -1e30]]), torch.tensor([1]))
     assert records.ranked(["a", "b"])["score"][:] == pytest.approx([1 - SMALLEST_CONFIDENCE])
 
 
 def test_a_visit_with_nan_casts_no_vote():
-    records, row, label = RowRecords(1), torch.tensor([0]), torch.tensor([0])
+    records, row, label = TrainingDynamics(1), torch.tensor([0]), torch.tensor([0])
     for logits in ([math.nan, 1.0, 1.0], *[[0.0, 9.0, 0.0]] * 3, [0.0, 0.0, 0.5]):
         records.update(row, torch.tensor([logits]), label)
     assert records.ranked(["a", "b", "c"])["suggested_label"][:] == [1]
@@ -379,14 +379,14 @@ def test_a_tie_and_a_process_that_never_saw_the_row_leave_a_suggestion():
 
 
 def test_labels_that_a_loss_of_the_users_ignores_are_ignored():
-    records = RowRecords(3)
+    records = TrainingDynamics(3)
     records.update(torch.arange(3), torch.zeros(3, 2), torch.tensor([1, 255, -1]))
     assert records.ranked(["a", "b"])["row"][:] == [0]
 
 
 def test_a_step_never_asks_the_device_for_a_value():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        records = RowRecords(6)
+        records = TrainingDynamics(6)
         for name, buffer in records.named_buffers():
             records._buffers[name] = mode.from_tensor(buffer)
         rows, labels = torch.empty(4, dtype=torch.int64), torch.empty(4, dtype=torch.int64)
@@ -415,7 +415,7 @@ def test_a_majority_leads_however_the_votes_are_spread_over_processes(votes, pro
 
 def test_records_of_two_processes_are_one():
     generator = torch.Generator().manual_seed(0)
-    parts, whole = [RowRecords(5), RowRecords(5)], RowRecords(5)
+    parts, whole = [TrainingDynamics(5), TrainingDynamics(5)], TrainingDynamics(5)
     for step in range(20):
         rows = torch.randperm(5, generator=generator)[:2]
         logits = 3 * torch.randn(2, 3, generator=generator)
@@ -437,10 +437,10 @@ def test_records_of_two_processes_are_one():
 @pytest.mark.parametrize(("num_batches", "num_logits"), [(1, 2**20), (3, 2**20), (32, 13), (32, 2**20)])
 @pytest.mark.parametrize("with_weight", [False, True])
 def test_visits_that_wait_count_as_those_that_do_not(with_weight, num_batches, num_logits, monkeypatch):
-    monkeypatch.setattr(label_issues, "MAX_WAITING_BATCHES", num_batches)
-    monkeypatch.setattr(label_issues, "MAX_WAITING_LOGITS", num_logits)
-    at_once, later = RowRecords(14), RowRecords(14)
-    queue = VisitQueue(later)
+    monkeypatch.setattr(row_records, "MAX_WAITING_BATCHES", num_batches)
+    monkeypatch.setattr(row_records, "MAX_WAITING_LOGITS", num_logits)
+    at_once, later = TrainingDynamics(14), TrainingDynamics(14)
+    queue = DynamicsBuffer(later)
     for _ in range(4):
         for rows in torch.randperm(14).split(3):
             weight = (torch.rand(len(rows)),) if with_weight and rows[0] % 2 else ()
@@ -454,9 +454,9 @@ def test_visits_that_wait_count_as_those_that_do_not(with_weight, num_batches, n
 
 
 def test_large_batches_do_not_wait(monkeypatch):
-    monkeypatch.setattr(label_issues, "MAX_WAITING_LOGITS", 6)
-    records = RowRecords(4)
-    queue = VisitQueue(records)
+    monkeypatch.setattr(row_records, "MAX_WAITING_LOGITS", 6)
+    records = TrainingDynamics(4)
+    queue = DynamicsBuffer(records)
     queue.add(torch.arange(2), torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
     assert not records.has_visits
     queue.add(torch.arange(2, 3), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
@@ -482,7 +482,7 @@ def test_callbacks_see_batches_without_row_numbers(tmp_path):
 
 
 def test_no_batch_outlives_the_training(tmp_path):
-    assert train(tmp_path)._step_rows == []
+    assert train(tmp_path)._row_tracker._step == []
 
 
 def test_the_weight_of_a_subclass_is_the_one_that_is_booked(tmp_path):

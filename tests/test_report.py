@@ -30,7 +30,8 @@ from lpg_hf.report.page import write_page
 from lpg_hf.report.plots import most_confused_classes
 from lpg_hf.report.previews import LONGEST_TEXT, preview
 from lpg_hf.report.tables import ReportTables
-from lpg_hf.summary import Evaluation, TrainingSummary, Unavailable, summarize_training
+from lpg_hf.summary import Evaluation, TrainingSummary, Unavailable
+from lpg_hf.trainer.summary import summarize_training
 
 
 NAMES = ["ant", "bee", "cat & <b>dog</b>", "d|og"]
@@ -234,6 +235,7 @@ class TrainerWithOwnAttributes(LPGTrainer):
 
     class_names = ("their", "own")
     label_issues = "their own"
+    lpg_loss = "their own"
     summary = "their own"
     active_perturbations = "their own"
 
@@ -311,7 +313,13 @@ def test_before_training_and_without_the_extra(tmp_path, monkeypatch):
 
 def test_the_library_imports_without_the_extra():
     """The modules that need matplotlib or Jinja2 are imported inside functions only."""
-    for name in ("lpg_hf.trainer", "lpg_hf.report", "lpg_hf.summary", "lpg_hf.model_card"):
+    for name in (
+        "lpg_hf.trainer.reports",
+        "lpg_hf.trainer.summary",
+        "lpg_hf.report",
+        "lpg_hf.summary",
+        "lpg_hf.model_card",
+    ):
         source = Path(sys.modules[name].__file__).read_text()
         assert not re.search(r"^(import|from) \S*(matplotlib|jinja2|page|plots|tables)", source, re.MULTILINE)
 

@@ -16,9 +16,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from lpg_hf import LPGTrainer
-from lpg_hf.checkpoint import is_whole, last_whole_checkpoint
 from lpg_hf.data import CLEAN_LABEL_COLUMN, class_counts
 from lpg_hf.metrics import make_compute_metrics
+from lpg_hf.trainer.checkpoint import is_complete, last_complete_checkpoint
 
 from .arguments import Arguments, DataArguments, parse_arguments
 from .data import TEST, TRAIN, VALIDATION, choose_rows, encode_labels, load_splits
@@ -175,9 +175,9 @@ def checkpoint_to_resume(arguments: Arguments) -> str | None:
     args = arguments.training
     asked = args.resume_from_checkpoint
     if str(asked).lower() == "true":
-        return last_whole_checkpoint(args.output_dir)
+        return last_complete_checkpoint(args.output_dir)
     if asked is not None:
-        if not is_whole(asked):
+        if not is_complete(asked):
             raise ValueError(
                 f"`--resume_from_checkpoint` is {asked!r}, which is no checkpoint that was saved to its end. Pass "
                 f"another {PREFIX_CHECKPOINT_DIR}-NUMBER folder, or `true` for the newest whole one in --output_dir."
@@ -186,7 +186,7 @@ def checkpoint_to_resume(arguments: Arguments) -> str | None:
     if not any(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         return None
     try:
-        checkpoint = last_whole_checkpoint(args.output_dir)
+        checkpoint = last_complete_checkpoint(args.output_dir)
     except ValueError:
         return None
     logger.info(f"Resuming from {checkpoint}. To start anew, choose another --output_dir, or remove its checkpoints.")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lpg_hf import pending_sum
-from lpg_hf.pending_sum import PendingSum
+from lpg_hf import distributed
+from lpg_hf.distributed import AsyncAllReduce
 
 
 @pytest.fixture
@@ -19,14 +19,14 @@ def sent(monkeypatch):
         sent.append(tensor)
         return SimpleNamespace(wait=lambda: tensor.add_(10))
 
-    monkeypatch.setattr(pending_sum, "is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     return sent
 
 
 def test_the_sum_leaves_at_once_and_is_of_what_the_tensor_was_then(sent):
     tensor = torch.tensor([1, 2])
-    pending = PendingSum(tensor, SimpleNamespace(num_processes=2))
+    pending = AsyncAllReduce(tensor, SimpleNamespace(num_processes=2))
     assert len(sent) == 1
     tensor.zero_()
     assert pending.wait().tolist() == [11, 12]
@@ -36,5 +36,5 @@ def test_the_sum_leaves_at_once_and_is_of_what_the_tensor_was_then(sent):
 
 def test_one_process_sends_nothing(sent):
     accelerator = SimpleNamespace(num_processes=1, reduce=lambda tensor, reduction: tensor.clone())
-    assert PendingSum(torch.tensor([1, 2]), accelerator).wait().tolist() == [1, 2]
+    assert AsyncAllReduce(torch.tensor([1, 2]), accelerator).wait().tolist() == [1, 2]
     assert sent == []

@@ -1,0 +1,219 @@
+"""What one training run records of each of its rows, from which rows with wrong labels are ranked."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from torch import Tensor, nn
+
+
+# Smaller ratios of confidence count as this one, so that one visit cannot outweigh all others.
+SMALLEST_CONFIDENCE = 1e-4
+# Largest number of micro-batches, and of logits in all of them, that wait to be added up.
+MAX_WAITING_BATCHES = 32
+MAX_WAITING_LOGITS = 2**20
+
+
+class TrainingDynamics(nn.Module):
+    r"""
+    Sums over the visits of each row of a data set during one training run, kept on the device.
+
+    The score of a row is one minus the geometric mean of `p_y / max_j p_j` over its visits. The ratio says how far the
+    model believed the label just before it learned from it; it is 1 if no class was more likely. A network believes
+    right labels before it memorizes wrong ones. The whole run therefore tells them apart when the end of the run no
+    longer does. A method that slows memorization widens the gap. The suggested label is the class other than the label
+    that wins a vote over the visits, in which each visit votes with the probability of its favorite.
+
+    Source: The mean over epochs is the confidence of Swayamdipta et al., Dataset cartography (EMNLP 2020). The vote
+    with one counter per row is by Boyer and Moore (1981), and its merging over processes by Misra and Gries (1982).
+    The ratio, the geometric mean, the weights, and taking both from a perturbed training are ours.
+
+    Args:
+        num_rows (`int`): Number of rows of the data set, n.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> records = TrainingDynamics(num_rows=3)
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    >>> records.update(torch.tensor([2, 0]), logits, labels=torch.tensor([1, 1]))
+    >>> issues = records.ranked(["cat", "dog"])  # row 1 has not been visited
+    >>> issues["row"][:], [round(score, 4) for score in issues["score"]]
+    ([2, 0], [0.8647, 0.0])
+
+    ```
+    """
+
+    _sums: Tensor
+    _labels: Tensor
+    _votes: Tensor
+
+    def __init__(self, num_rows: int):
+        super().__init__()
+        # The last column of each buffer is for samples whose row is unknown.
+        # Visits, log of the confidence ratio, weight under class-relative dampening (1 without it).
+        self.register_buffer("_sums", torch.zeros(3, num_rows + 1))
+        # The label (-1 before the first visit), and the class that leads the vote with the votes below.
+        self.register_buffer("_labels", torch.full((2, num_rows + 1), -1, dtype=torch.int64))
+        self.register_buffer("_votes", torch.zeros(num_rows + 1))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of the data set."""
+        return len(self._votes) - 1
+
+    @staticmethod
+    def num_rows_of(state: Mapping[str, Tensor]) -> int:
+        """Number of rows of the data set that a `state_dict` was written for."""
+        return len(state["_votes"]) - 1
+
+    @property
+    def has_visits(self) -> bool:
+        """Whether any sample was recorded."""
+        return bool(self._sums[0].any())
+
+    @property
+    def largest_label(self) -> int:
+        """The largest of the labels seen and suggested."""
+        return int(self._labels.max())
+
+    @property
+    def num_unknown(self) -> int:
+        """Number of samples whose row is unknown."""
+        return int(self._sums[0, -1])
+
+    @torch.no_grad()
+    def update(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
+        """
+        Adds the visits of a micro-batch. If a row occurs more than once in it, only its last vote counts.
+
+        Args:
+            rows (`torch.Tensor` of shape `[N]`): Row of each sample, `num_rows` if it is unknown.
+            logits (`torch.Tensor` of shape `[N, C]`): Logits of the model, float32 or float64.
+            labels (`torch.Tensor` of shape `[N]`): Class indices. Other values, such as -100, mark ignored samples.
+            weight (`torch.Tensor` of shape `[N]`, *optional*): Weight of each sample under class-relative dampening.
+        """
+        # A custom loss may ignore other labels than -100.
+        classes = labels.clamp(0, logits.shape[-1] - 1)
+        valid_mask = classes == labels
+        log_probabilities = logits.log_softmax(-1)
+        label_log_prob = log_probabilities.gather(-1, classes[:, None])[:, 0]
+        largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)
+        log_ratio = (label_log_prob - largest).clamp(max=0)
+        # `clamp` would keep a NaN for good.
+        floor = math.log(SMALLEST_CONFIDENCE)
+        log_ratio = torch.where(log_ratio > floor, log_ratio, floor)
+        visit = valid_mask.to(label_log_prob.dtype)
+        # A weight above 1 compensates for other samples and says nothing about this one.
+        values = torch.stack([visit, log_ratio, visit if weight is None else weight.clamp(max=1)])
+        self._sums.index_add_(1, rows, torch.where(valid_mask, values, 0.0).to(self._sums.dtype))
+
+        vote = torch.where(valid_mask & largest.isfinite(), largest.exp(), 0.0).to(self._votes.dtype)
+        label, leader = self._labels[:, rows]
+        leader, votes = _merge_votes(leader, self._votes[rows], others, vote)
+        self._labels[:, rows] = torch.stack([torch.where(valid_mask, labels, label), leader])
+        self._votes[rows] = votes
+
+    def merged(self, gather: Callable[[Tensor], Tensor]) -> "TrainingDynamics":
+        """
+        Merges the records of all processes, on the CPU.
+
+        Args:
+            gather (`Callable`): Stacks a tensor of every process along a new leading axis.
+
+        Returns:
+            [`TrainingDynamics`]: The merged records.
+        """
+        sums, labels, votes = gather(self._sums).cpu(), gather(self._labels).cpu(), gather(self._votes).cpu()
+        merged = TrainingDynamics(self.num_rows)
+        merged._sums = sums.sum(0)
+        leader, counts = labels[0, 1], votes[0]
+        for other_leader, other_counts in zip(labels[1:, 1], votes[1:], strict=True):
+            leader, counts = _merge_votes(leader, counts, other_leader, other_counts)
+        merged._labels = torch.stack([labels[:, 0].amax(0), leader])
+        merged._votes = counts
+        return merged
+
+    def ranked(self, names: Sequence[str], with_weight: bool = False) -> Dataset:
+        """
+        Ranks the rows that were visited, beginning with the labels that are most likely wrong.
+
+        Args:
+            names (`Sequence[str]`): Names of the classes.
+            with_weight (`bool`, *optional*, defaults to `False`):
+                Whether to add the mean weight under class-relative dampening.
+
+        Returns:
+            `datasets.Dataset`: The table described at [`LPGTrainer.label_issues`].
+        """
+        visits, log_confidence, weight = self._sums[:, :-1].double().cpu()
+        score = 1 - (log_confidence / visits).exp()
+        rows = score.nan_to_num(nan=-1).sort(descending=True, stable=True).indices
+        rows = rows[visits[rows] > 0]
+        labels = self._labels[:, rows].cpu()
+        columns = {"row": rows, "label": labels[0], "suggested_label": labels[1], "score": score[rows]}
+        if with_weight:
+            columns["weight"] = weight[rows] / visits[rows]
+        columns["visits"] = visits[rows].long()
+        types = {"label": ClassLabel(names=list(names)), "suggested_label": ClassLabel(names=list(names))}
+        features = {
+            name: types.get(name, Value("float64" if column.is_floating_point() else "int64"))
+            for name, column in columns.items()
+        }
+        return Dataset.from_dict(
+            {name: column.numpy() for name, column in columns.items()}, features=Features(features)
+        )
+
+
+class DynamicsBuffer:
+    """
+    Collects the visits of many micro-batches and adds them up at once.
+
+    On tensors this small, the number of operations decides how long they take. Call `flush` before reading the
+    records. Each row should be visited at most once between two flushes, because only its last vote counts.
+    [`LPGTrainer`] flushes after each epoch.
+
+    Args:
+        records ([`TrainingDynamics`]): Receives the visits.
+    """
+
+    def __init__(self, records: TrainingDynamics):
+        self.records = records
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self._num_logits = 0
+
+    def add(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
+        """
+        Adds the visits of a micro-batch.
+
+        The arguments are those of [`TrainingDynamics.update`], but the logits may have any precision, the labels may
+        have the shape `[N, 1]`, and the rows may be on the host. The tensors must not be changed afterwards.
+        """
+        if self._waiting and (weight is None) != (self._waiting[-1][-1] is None):
+            self.flush()
+        self._waiting.append((rows, logits, labels, weight))
+        self._num_logits += logits.numel()
+        if len(self._waiting) == MAX_WAITING_BATCHES or self._num_logits >= MAX_WAITING_LOGITS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Adds all visits that wait to the records."""
+        if self._waiting:
+            all_rows, all_logits, all_labels, weights = zip(*self._waiting, strict=True)
+            logits = torch.cat(all_logits)
+            self.records.update(
+                torch.cat(all_rows).to(logits.device),
+                logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                torch.cat(all_labels).reshape(-1).long(),
+                None if weights[0] is None else torch.cat(weights),
+            )
+            self._waiting, self._num_logits = [], 0
+
+
+def _merge_votes(leader: Tensor, votes: Tensor, other: Tensor, other_votes: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges two counts of a majority vote: equal leaders add up, of different ones the larger keeps the rest."""
+    total = votes + torch.where(leader == other, other_votes, -other_votes)
+    # In a tie the other class leads, if there is one.
+    return torch.where((total > 0) | (other < 0), leader, other), total.abs()

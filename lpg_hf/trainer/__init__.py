@@ -1,0 +1,6 @@
+"""LPGTrainer and its parts: where in a training step the perturbations act, what is logged, what is saved."""
+
+from .lpg_trainer import LPGTrainer
+
+
+__all__ = ["LPGTrainer"]

@@ -1,0 +1,344 @@
+"""ClassifierCheck: is this a single-label classifier that is trained with cross-entropy?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from transformers import Trainer
+
+from ..batch import IGNORE_INDEX
+from ..functional import logit_gradient
+
+
+logger = get_logger(__name__)
+
+# Losses of transformers that are the cross-entropy over `config.num_labels` classes if the labels are integers.
+_SINGLE_LABEL_LOSS_TYPES = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ForAudioClassification",
+)
+
+
+class ClassifierCheck:
+    """
+    Decides whether the model of a trainer is a single-label classifier that is trained with cross-entropy.
+
+    The first training batch decides, in the same way on every process. The next batches confirm it, until one of them
+    could have shown class weights in the loss.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Its model, accelerator and loss settings are looked at.
+        has_logit_methods (`bool`): Whether there are methods that need a classifier. Without them nothing is said.
+        requested (`Sequence`, *optional*):
+            The chain, if it names methods that need a classifier. A model that is not one then raises an error.
+
+    Attributes:
+        passed (`bool` or `None`): The decision; `None` before the first batch.
+    """
+
+    def __init__(self, trainer: Trainer, has_logit_methods: bool, requested: Sequence[object] | None):
+        self.passed: bool | None = None
+        self._trainer = trainer
+        self._has_logit_methods = has_logit_methods
+        self._requested = requested
+        self._is_final = False
+        # The scales that the model's own loss may have: one, as soon as a batch can tell.
+        self._scales: list[LossScale] = []
+        self._shapes_fit: bool | None = None
+
+    @property
+    def _model(self) -> nn.Module:
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    @property
+    def _loss_is_given(self) -> bool:
+        """Whether the Trainer was told which loss to use. The model's own loss does not matter then."""
+        return self._trainer.compute_loss_func is not None or self._trainer.label_smoother is not None
+
+    @property
+    def scale(self) -> "LossScale":
+        """How the model's own loss weights the samples, once the model has passed."""
+        return self._scales[0]
+
+    def declared_num_labels(self) -> int | None:
+        """The number of classes, if the model's own loss takes it from its config."""
+        model: Any = self._model
+        if getattr(model, "loss_type", None) not in _SINGLE_LABEL_LOSS_TYPES:
+            return None
+        is_single_label = model.config.problem_type in (None, "single_label_classification")
+        return model.config.num_labels if is_single_label and model.config.num_labels > 1 else None
+
+    def update(
+        self,
+        loss: Tensor,
+        outputs: Mapping | tuple,
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> bool:
+        """
+        Looks at a training batch, unless the decision is final. All processes must call it.
+
+        Args:
+            loss (`torch.Tensor`): The loss that the Trainer returned.
+            outputs (`Mapping` or `tuple`): The outputs of the model.
+            labels (`torch.Tensor`, *optional*): The labels of the batch.
+            num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the whole step.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): The same as the Trainer counted it, if it did.
+
+        Returns:
+            `bool`: Whether this batch is the first one that the model passed.
+
+        Raises:
+            ValueError: If the model is not a classifier and the chain names methods that need one.
+        """
+        if self.passed is False or self._is_final:
+            return False
+        is_first = self.passed is None
+        if is_first:
+            self._scales = self._possible_scales(num_items_in_batch)
+        fitting, reason = self._fitting_scales(loss, outputs, labels, num_items)
+        tells_apart = reason is not None or self._loss_is_given or labels is None or can_tell_losses_apart(labels)
+        fits = [scale in fitting for scale in self._scales]
+        votes = torch.tensor([[reason is None, not tells_apart, *fits]], device=self._trainer.args.device)
+        passed, cannot_tell, *fits = self._trainer.accelerator.gather(votes).all(0).tolist()
+        if not passed or not any(fits):
+            self.refuse(reason or "another process saw a batch that does not fit a classifier")
+            return False
+        self._scales = [scale for scale, fit in zip(self._scales, fits, strict=True) if fit]
+        accumulation_steps = self._trainer.args.gradient_accumulation_steps
+        is_whole_step = accumulation_steps == 1 and self._trainer.accelerator.num_processes == 1
+        self._is_final = not cannot_tell and (is_whole_step or len(self._scales) == 1 or self._loss_is_given)
+        self.passed = True
+        return is_first
+
+    def refuse(self, reason: str) -> None:
+        """
+        Ends the check: the model is not a classifier, and its logits are not perturbed.
+
+        Args:
+            reason (`str`): Why it is not, as [`why_not_classifier`] says it.
+
+        Raises:
+            ValueError: If the chain names methods that need a classifier. Otherwise there is a warning.
+        """
+        if self._has_logit_methods:
+            message = (
+                f"{type(self._model).__name__} is not a single-label classifier trained with cross-entropy: {reason}. "
+                "To perturb it all the same, give its loss as `compute_loss_func`. To train it as `Trainer` does, "
+                "pass `perturbations=[]`."
+            )
+            if self._requested is not None:
+                raise ValueError(f"{message} Asked for: {self._requested!r}.")
+            logger.warning(f"{message} Until then it trains exactly as with `Trainer`.")
+        self.passed = False
+
+    def logits(self, outputs: Mapping | tuple) -> Any:
+        """The logits among the outputs of the model, usually a tensor; `None` if there are none."""
+        if isinstance(outputs, Mapping):
+            return outputs.get("logits")
+        # The model's tuple begins with a loss, unless the Trainer took the labels out to compute it.
+        position = 0 if self._loss_is_given else 1
+        return outputs[position] if len(outputs) > position else None
+
+    def shapes_fit(self, outputs: Mapping | tuple, labels: Tensor | None) -> bool:
+        """Whether logits and labels look like a classifier's, whatever the loss is. The first batch decides."""
+        if self._shapes_fit is None:  # to unwrap the model would take longer than all else that a batch needs
+            self._shapes_fit = self._why_wrong_shape(outputs, labels) is None
+        return self._shapes_fit
+
+    def _why_wrong_shape(self, outputs: Mapping | tuple, labels: Tensor | None) -> str | None:
+        model = self._model
+        if type(model).__name__.endswith("ForMultipleChoice"):
+            return "its logits are scores of each sample's own choices, not of classes"
+        problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+        return why_not_classifier(self.logits(outputs), labels, problem_type)
+
+    def _fitting_scales(
+        self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int | None
+    ) -> tuple[list["LossScale"], str | None]:
+        reason = self._why_wrong_shape(outputs, labels)
+        if reason is not None or labels is None or self._loss_is_given:
+            return self._scales, reason
+        dtypes = {"no": None, "fp16": torch.float16}
+        return compare_with_cross_entropy(
+            loss.mean(),
+            self.logits(outputs),
+            labels.reshape(-1).long(),
+            num_items,
+            self._scales,
+            dtypes.get(self._trainer.accelerator.mixed_precision, torch.bfloat16),
+        )
+
+    def _possible_scales(self, num_items_in_batch: Tensor | int | None) -> list["LossScale"]:
+        """By what the loss that the Trainer returns may be divided and multiplied."""
+        trainer = self._trainer
+        if num_items_in_batch is None or not trainer.model_accepts_loss_kwargs:
+            return [LossScale(is_per_step=False)]
+        factor = 1
+        if trainer.args.average_tokens_across_devices:
+            num_copies = trainer.accelerator.num_processes // trainer.get_tp_size()
+            factor = trainer.args.n_gpu if trainer.args.n_gpu > 1 else num_copies
+        # DataParallel takes the mean over replicas, which undoes the factor for sums. A model may ignore the count.
+        per_step = LossScale(is_per_step=True, factor=1 if trainer.args.n_gpu > 1 else factor)
+        return [per_step, LossScale(is_per_step=False, factor=factor)]
+
+
+def why_not_classifier(logits: object, labels: object, problem_type: str | None) -> str | None:
+    """
+    Explains why a batch does not come from a single-label classifier.
+
+    Args:
+        logits (`torch.Tensor`, *optional*): The logits of the model, if its outputs have any.
+        labels (`torch.Tensor`, *optional*): The labels of the batch, if it has any.
+        problem_type (`str`, *optional*): The `problem_type` in the model's config.
+
+    Returns:
+        `str`: The reason; `None` if the batch fits.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> why_not_classifier(torch.zeros(2, 3), torch.tensor([0, 2]), problem_type=None)
+    >>> why_not_classifier(torch.zeros(2, 1), torch.tensor([0, 2]), problem_type=None)
+    'its logits have shape [2, 1], not [N, C] with C > 1'
+
+    ```
+    """
+    if problem_type not in (None, "single_label_classification"):
+        return f"its `config.problem_type` is {problem_type!r}"
+    if not isinstance(labels, Tensor) or labels.ndim == 0:
+        return "its batches have no tensor of `labels`, one for each sample"
+    if labels.is_floating_point() or labels.ndim > 2 or labels.numel() != len(labels):
+        return f"its labels have dtype {labels.dtype} and shape {list(labels.shape)}, not one integer per sample"
+    if not isinstance(logits, Tensor):
+        return "its outputs have no tensor of `logits`"
+    if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
+        return f"its logits have shape {list(logits.shape)}, not [N, C] with C > 1"
+    return None
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """
+    How a loss weights the cross-entropy of each sample.
+
+    Attributes:
+        is_per_step (`bool`): Whether it divides by the labeled samples of the whole step, not of the micro-batch.
+        factor (`int`): Number that the loss is multiplied by.
+    """
+
+    is_per_step: bool
+    factor: int = 1
+
+    def divisor(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Divisor of the summed cross-entropy of a micro-batch, a scalar."""
+        per_step = self.is_per_step and num_items is not None
+        count = torch.as_tensor(num_items, device=labels.device) if per_step else (labels != IGNORE_INDEX).sum()
+        return count / self.factor
+
+    def to_step(self, loss: Tensor, labels: Tensor, num_items: Tensor | int, *, is_whole_step: bool) -> Tensor:
+        """Converts a loss of this scale to the scale of the step, which may consist of this micro-batch alone."""
+        if not self.is_per_step and not is_whole_step:
+            num_items = torch.as_tensor(num_items).to(loss).clamp(min=1)
+            loss = loss * ((labels != IGNORE_INDEX).sum() / num_items)
+        return loss if self.factor == 1 else loss / self.factor
+
+
+def compare_with_cross_entropy(
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    num_items: Tensor | int | None,
+    scales: Sequence[LossScale],
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[list[LossScale], str | None]:
+    """
+    Compares a model's own loss with the cross-entropy of its logits, in value and in gradient.
+
+    The tolerance is the rounding of the precision in which the model computed its loss. Under CUDA's autocast this is
+    half precision although loss and logits arrive in float32: `cross_entropy` takes logarithms in the dtype of the
+    logits, and averages in float32. The gradient is compared if autograd gives it.
+
+    Args:
+        loss (`torch.Tensor`): The loss of the model, a scalar.
+        logits (`torch.Tensor` of shape `[N, C]`): The logits of the model.
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the whole step.
+        scales (`Sequence[LossScale]`): The scales that the loss may have.
+        autocast_dtype (`torch.dtype`, *optional*): The dtype of mixed precision, if the model runs in it.
+
+    Returns:
+        `tuple[list[LossScale], str | None]`: The scales that fit, and the difference if there are none.
+    """
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    labeled = (labels != IGNORE_INDEX).sum()
+    if labeled == 0:
+        return list(scales), None
+    gradient = _gradient_at_logits(loss, logits)
+    # The same logits go into both: the order of a sum and rounding are all that may differ.
+    dtypes = [torch.float32, logits.dtype, loss.dtype, autocast_dtype, None if gradient is None else gradient.dtype]
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
+    if eps == torch.finfo(torch.float32).eps:
+        value_tolerance = gradient_tolerance = 256 * eps
+    else:
+        # Logarithm and mean are each rounded by half an eps. The gradient is the exponential of a rounded logarithm.
+        value_tolerance, gradient_tolerance = eps, 4 * eps
+
+    total = F.cross_entropy(z, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    divisors = {scale: scale.divisor(labels, num_items).to(z) for scale in scales}
+    floor = 256 * torch.finfo(torch.float32).eps
+    fitting = [
+        scale
+        for scale, divisor in divisors.items()
+        if torch.allclose(loss.detach().to(z), total / divisor, rtol=value_tolerance, atol=floor)
+    ]
+    if not fitting:
+        value = f"{loss.item():.6g} instead of {total / labeled:.6g}"
+        return [], f"its own loss on the first batch differs from cross-entropy, {value}"
+    if gradient is None:
+        return fitting, None
+    # Equal losses do not mean equal gradients: with logits of zero, class weights leave the mean as it is.
+    expected = logit_gradient(z, labels)
+    bound = gradient_tolerance * expected.norm() + floor * labeled.sqrt()
+    fitting = [scale for scale in fitting if (gradient.to(z) * divisors[scale] - expected).norm() <= bound]
+    return fitting, None if fitting else "on the first batch, the gradient of its own loss is not cross-entropy's"
+
+
+def _gradient_at_logits(loss: Tensor, logits: Tensor) -> Tensor | None:
+    """
+    Takes the gradient of a loss at the logits, or at the tensor of which they are a converted copy.
+
+    Under mixed precision, accelerate converts the outputs of a model to float32 after the model has computed its loss.
+    Returns `None` if there is no gradient.
+    """
+    if not loss.requires_grad or not logits.requires_grad:
+        return None
+    edge = get_gradient_edge(logits)
+    while True:
+        (gradient,) = torch.autograd.grad(loss, [edge], retain_graph=True, allow_unused=True)
+        if gradient is not None or edge.node.name() != "ToCopyBackward0":
+            return gradient
+        edge = GradientEdge(*edge.node.next_functions[0])
+
+
+def can_tell_losses_apart(labels: Tensor) -> bool:
+    """
+    Whether a batch would show class weights in a loss.
+
+    A mean that is weighted by class equals the plain mean if all samples have one class. In a batch of one sample the
+    two are always equal, so there is nothing to show.
+
+    Args:
+        labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices, -100 for ignored samples.
+    """
+    valid_labels = labels[labels != IGNORE_INDEX]
+    return len(labels) == 1 or valid_labels.unique().numel() > 1

@@ -1,0 +1,344 @@
+"""LPGTrainer: where in a training step the perturbations act, what is logged, and what a checkpoint holds."""
+
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import datasets
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, IterableDataset
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.data.data_collator import DataCollator
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+
+from ..config import LPGConfig
+from ..loss import LPGLoss
+from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbation, build_chain
+from ..perturbations.observers import PerturbationObserver
+from .checkpoint import STATE_FILE, SavedState, Stateful, load_state, save_state
+from .classifier import ClassifierCheck
+from .label_issues import LabelIssuesMixin, RowTracker
+from .managed_loss import ManagedLoss, explain_label_errors
+from .parameter_methods import ParameterMethods
+from .reports import ReportsMixin
+from .resumable import ResumableTrainer
+from .sam_step import SAMStepMixin
+
+
+logger = get_logger(__name__)
+
+Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
+
+
+# SAMStepMixin stands after LabelIssuesMixin, so that both passes of SAM belong to one micro-batch of the rows.
+class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer):
+    r"""
+    A [`~transformers.Trainer`] that perturbs the gradient at the logits of a classification model.
+
+    Data, optimizer, schedule, evaluation, checkpoints and `accelerate launch` work as in the Trainer. By default the
+    preset `auto` is used, which looks at the class counts of `train_dataset` and needs no tuning. Evaluation and
+    prediction are never perturbed, and the logged loss is the unperturbed one.
+
+    A model counts as a classifier if it has one integer label per sample, logits `[N, C]` with C > 1, and a loss that
+    contains the cross-entropy of its logits. The first training batch that can show this decides. For any other model
+    `auto` warns and trains exactly as `Trainer` does, and logit perturbations that were asked for raise an error.
+    Methods for the parameters do not need a classifier. SAM acts first among them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
+            The model to train. Pass either this or `model_init`.
+        args ([`~transformers.TrainingArguments`], *optional*):
+            The arguments of the training. An [`LPGConfig`] also holds settings of the perturbations.
+        data_collator (`DataCollator`, *optional*): Makes a batch of a list of items.
+        train_dataset (`Dataset`, *optional*): The training set.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): The evaluation set, or several by name.
+        processing_class (*optional*):
+            The tokenizer, image processor, feature extractor or processor. It is saved along with the model.
+        model_init (`Callable`, *optional*): Makes the model anew for each training, as `hyperparameter_search` needs.
+        compute_loss_func (`Callable`, *optional*): A loss that replaces the model's own. It is perturbed as well.
+        compute_metrics (`Callable`, *optional*): Computes the metrics of an evaluation.
+        callbacks (`list[TrainerCallback]`, *optional*): Callbacks in addition to the default ones.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`): The optimizer and the learning rate scheduler.
+        optimizer_cls_and_kwargs (`tuple`, *optional*): The class of the optimizer and its arguments.
+        preprocess_logits_for_metrics (`Callable`, *optional*): Changes the logits before an evaluation keeps them.
+        perturbations (`str`, [`Perturbation`] or a sequence of them, *optional*):
+            The chain of methods, as objects or strings. Defaults to the one of the config, or to `auto` for plain
+            [`~transformers.TrainingArguments`]. `[]` trains exactly as `Trainer` does, except that under gradient
+            accumulation a classifier gets the gradient of the whole batch, which `Trainer` does not give every model.
+        class_counts (`Sequence[int]`, *optional*):
+            Number of training samples of each class. Defaults to the counts of the label column of `train_dataset`.
+            Without such a column, the samples are counted during the first epoch.
+
+    Raises:
+        ValueError: If a perturbation is unknown or an argument is out of range. When the training starts, also if the
+            training set is empty, if labels are out of range, or if perturbations were asked for and the model is not
+            a classifier.
+
+    Example:
+
+    ```python
+    >>> from tempfile import mkdtemp
+    >>> from datasets import Dataset
+    >>> from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
+
+    >>> images = [[[[0.0] * 8] * 8] * 3] * 6
+    >>> dataset = Dataset.from_dict({"pixel_values": images, "label": [0, 0, 0, 0, 1, 2]})
+    >>> model = ResNetForImageClassification(ResNetConfig(num_labels=3, hidden_sizes=[8], depths=[1]))
+    >>> args = TrainingArguments(mkdtemp(), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1)
+    >>> trainer = LPGTrainer(model=model, args=args, train_dataset=dataset)
+    >>> [method.name for method in trainer.lpg_loss.perturbations]  # the data is imbalanced
+    ['logit_adjustment', 'label_smoothing', 'class_relative_dampening']
+
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset[Any] | IterableDataset[Any] | datasets.Dataset | None = None,
+        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | datasets.Dataset | None = None,
+        processing_class: Processor | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        perturbations: str | Perturbation | Sequence[str | Perturbation] | None = None,
+        class_counts: Sequence[int] | None = None,
+    ):
+        self._perturbations = [perturbations] if isinstance(perturbations, str | Perturbation) else perturbations
+        self._class_counts = class_counts
+        build_chain(self._chain(args))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if isinstance(self.compute_loss_func, LPGLoss):
+            raise ValueError(
+                "`compute_loss_func` is an LPGLoss. Give its methods to `LPGTrainer(perturbations=...)`, or keep it "
+                "and use the plain Trainer."
+            )
+        self._prepare_perturbations()
+
+    # Set-up
+
+    def _chain(self, args: TrainingArguments | None) -> Sequence[str | Perturbation]:
+        if isinstance(args, LPGConfig):
+            return args.chain(self._perturbations)
+        return ["auto"] if self._perturbations is None else self._perturbations
+
+    def _prepare_perturbations(self) -> None:
+        """Reads all settings anew: `hyperparameter_search` changes arguments and model between two trainings."""
+        chain = self._chain(self.args)
+        callbacks = self.callback_handler.callbacks
+        self._observers = [callback for callback in callbacks if isinstance(callback, PerturbationObserver)]
+        self._managed_loss = ManagedLoss(self, chain, self._class_counts, self._observers)
+        named = build_chain([entry for entry in chain if entry != "auto"])
+        is_requested = any(isinstance(method, LogitPerturbation) for method in named)
+        self._classifier = ClassifierCheck(self, self._managed_loss.has_methods, chain if is_requested else None)
+        self._parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, self.args)
+        for observer in self._observers:
+            observer.start(self.accelerator)
+        self._row_tracker = None
+        self._telemetry: dict[str, float] = {}
+        # The state of a checkpoint, until the first batch decides whether there is a loss to load it into.
+        self._saved_state: SavedState | None = None
+        num_labels = self._classifier.declared_num_labels()
+        if num_labels is not None:
+            self._managed_loss.build(num_labels)
+
+    @property
+    def lpg_loss(self) -> LPGLoss | None:
+        """
+        The perturbed loss with its class statistics. It is built anew whenever a training starts, and it is `None`
+        before a training if only the first batch can tell the number of classes. With several processes it is brought
+        up to date whenever it is looked up here, so do not keep it.
+        """
+        return self._built_loss()
+
+    def _built_loss(self) -> LPGLoss | None:
+        return self._managed_loss.loss_or_none
+
+    @property
+    def _perturbs_logits(self) -> bool:
+        return bool(self._classifier.passed) and self._managed_loss.has_methods
+
+    def _active_perturbations(self) -> list[Perturbation]:
+        logit_methods = [] if self._classifier.passed is False else self._managed_loss.methods
+        return [*logit_methods, *self._parameter_methods.methods]
+
+    # Training
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Under `auto_find_batch_size`, `train` calls this hook anew for each batch size it tries. No public hook is
+        # called then. https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24
+        dataset = self.train_dataset
+        if self._managed_loss.has_methods and isinstance(dataset, Sized) and len(dataset) == 0:
+            raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
+        self._prepare_perturbations()
+        self._row_tracker = RowTracker(self.accelerator)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """Takes the micro-batches of a step from the loader, and counts their labeled samples."""
+        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._managed_loss.is_needed:
+            self._managed_loss.begin_step(batch_samples, num_items_in_batch, device)
+        return batch_samples, num_items_in_batch
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trains on a micro-batch, and ends the step after its last one."""
+        loss_is_scaled = self.loss_is_scaled_for_ga
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.loss_is_scaled_for_ga = loss_is_scaled  # `compute_loss` sets it for the losses that it replaces
+        if self._managed_loss.has_methods and self._classifier.passed is None:
+            self._classifier.refuse("its loss comes from a `compute_loss` that does not call LPGTrainer's")
+        if self.accelerator.sync_gradients:
+            self._managed_loss.end_step(learns=self._perturbs_logits)
+            self._parameter_methods.perturb_(cast(nn.Module, self.model))
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """
+        Computes the loss of a micro-batch. In a training step, its gradient is perturbed.
+
+        Args and return value are those of [`~transformers.Trainer.compute_loss`].
+        """
+        labels: Any = inputs.get("labels")
+        is_training = model.training and torch.is_grad_enabled()
+        replaces_loss = is_training and self._managed_loss.is_needed
+        with explain_label_errors() if replaces_loss else nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if replaces_loss:
+            num_items = self._managed_loss.num_items(num_items_in_batch)
+            logits = self._classifier.logits(outputs)
+            if self._classifier.update(loss, outputs, labels, num_items, num_items_in_batch):
+                self._managed_loss.begin(logits.shape[-1], self._saved_state)
+            if self._classifier.passed:
+                is_observed = not self._parameter_methods.is_ascending
+                scale = self._classifier.scale
+                loss = self._managed_loss.perturbed(loss, logits, labels, num_items, scale, is_observed)
+                # https://github.com/huggingface/transformers/issues/43595: tells the Trainer not to divide again.
+                self.loss_is_scaled_for_ga = num_items is not None
+        is_followed = is_training and self._row_tracker is not None and self._row_tracker.is_following
+        if is_followed and self._classifier.shapes_fit(outputs, labels):
+            self._record_rows(self._classifier.logits(outputs), labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _freeze_statistics(self) -> AbstractContextManager[None]:
+        return self._managed_loss.frozen() if self._classifier.passed else nullcontext()
+
+    def _num_classes(self) -> int | None:
+        loss = self._built_loss()
+        return None if loss is None else loss.num_labels
+
+    def _dampening(self) -> ClassRelativeDampening | None:
+        return self._managed_loss.dampening() if self._classifier.passed else None
+
+    # Logging
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Gathers where the Trainer gathers its loss: `log` may be called by one process alone, and no public hook
+        # comes before it. https://github.com/huggingface/transformers/issues/43599, open in 5.24
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._telemetry = self._gather_telemetry()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # A run that ends between two logs must not hide bad values. `on_train_end` of callbacks would come after the
+        # Trainer has loaded the best model. https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24
+        self._gather_telemetry()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _gather_telemetry(self) -> dict[str, float]:
+        telemetry = self._managed_loss.telemetry() if self._perturbs_logits else {}
+        telemetry |= self._parameter_methods.telemetry()
+        for observer in self._observers:
+            telemetry |= observer.report()
+        return telemetry
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as the Trainer does, with the telemetry of the perturbations next to each training loss."""
+        if "loss" in logs:
+            logs |= self._telemetry
+            self._telemetry = {}
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _observers_by_prefix(self) -> dict[str, Stateful]:
+        names = [type(observer).__name__ for observer in self._observers]
+        numbers = [names[:position].count(name) for position, name in enumerate(names)]
+        prefixes = [f"observer.{name}.{number}" for name, number in zip(names, numbers, strict=True)]
+        return dict(zip(prefixes, self._observers, strict=True))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Stateful callbacks have a JSON state, which cannot hold tensors, and `on_save` comes when the checkpoint is
+        # complete already. https://github.com/huggingface/transformers/pull/29666, unchanged in 5.24
+        super()._save_optimizer_and_scheduler(output_dir)
+        parts = self._observers_by_prefix()
+        chains: dict[str, Sequence[Perturbation]] = {}
+        if self._perturbs_logits:
+            parts["loss"], chains["loss"] = self._managed_loss.loss, self._managed_loss.methods
+        if len(self._parameter_methods) > 0:
+            parts["parameters"], chains["parameters"] = self._parameter_methods, self._parameter_methods.methods
+        if parts and self.args.should_save:
+            save_state(output_dir, parts, chains, self.accelerator.num_processes)
+        self._save_rows(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # The counterpart of `_save_optimizer_and_scheduler`.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._load_rows(checkpoint)
+        saved = self._saved_state = load_state(checkpoint)
+        if saved is None:
+            if self._managed_loss.has_methods or len(self._parameter_methods) > 0 or self._observers:
+                logger.warning(
+                    f"{checkpoint} has no {STATE_FILE}, so it was not written by LPGTrainer with perturbations. Their "
+                    "state (class statistics, counters, lengths) starts anew."
+                )
+            return
+        for prefix, observer in self._observers_by_prefix().items():
+            saved.restore(observer, prefix)
+        saved.check_chain("parameters", self._parameter_methods.methods, self.accelerator.num_processes)
+        saved.restore(self._parameter_methods, "parameters")
+        if not self._managed_loss.has_methods:
+            saved.check_chain("loss", [], self.accelerator.num_processes)

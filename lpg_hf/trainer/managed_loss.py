@@ -1,0 +1,287 @@
+"""ManagedLoss: the LPGLoss of one training, which the trainer builds, calls and steps."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DynamoBackend
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
+
+from ..batch import IGNORE_INDEX
+from ..data.labels import class_counts_or_none
+from ..distributed import AsyncAllReduce, stack_processes
+from ..functional import zero_ignored_
+from ..loss import LPGLoss, add_gradient
+from ..perturbations import ClassRelativeDampening, LabelSmoothing, LogitPerturbation, Perturbation, build_chain
+from ..perturbations.observers import PerturbationObserver
+from .checkpoint import SavedState
+from .classifier import LossScale
+from .parameter_methods import gradient_scale
+
+
+logger = get_logger(__name__)
+
+
+class ManagedLoss:
+    """
+    The perturbed loss of one training, with what a step of the Trainer adds: the number of labeled samples in the
+    whole step, gradient accumulation, and several processes.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer whose model, accelerator and settings count.
+        chain (`Sequence[str | Perturbation]`): The chain, from which the methods at the logits are taken.
+        class_counts (`Sequence[int]`, *optional*): Number of training samples of each class, as the user gave it.
+        observers (`Sequence[PerturbationObserver]`): The observers that see the perturbations.
+
+    Attributes:
+        has_methods (`bool`): Whether the chain has methods at the logits.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        chain: Sequence[str | Perturbation],
+        class_counts: Sequence[int] | None,
+        observers: Sequence[PerturbationObserver],
+    ):
+        self.has_methods = any(isinstance(method, LogitPerturbation) for method in build_chain(chain))
+        self._trainer = trainer
+        self._chain = chain
+        self._class_counts = class_counts
+        self._observers = observers
+        self._loss: LPGLoss | None = None
+        # Number of labeled samples in the present step, if the Trainer did not count them.
+        self._step_items: AsyncAllReduce | Tensor | int | None = None
+        # The class statistics of the last step, between its end and their first use.
+        self._pending_statistics: AsyncAllReduce | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """
+        Whether this loss takes the place of the Trainer's.
+
+        Without methods it does so only under gradient accumulation, where the Trainer's loss is a mean over the whole
+        step for some models alone: https://github.com/huggingface/transformers/issues/37766, open in 5.24.
+        """
+        trainer = self._trainer
+        return self.has_methods or (trainer.args.gradient_accumulation_steps > 1 and trainer.compute_loss_func is None)
+
+    def build(self, num_labels: int) -> None:
+        """Builds the loss for a number of classes, with new statistics."""
+        trainer = self._trainer
+        base_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        outside: list[LogitPerturbation] = []
+        if trainer.label_smoother is not None:
+            epsilon = trainer.label_smoother.epsilon
+            base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=epsilon)
+            # With a factor of 1 no label is left to learn, and `auto` has nothing to take into account.
+            outside = [LabelSmoothing(epsilon)] if epsilon < 1 else []
+        counts = self._class_counts
+        if counts is None and self.has_methods:
+            counts = class_counts_or_none(trainer.train_dataset, num_labels)
+        methods = build_chain(self._chain, counts, outside)
+        chain = [method for method in methods if isinstance(method, LogitPerturbation)]
+        config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
+        for method in chain:
+            method.use_label_names(getattr(config, "label2id", None) or {})
+        self._loss = LPGLoss(num_labels, chain, counts, base_loss)
+        self._loss.fold_every_call = False
+        dynamo = trainer.accelerator.state.dynamo_plugin
+        # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
+        if dynamo.backend != DynamoBackend.NO and base_loss is None:
+            self._loss.compile(**dynamo.to_kwargs())
+
+    def begin(self, num_labels: int, saved: SavedState | None) -> None:
+        """Gets the loss ready, once the first batch has shown a classifier."""
+        if self._loss is None or self._loss.num_labels != num_labels:
+            self.build(num_labels)
+        if not self.has_methods:
+            return
+        loss = self.loss
+        if saved is not None:
+            saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes)
+            saved.check_num_labels(loss.num_labels)
+            # The state is float64 if the logits were.
+            loss.to(device=self._trainer.args.device, dtype=saved.tensors["loss.statistics._running"].dtype)
+            saved.restore(loss, "loss")
+        if loss.statistics.counts_are_given:
+            warn_of_missing_classes(loss.statistics.class_counts.tolist())
+
+    @property
+    def loss_or_none(self) -> LPGLoss | None:
+        """The loss with the statistics of all steps that have ended; `None` if it is not built yet."""
+        if self._loss is not None and self._pending_statistics is not None:
+            total, self._pending_statistics = self._pending_statistics.wait(), None
+            self._loss.statistics.fold(lambda _: total)
+        return self._loss
+
+    @property
+    def loss(self) -> LPGLoss:
+        """The same, where it is certain that the loss is built."""
+        loss = self.loss_or_none
+        assert loss is not None
+        return loss
+
+    @property
+    def methods(self) -> list[LogitPerturbation]:
+        """The methods of the loss, in their order."""
+        loss = self.loss_or_none
+        return [] if loss is None else [m for m in loss.perturbations if isinstance(m, LogitPerturbation)]
+
+    def dampening(self) -> ClassRelativeDampening | None:
+        """The first class-relative dampening of the chain."""
+        return next((method for method in self.methods if isinstance(method, ClassRelativeDampening)), None)
+
+    def begin_step(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
+        """Counts the labeled samples in all micro-batches of a step. All processes must call it."""
+        args = self._trainer.args
+        self._step_items = num_items_in_batch
+        # The Trainer counts for some models and losses alone, and for DataParallel it counts a share.
+        if num_items_in_batch is None or args.n_gpu > 1:
+            labels: list[Any] = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batches]
+            self._step_items = None
+            if labels and all(isinstance(label, Tensor) for label in labels):
+                count = torch.stack([(label != IGNORE_INDEX).sum() for label in labels]).sum().to(device)
+                across = args.average_tokens_across_devices
+                self._step_items = AsyncAllReduce(count, self._trainer.accelerator) if across else count
+
+    def num_items(self, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
+        """Number of labeled samples in the present step; `num_items_in_batch` outside of one."""
+        if isinstance(self._step_items, AsyncAllReduce):
+            self._step_items = self._step_items.wait()
+        return num_items_in_batch if self._step_items is None else self._step_items
+
+    def perturbed(
+        self,
+        loss: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        scale: LossScale,
+        is_observed: bool,
+    ) -> Tensor:
+        """
+        Perturbs the loss of a micro-batch.
+
+        Args:
+            loss (`torch.Tensor`): The loss that the Trainer computed.
+            logits (`torch.Tensor` of shape `[N, C]`): The logits of the model, with their graph.
+            labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices, -100 for ignored samples.
+            num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the whole step.
+            scale ([`LossScale`]): The scale of the model's own loss.
+            is_observed (`bool`): Whether the observers may see the perturbation.
+
+        Returns:
+            `torch.Tensor`: A loss of the same value, scaled to the step, with the perturbed gradient.
+        """
+        trainer, lpg_loss = self._trainer, self.loss
+        if not lpg_loss.statistics.counts_are_given:
+            # The order of the data biases a prior that is being counted, until all of the data has been seen.
+            lpg_loss.statistics.prior_is_ready = trainer.state.epoch is not None and trainer.state.epoch >= 1
+        num_copies = 1
+        if num_items is None:
+            num_items = (labels != IGNORE_INDEX).sum()
+        elif trainer.args.average_tokens_across_devices:
+            # The number counts all processes, and their gradients will be averaged.
+            num_copies = trainer.accelerator.num_processes // trainer.get_tp_size()
+        lpg_loss.observer = self._observer(logits, num_items, num_copies) if is_observed else None
+        try:
+            if trainer.compute_loss_func is not None:
+                return _perturb_custom_loss(lpg_loss, loss.mean(), logits, labels, num_items, num_copies)
+            model_loss = None
+            if trainer.label_smoother is None:
+                accumulation_steps = trainer.current_gradient_accumulation_steps
+                is_whole_step = accumulation_steps == 1 and trainer.accelerator.num_processes == 1
+                model_loss = scale.to_step(loss.mean(), labels, num_items, is_whole_step=is_whole_step)
+            perturbed_loss = lpg_loss(logits, labels, num_items, model_loss)
+            return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
+        finally:
+            lpg_loss.observer = None  # it holds the graph
+
+    def _observer(self, logits: Tensor, num_items: Tensor | int, num_copies: int) -> Callable[[Tensor], None] | None:
+        due = [observer for observer in self._observers if observer.is_due]
+        if not due:
+            return None
+
+        def observe(delta: Tensor) -> None:
+            gradient = _weight(num_items, num_copies, delta) * delta
+            for observer in due:
+                observer.add_perturbation(logits, gradient, gradient_scale(self._trainer.accelerator))
+
+        return observe
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Within it, the loss perturbs but does not learn, as for SAM's second look at a batch."""
+        return nullcontext() if self._loss is None else self.loss.frozen()
+
+    def end_step(self, learns: bool) -> None:
+        """Ends an optimizer step. If the loss `learns`, it moves the statistics and the methods with state."""
+        self._step_items = None
+        if not learns:
+            return
+        loss, accelerator = self.loss, self._trainer.accelerator
+        if accelerator.num_processes == 1:
+            loss.fold()
+            return
+        # Nobody needs the statistics before the next forward pass. They travel while the optimizer takes its step.
+        self._pending_statistics = AsyncAllReduce(loss.statistics.pending, accelerator)
+        for method in self.methods:
+            method.fold(lambda tensor: AsyncAllReduce(tensor, accelerator).wait())
+
+    def telemetry(self) -> dict[str, float]:
+        """The means over the samples since the last call. All processes must call it."""
+        return self.loss.telemetry(partial(stack_processes, accelerator=self._trainer.accelerator))
+
+
+def warn_of_missing_classes(class_counts: Sequence[int]) -> None:
+    """Warns of classes that have no training rows."""
+    missing = [label for label, count in enumerate(class_counts) if count == 0]
+    if missing:
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        is_one_left = len(missing) == len(class_counts) - 1
+        result = "only one class is left to learn" if is_one_left else "they will not be learned"
+        logger.warning(f"{len(missing)} of {len(class_counts)} classes have no training rows ({shown}): {result}.")
+
+
+@contextmanager
+def explain_label_errors() -> Iterator[None]:
+    """Within it, the error of a label that is out of range says what to check."""
+    try:
+        yield
+    except IndexError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise ValueError(
+            f"The loss failed with: {error}. If a label is out of range, check the label column and the `num_labels` "
+            "of the model."
+        ) from error
+
+
+def _perturb_custom_loss(
+    lpg_loss: LPGLoss, loss: Tensor, logits: Tensor, labels: Tensor, num_items: Tensor | int, num_copies: int
+) -> Tensor:
+    """Perturbs the user's `compute_loss_func`, which keeps its own graph."""
+    # Multiplied by the count, the gradient is in per-sample units.
+    weight = _weight(num_items, num_copies, loss)
+    (gradient,) = torch.autograd.grad(loss, logits, 1 / weight, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient to "
+            "perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
+        )
+    labels = labels.reshape(-1).long()
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+    # If the loss reaches samples without a label, no method may see their gradient.
+    gradient = zero_ignored_(gradient.contiguous(), labels)
+    perturbed = lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
+    return add_gradient(loss, logits, (perturbed - gradient) * weight)
+
+
+def _weight(num_items: Tensor | int, num_copies: int, like: Tensor) -> Tensor:
+    """The factor between a gradient in per-sample units and the gradient of the loss, in the dtype of `like`."""
+    return num_copies / torch.as_tensor(num_items).to(like).clamp(min=1)

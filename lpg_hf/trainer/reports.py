@@ -1,0 +1,65 @@
+"""ReportsMixin: the report and the model card of a training."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+
+from ..loss import LPGLoss
+from ..model_card import add_section
+from ..perturbations import Perturbation
+from .summary import summarize_for_report, summarize_training
+
+
+class ReportsMixin(Trainer):
+    """Adds `report` to a [`~transformers.Trainer`], and a section on the perturbations to its model card."""
+
+    def _built_loss(self) -> LPGLoss | None:
+        """The perturbed loss, if it is built."""
+        raise NotImplementedError
+
+    def _active_perturbations(self) -> list[Perturbation]:
+        """The methods of the chain that act on this model, in their order."""
+        raise NotImplementedError
+
+    def _ranked_rows(self) -> Dataset:
+        """The table of label issues."""
+        raise NotImplementedError
+
+    def report(self, output_dir: str | Path | None = None) -> str:
+        """
+        Writes a report of the training: an HTML page with its figures inside, the figures as PNG and all numbers as
+        CSV (`label_issues.csv`, `classes.csv`, `confusion.csv`, `calibration.csv`, `norms.csv`).
+
+        The report predicts `eval_dataset` once (the first one of a dict). A section that cannot be made says why. With
+        several processes all must call this method, and the main one writes.
+
+        Args:
+            output_dir (`str` or `Path`, *optional*): The folder of the files. Defaults to `report` in `output_dir`.
+
+        Returns:
+            `str`: Path of the page, `report.html`.
+
+        Raises:
+            ImportError: If matplotlib or Jinja2 are not installed; `pip install lpg_hf[report]` installs both.
+            ValueError: Before training.
+        """
+        # Imported here because the report needs optional packages.
+        from ..report import check_installed, write_report
+
+        check_installed()
+        summary = summarize_for_report(self, self._built_loss(), self._active_perturbations(), self._ranked_rows)
+        folder = Path(summary.output_dir) / "report" if output_dir is None else Path(output_dir)
+        if self.is_world_process_zero():
+            write_report(summary, folder, self.train_dataset, self.processing_class)
+        return str(folder / "report.html")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Writes the Trainer's model card, with tags and a section on the perturbations: methods, settings, classes, and
+        the `certificate.json` in the output folder if there is one. Without perturbations it is the Trainer's card.
+        """
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_section(summarize_training(self, self._built_loss(), self._active_perturbations()))

@@ -1,0 +1,81 @@
+"""SAMStepMixin: the training step of SAM, two passes over one micro-batch."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import Trainer
+
+from .parameter_methods import ParameterMethods, gradient_scale
+
+
+class SAMStepMixin(Trainer):
+    """
+    Adds SAM's second pass to the training step of a [`~transformers.Trainer`].
+
+    Other mixins that act once per micro-batch must come before this one in the bases, so that both passes are inside
+    of their `training_step`.
+    """
+
+    _parameter_methods: ParameterMethods
+
+    def _freeze_statistics(self) -> AbstractContextManager[None]:
+        """Within it, a second look at the same batch does not change any statistics."""
+        return nullcontext()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trains on a micro-batch. Under SAM, the second pass makes the gradient, and the first the returned loss."""
+        methods = self._parameter_methods
+        sam = methods.sam(self.state.global_step)
+        if sam is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        loss, parameters, gradients = self._first_pass(model, inputs, num_items_in_batch)
+        with self._freeze_statistics(), sam.shifted(cast(nn.Module, self.model), parameters, gradients):
+            super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1:
+            # Elsewhere this process lacks a part of the second gradient, and to get it would cost a reduction.
+            methods.record(sam, _delta_norm(parameters, gradients) / gradient_scale(self.accelerator))
+        return self._scaled_for_logging(loss.detach(), num_items_in_batch)
+
+    def _first_pass(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, list[nn.Parameter], tuple[Tensor | None, ...]]:
+        """Returns the loss, the parameters that train, and their gradients (`None` for unused parameters)."""
+        model.train()
+        # Schedule-free optimizers swap the weights here, which must not happen while the weights are shifted.
+        switch_to_training = getattr(self.optimizer, "train", None)
+        if callable(switch_to_training):
+            switch_to_training()
+        with self.accelerator.no_sync(model), self.compute_loss_context_manager(), self._parameter_methods.ascending():
+            outcome = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        loss = cast(Tensor, outcome).mean()
+        all_parameters = cast(nn.Module, self.model).parameters()
+        parameters = [parameter for parameter in all_parameters if parameter.requires_grad]
+        # SAM needs only the direction, but under fp16 the unscaled gradient would underflow.
+        scaled = loss * gradient_scale(self.accelerator)
+        return loss, parameters, torch.autograd.grad(scaled, parameters, allow_unused=True)
+
+    def _scaled_for_logging(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Divides the loss as `Trainer.training_step` of transformers 5.24 does."""
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:
+            takes_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = takes_count or self.compute_loss_func is not None
+        return loss if is_scaled else loss / self.current_gradient_accumulation_steps
+
+
+def _delta_norm(parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> Tensor:
+    """The norm of the difference between the gradients of both passes."""
+    # A pass may leave a parameter out, as layer drop does.
+    deltas: list[Tensor] = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is not None:
+            deltas.append(parameter.grad if gradient is None else parameter.grad - gradient)
+        elif gradient is not None:
+            deltas.append(gradient)
+    return get_total_norm(deltas)
