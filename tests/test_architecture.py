@@ -6,6 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 import lpg_hf
 
@@ -102,6 +103,52 @@ def test_the_report_is_not_needed_for_a_summary():
         reached.add(module)
         waiting += graph[module] - reached
     assert not [module for module in reached if module.startswith(("lpg_hf.report", "lpg_hf.trainer"))]
+
+
+def test_the_trainer_knows_reports_by_a_late_import_alone_and_no_certificates():
+    graph = import_graph(PACKAGE)
+    importers = {module for module in graph if "lpg_hf.report" in graph[module]}
+    assert importers == {"lpg_hf.trainer.reports"}
+    tree = ast.parse((PACKAGE / "trainer" / "reports.py").read_text(encoding="utf-8"))
+    assert "report" not in [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    for module, targets in graph.items():
+        if module.startswith("lpg_hf.trainer"):
+            assert not [target for target in targets if target.startswith("lpg_hf.pac_bayes")]
+        elif module != "lpg_hf":
+            assert not [target for target in targets if target.startswith("lpg_hf.trainer")]
+
+
+def test_the_trainer_is_thin():
+    def own_classes(file: str) -> dict[str, ast.ClassDef]:
+        tree = ast.parse((PACKAGE / "trainer" / file).read_text(encoding="utf-8"))
+        return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    trainer = own_classes("lpg_trainer.py")["LPGTrainer"]
+    parts = [
+        trainer,
+        own_classes("label_issues.py")["LabelIssuesMixin"],
+        own_classes("sam_step.py")["SAMStepMixin"],
+        own_classes("reports.py")["ReportsMixin"],
+        own_classes("resumable.py")["ResumableTrainer"],
+    ]
+    assert {base.id for base in trainer.bases} == {part.name for part in parts[1:]}
+    assigned = {
+        node.attr
+        for part in parts
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+    own = assigned - {"data_collator", "loss_is_scaled_for_ga"}  # these two are the Trainer's
+    assert "_classifier" in own and len(own) <= 12
+    overrides = [
+        [node.name for node in part.body if isinstance(node, ast.FunctionDef) and hasattr(Trainer, node.name)]
+        for part in parts
+    ]
+    assert max(map(len, overrides)) <= 12
+    assert trainer.end_lineno - trainer.lineno < MAX_LINES
 
 
 def test_no_module_is_long():
