@@ -33,9 +33,8 @@ def test_every_argument_is_documented():
 
 
 def test_every_argument_reaches_the_trainer(monkeypatch):
-    received = {}
+    received, names = {}, list(inspect.signature(Trainer).parameters)
     monkeypatch.setattr(Trainer, "__init__", lambda self, **kwargs: received.update(kwargs))
-    names = list(inspect.signature(Trainer).parameters)
     values = {name: (name, "a value of its own") for name in names}
     with pytest.raises(AttributeError):  # nothing behind `Trainer.__init__` works without it
         LPGTrainer(**values)
@@ -49,15 +48,15 @@ def python(code: str) -> str:
 
 
 def test_the_loss_alone_does_not_load_the_trainer():
-    code = (
-        "import sys; from lpg_hf import LPGLoss; print(sorted({'transformers.trainer', 'datasets'} & {*sys.modules}))"
-    )
-    assert "transformers.trainer" not in python(code)
+    code = "import sys; from lpg_hf import LPGLoss; print([name for name in sys.modules if 'trainer' in name])"
+    assert "transformers.trainer'" not in python(code)
 
 
 def test_the_package_works_without_being_installed():
     code = (
-        "import importlib.metadata as m; m.version = lambda name: (_ for _ in ()).throw(m.PackageNotFoundError(name)); "
+        "import importlib.metadata as metadata\n"
+        "def version(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = version\n"
         "import lpg_hf; print(lpg_hf.__version__, lpg_hf.LPG(epsilon=0.3))"
     )
     assert python(code) == "0.0.0.dev0 lpg(epsilon=0.3)"
