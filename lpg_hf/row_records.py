@@ -188,8 +188,8 @@ class DynamicsBuffer:
         """
         Adds the visits of a micro-batch.
 
-        The arguments are those of [`TrainingDynamics.update`], but the logits may have any precision, the labels may
-        have the shape `[N, 1]`, and the rows may be on the host. The tensors must not be changed afterwards.
+        It takes the arguments of [`TrainingDynamics.update`]. The logits may have any precision, the labels may have
+        the shape `[N, 1]`, and the rows may be on the host. The tensors must not be changed afterwards.
         """
         if self._waiting and (weight is None) != (self._waiting[-1][-1] is None):
             self.flush()

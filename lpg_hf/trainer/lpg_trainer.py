@@ -234,12 +234,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         inputs: dict[str, Tensor | Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """
-        Computes the loss of a micro-batch. In a training step, its gradient is perturbed.
-
-        Args and return value are those of [`~transformers.Trainer.compute_loss`].
-        """
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Computes the loss of a micro-batch as the Trainer does. In a training step, its gradient is perturbed."""
         labels: Any = inputs.get("labels")
         is_training = model.training and torch.is_grad_enabled()
         replaces_loss = is_training and self._managed_loss.is_needed

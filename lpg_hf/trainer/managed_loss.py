@@ -29,8 +29,10 @@ logger = get_logger(__name__)
 
 class ManagedLoss:
     """
-    The perturbed loss of one training, with what a step of the Trainer adds: the number of labeled samples in the
-    whole step, gradient accumulation, and several processes.
+    The perturbed loss of one training, fitted to the steps of the Trainer.
+
+    A step may consist of several micro-batches on several processes. The loss is divided by the number of labeled
+    samples in all of them, and the statistics move once per step.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer whose model, accelerator and settings count.
@@ -122,7 +124,7 @@ class ManagedLoss:
 
     @property
     def loss(self) -> LPGLoss:
-        """The same, where it is certain that the loss is built."""
+        """The loss with the statistics of all steps that have ended. It must be built."""
         loss = self.loss_or_none
         assert loss is not None
         return loss
@@ -228,7 +230,7 @@ class ManagedLoss:
         if accelerator.num_processes == 1:
             loss.fold()
             return
-        # Nobody needs the statistics before the next forward pass. They travel while the optimizer takes its step.
+        # The next forward pass needs the statistics, so they may travel while the optimizer takes its step.
         self._pending_statistics = AsyncAllReduce(loss.statistics.pending, accelerator)
         for method in self.methods:
             method.fold(lambda tensor: AsyncAllReduce(tensor, accelerator).wait())

@@ -82,10 +82,12 @@ class ParameterMethods(nn.ModuleList):
 
     def perturb_(self, model: nn.Module) -> None:
         """Perturbs the finished gradients of an optimizer step in place."""
+        methods = [method for method in self if isinstance(method, GradientPerturbation)]
+        if not methods:  # most chains: listing the parameters takes longer than this
+            return
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        for method in self:
-            if isinstance(method, GradientPerturbation):
-                self.record(method, method.perturb_(parameters, gradient_scale(self._accelerator)))
+        for method in methods:
+            self.record(method, method.perturb_(parameters, gradient_scale(self._accelerator)))
 
     def record(self, method: ParameterPerturbation, norm: Tensor) -> None:
         """Adds the norm of a delta, a scalar, to the telemetry."""
