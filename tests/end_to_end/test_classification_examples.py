@@ -459,7 +459,7 @@ def test_a_finished_training_keeps_its_results(texts, tmp_path, caplog):
 def test_resuming_when_asked_for(spelled, texts, tmp_path, caplog):
     argv = text_arguments(texts, tmp_path, "--do_train", "--resume_from_checkpoint", spelled, "--max_steps", 2)
     argv += ["--save_strategy", "steps", "--save_steps", "1"]
-    with pytest.raises(ValueError, match=r"no whole checkpoint in .* train without `resume_from_checkpoint`"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .* Train without `resume_from_checkpoint`"):
         text_classification.main(argv)
     index = argv.index("--resume_from_checkpoint")
     text_classification.main(argv[:index] + argv[index + 2 :])
