@@ -1,5 +1,7 @@
 """Clipping of the gradient of the parameters, by norm, by value or by the history of the run."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -63,7 +65,7 @@ class GradientClipping(GradientPerturbation):
 
         norm = get_total_norm(gradients)
         bound = scale * self._bound(norm / scale)
-        clip_grads_with_norm_(parameters, bound, norm)
+        clip_grads_with_norm_(parameters, cast(float, bound), norm)  # takes a tensor, too, without a wait
         return (norm - bound).clamp(min=0) / scale
 
     def _bound(self, norm: Tensor) -> float | Tensor:

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
-from ..batch import IGNORE_INDEX
+from ..batch import IGNORE_INDEX, LogitBatch
 from ..data.labels import class_counts_or_none
 from ..distributed import AsyncAllReduce, stack_processes
-from ..functional import zero_ignored_
-from ..loss import LPGLoss, add_gradient
+from ..loss import LPGLoss
 from ..perturbations import ClassRelativeDampening, LabelSmoothing, LogitPerturbation, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver
 from .checkpoint import SavedState
@@ -91,8 +90,7 @@ class ManagedLoss:
         config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
         for method in chain:
             method.use_label_names(getattr(config, "label2id", None) or {})
-        self._loss = LPGLoss(num_labels, chain, counts, base_loss)
-        self._loss.fold_every_call = False
+        self._loss = LPGLoss(num_labels, chain, counts, base_loss, managed=True)
         dynamo = trainer.accelerator.state.dynamo_plugin
         # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
         if dynamo.backend != DynamoBackend.NO and base_loss is None:
@@ -119,7 +117,7 @@ class ManagedLoss:
         """The loss with the statistics of all steps that have ended; `None` if it is not built yet."""
         if self._loss is not None and self._pending_statistics is not None:
             total, self._pending_statistics = self._pending_statistics.wait(), None
-            self._loss.statistics.fold(lambda _: total)
+            self._loss.statistics.step(lambda _: total)
         return self._loss
 
     @property
@@ -182,28 +180,27 @@ class ManagedLoss:
             `torch.Tensor`: A loss of the same value, scaled to the step, with the perturbed gradient.
         """
         trainer, lpg_loss = self._trainer, self.loss
-        if not lpg_loss.statistics.counts_are_given:
-            # The order of the data biases a prior that is being counted, until all of the data has been seen.
-            lpg_loss.statistics.prior_is_ready = trainer.state.epoch is not None and trainer.state.epoch >= 1
+        if trainer.state.epoch is not None and trainer.state.epoch >= 1:
+            lpg_loss.end_epoch()
         num_copies = 1
         if num_items is None:
             num_items = (labels != IGNORE_INDEX).sum()
         elif trainer.args.average_tokens_across_devices:
             # The number counts all processes, and their gradients will be averaged.
             num_copies = trainer.accelerator.num_processes // trainer.get_tp_size()
-        lpg_loss.observer = self._observer(logits, num_items, num_copies) if is_observed else None
-        try:
-            if trainer.compute_loss_func is not None:
-                return _perturb_custom_loss(lpg_loss, loss.mean(), logits, labels, num_items, num_copies)
-            model_loss = None
-            if trainer.label_smoother is None:
-                accumulation_steps = trainer.current_gradient_accumulation_steps
-                is_whole_step = accumulation_steps == 1 and trainer.accelerator.num_processes == 1
-                model_loss = scale.to_step(loss.mean(), labels, num_items, is_whole_step=is_whole_step)
-            perturbed_loss = lpg_loss(logits, labels, num_items, model_loss)
-            return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
-        finally:
-            lpg_loss.observer = None  # it holds the graph
+        observer = self._observer(logits, num_items, num_copies) if is_observed else None
+        if trainer.compute_loss_func is not None:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long())
+            divisor = torch.as_tensor(num_items).to(dtype).clamp(min=1) / num_copies
+            return lpg_loss.perturb_loss(loss.mean(), logits, batch, divisor, observer)
+        model_loss = None
+        if trainer.label_smoother is None:
+            accumulation_steps = trainer.current_gradient_accumulation_steps
+            is_whole_step = accumulation_steps == 1 and trainer.accelerator.num_processes == 1
+            model_loss = scale.to_step(loss.mean(), labels, num_items, is_whole_step=is_whole_step)
+        perturbed_loss = lpg_loss(logits, labels, num_items, model_loss, observer)
+        return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
 
     def _observer(self, logits: Tensor, num_items: Tensor | int, num_copies: int) -> Callable[[Tensor], None] | None:
         due = [observer for observer in self._observers if observer.is_due]
@@ -211,7 +208,7 @@ class ManagedLoss:
             return None
 
         def observe(delta: Tensor) -> None:
-            gradient = _weight(num_items, num_copies, delta) * delta
+            gradient = num_copies / torch.as_tensor(num_items).to(delta).clamp(min=1) * delta
             for observer in due:
                 observer.add_perturbation(logits, gradient, gradient_scale(self._trainer.accelerator))
 
@@ -228,12 +225,12 @@ class ManagedLoss:
             return
         loss, accelerator = self.loss, self._trainer.accelerator
         if accelerator.num_processes == 1:
-            loss.fold()
+            loss.step()
             return
         # The next forward pass needs the statistics, so they may travel while the optimizer takes its step.
         self._pending_statistics = AsyncAllReduce(loss.statistics.pending, accelerator)
         for method in self.methods:
-            method.fold(lambda tensor: AsyncAllReduce(tensor, accelerator).wait())
+            method.step(lambda tensor: AsyncAllReduce(tensor, accelerator).wait())
 
     def telemetry(self) -> dict[str, float]:
         """The means over the samples since the last call. All processes must call it."""
@@ -262,28 +259,3 @@ def explain_label_errors() -> Iterator[None]:
             f"The loss failed with: {error}. If a label is out of range, check the label column and the `num_labels` "
             "of the model."
         ) from error
-
-
-def _perturb_custom_loss(
-    lpg_loss: LPGLoss, loss: Tensor, logits: Tensor, labels: Tensor, num_items: Tensor | int, num_copies: int
-) -> Tensor:
-    """Perturbs the user's `compute_loss_func`, which keeps its own graph."""
-    # Multiplied by the count, the gradient is in per-sample units.
-    weight = _weight(num_items, num_copies, loss)
-    (gradient,) = torch.autograd.grad(loss, logits, 1 / weight, retain_graph=True, allow_unused=True)
-    if gradient is None:
-        raise ValueError(
-            "`compute_loss_func` does not depend on the logits that the model returned, so there is no gradient to "
-            "perturb. Compute the loss from `outputs.logits`, or pass `perturbations=[]`."
-        )
-    labels = labels.reshape(-1).long()
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
-    # If the loss reaches samples without a label, no method may see their gradient.
-    gradient = zero_ignored_(gradient.contiguous(), labels)
-    perturbed = lpg_loss.perturb(gradient, logits.detach().to(gradient.dtype), labels)
-    return add_gradient(loss, logits, (perturbed - gradient) * weight)
-
-
-def _weight(num_items: Tensor | int, num_copies: int, like: Tensor) -> Tensor:
-    """The factor between a gradient in per-sample units and the gradient of the loss, in the dtype of `like`."""
-    return num_copies / torch.as_tensor(num_items).to(like).clamp(min=1)

@@ -9,8 +9,8 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..loss import numbered_names
 from ..perturbations import SAM, GradientPerturbation, ParameterPerturbation, Perturbation
+from ..telemetry import unique_names
 
 
 def gradient_scale(accelerator: Accelerator) -> float:
@@ -96,7 +96,7 @@ class ParameterMethods(nn.ModuleList):
 
     def telemetry(self) -> dict[str, float]:
         """The mean norm of the deltas of each method since the last call."""
-        rows = zip(numbered_names(self.methods), self._norms.tolist(), strict=True)
+        rows = zip(unique_names(self.methods), self._norms.tolist(), strict=True)
         report = {f"lpg/{name}/delta_norm": norm / count for name, (count, norm) in rows if count > 0}
         self._norms.zero_()
         return report
