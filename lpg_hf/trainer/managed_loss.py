@@ -223,13 +223,14 @@ class ManagedLoss:
         self._step_items = None
         if not learns:
             return
-        loss, accelerator = self.loss, self._trainer.accelerator
+        # Looked up first: afterwards, it would wait for the statistics.
+        loss, methods, accelerator = self.loss, self.methods, self._trainer.accelerator
         if accelerator.num_processes == 1:
             loss.step()
             return
         # The next forward pass needs the statistics, so they may travel while the optimizer takes its step.
         self._pending_statistics = AsyncAllReduce(loss.statistics.pending, accelerator)
-        for method in self.methods:
+        for method in methods:
             method.step(lambda tensor: AsyncAllReduce(tensor, accelerator).wait())
 
     def telemetry(self) -> dict[str, float]:
