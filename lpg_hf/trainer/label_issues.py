@@ -1,7 +1,6 @@
 """LabelIssuesMixin: numbers the training rows on their way, and ranks them by how likely their labels are wrong."""
 
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,14 +50,9 @@ class RowTracker:
         if self.buffer is not None:
             self._step = [(b, b.pop(ROWS_KEY)) for b in batches if isinstance(b, MutableMapping) and ROWS_KEY in b]
 
-    @contextmanager
-    def following(self, inputs: object) -> Iterator[None]:
-        """Within it, the next visit belongs to this micro-batch if [`RowTracker.take_rows`] has seen it."""
+    def follow(self, inputs: object | None) -> None:
+        """Says to which micro-batch of [`RowTracker.take_rows`] the next visit belongs; `None` if to none of them."""
         self._rows = next((rows for batch, rows in self._step if batch is inputs), None)
-        try:
-            yield
-        finally:
-            self._rows = None
 
     @property
     def is_following(self) -> bool:
@@ -158,8 +152,11 @@ class LabelIssuesMixin(Trainer):
         """Trains on a micro-batch whose rows are followed."""
         if self._row_tracker is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        with self._row_tracker.following(inputs):
+        self._row_tracker.follow(inputs)
+        try:
             return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._row_tracker.follow(None)
 
     def _record_rows(self, logits: Tensor, labels: Tensor) -> None:
         dampening = self._dampening()

@@ -41,6 +41,7 @@ class ManagedLoss:
 
     Attributes:
         has_methods (`bool`): Whether the chain has methods at the logits.
+        is_needed (`bool`): Whether this loss takes the place of the Trainer's.
     """
 
     def __init__(
@@ -51,6 +52,10 @@ class ManagedLoss:
         observers: Sequence[PerturbationObserver],
     ):
         self.has_methods = any(isinstance(method, LogitPerturbation) for method in build_chain(chain))
+        # Without methods it is needed only under gradient accumulation, where the Trainer's loss is a mean over the
+        # whole step for some models alone: https://github.com/huggingface/transformers/issues/37766, open in 5.24.
+        accumulates = trainer.args.gradient_accumulation_steps > 1 and trainer.compute_loss_func is None
+        self.is_needed = self.has_methods or accumulates
         self._trainer = trainer
         self._chain = chain
         self._class_counts = class_counts
@@ -60,17 +65,6 @@ class ManagedLoss:
         self._step_items: AsyncAllReduce | Tensor | int | None = None
         # The class statistics of the last step, between its end and their first use.
         self._pending_statistics: AsyncAllReduce | None = None
-
-    @property
-    def is_needed(self) -> bool:
-        """
-        Whether this loss takes the place of the Trainer's.
-
-        Without methods it does so only under gradient accumulation, where the Trainer's loss is a mean over the whole
-        step for some models alone: https://github.com/huggingface/transformers/issues/37766, open in 5.24.
-        """
-        trainer = self._trainer
-        return self.has_methods or (trainer.args.gradient_accumulation_steps > 1 and trainer.compute_loss_func is None)
 
     def build(self, num_labels: int) -> None:
         """Builds the loss for a number of classes, with new statistics."""

@@ -39,6 +39,8 @@ class ParameterMethods(nn.ModuleList):
     def __init__(self, chain: Iterable[Perturbation], accelerator: Accelerator, args: TrainingArguments):
         super().__init__([copy.deepcopy(method) for method in chain if isinstance(method, ParameterPerturbation)])
         self.is_ascending = False
+        self._sams = [method for method in self if isinstance(method, SAM)]
+        self._gradient_methods = [method for method in self if isinstance(method, GradientPerturbation)]
         self._accelerator = accelerator
         self._check(args)
         # For each method since the last log: the number of measured deltas, and the sum of their norms.
@@ -51,12 +53,11 @@ class ParameterMethods(nn.ModuleList):
                 f"{', '.join(map(repr, self))} needs whole gradients and parameters on every process, but "
                 f"{distributed_type} shards them. Use DDP, or methods at the logits."
             )
-        sams = [method for method in self if isinstance(method, SAM)]
-        if len(sams) > 1:
-            raise ValueError(f"`perturbations` has more than one SAM: {sams}. Keep one.")
+        if len(self._sams) > 1:
+            raise ValueError(f"`perturbations` has more than one SAM: {self._sams}. Keep one.")
         # transformers 5.23 renames the argument. The old name stays until version 6.
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if sams and (getattr(args, name, None) or {}).get("use_reentrant"):
+            if self._sams and (getattr(args, name, None) or {}).get("use_reentrant"):
                 raise ValueError(
                     "SAM takes gradients with `torch.autograd.grad`, which reentrant checkpointing does not support; "
                     f"found `{name}` with use_reentrant=True. Set it to False."
@@ -69,7 +70,7 @@ class ParameterMethods(nn.ModuleList):
 
     def sam(self, step: int) -> SAM | None:
         """The chain's SAM, if there is one and it acts in an optimizer step."""
-        return next((method for method in self if isinstance(method, SAM) and step % method.interval == 0), None)
+        return self._sams[0] if self._sams and step % self._sams[0].interval == 0 else None
 
     @contextmanager
     def ascending(self) -> Iterator[None]:
@@ -82,11 +83,10 @@ class ParameterMethods(nn.ModuleList):
 
     def perturb_(self, model: nn.Module) -> None:
         """Perturbs the finished gradients of an optimizer step in place."""
-        methods = [method for method in self if isinstance(method, GradientPerturbation)]
-        if not methods:  # most chains: listing the parameters takes longer than this
+        if not self._gradient_methods:  # most chains: listing the parameters takes longer than this
             return
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        for method in methods:
+        for method in self._gradient_methods:
             self.record(method, method.perturb_(parameters, gradient_scale(self._accelerator)))
 
     def record(self, method: ParameterPerturbation, norm: Tensor) -> None:
