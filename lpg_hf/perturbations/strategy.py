@@ -40,8 +40,9 @@ class ClassLevelPerturbation(LogitPerturbation):
         check_not_negative("epsilon", epsilon)
         check(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0")
         if strategy == "fixed":
+            has_signs = signs is not None and len(signs) > 0
+            check(has_signs, "signs", signs, "given, one per class, with strategy='fixed'")
             signs = [] if signs is None else list(signs)
-            check(len(signs) > 0, "signs", signs, "given, one per class, with strategy='fixed'")
             check(all(sign in (-1, 0, 1) for sign in signs), "signs", signs, "-1, 0 or 1 for each class")
             radii = [epsilon] * len(signs) if bounds is None else bounds
             check(len(radii) == len(signs), "bounds", bounds, f"as long as `signs`, {len(signs)} entries")

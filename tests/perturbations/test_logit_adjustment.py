@@ -1,0 +1,240 @@
+"""Logit adjustment: the formula and the method against the reference and the cross-entropy of shifted logits."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from logit_batches import (
+    COUNTS,
+    WITH_ABSENT,
+    assert_equal,
+    assert_rows_close,
+    assert_zero_sum_within,
+    delta_of,
+    drawn_batches,
+    few_examples,
+    make_batch,
+    make_statistics,
+    more_examples,
+    positive,
+    random_batch,
+    valid_batches,
+)
+from original_form import OriginalForm, cross_entropy, original_form_tests
+from torch.nn import functional as F
+
+from lpg_hf.batch import IGNORE_INDEX, LogitBatch
+from lpg_hf.perturbations import LogitAdjustment
+from lpg_hf.perturbations.logit_adjustment import logit_adjustment_delta
+from lpg_hf.statistics import ClassStatistics, prior_terms
+
+
+# The formula.
+
+
+def priors(num_classes, absent=()):
+    shares = [0.0 if c in absent else 2.0 ** -(c + 1) for c in range(num_classes)]
+    return torch.tensor([share / sum(shares) for share in shares], dtype=torch.float64)
+
+
+@few_examples
+@given(
+    batch=drawn_batches(),
+    tau=st.sampled_from([0.0, 0.5, 1.0, 2.5]),
+    absent=st.sampled_from([(), (0,), (1,)]),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_logit_adjustment_delta_equals_the_reference(batch, tau, absent, share):
+    prior = priors(batch.num_classes, absent)
+    delta = logit_adjustment_delta(batch.batch, prior_terms(prior), tau, weight_share=share)
+    expected = reference.logit_adjustment_delta(
+        batch.logits.numpy(), batch.labels.tolist(), prior.tolist(), tau, share
+    )
+    assert_rows_close(delta, expected, 1e-11)
+    assert_equal(delta.sum(-1), torch.zeros(len(delta)), 1e-11)
+    tensors = torch.tensor(tau), torch.tensor(share)
+    as_tensors = logit_adjustment_delta(batch.batch, prior_terms(prior), tensors[0], weight_share=tensors[1])
+    assert_rows_close(as_tensors, expected, 1e-6)
+
+
+@given(share=st.floats(0, 1), tau=st.floats(0, 2), seed=st.integers(0, 1000))
+def test_no_share_of_weights_moves_the_logits_that_logit_adjustment_leads_to(share, tau, seed):
+    """At `log p(y|x) - tau log pi_y` the expected gradient is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    posterior = torch.rand(5, dtype=torch.float64, generator=generator).add(0.05)
+    posterior, prior = posterior / posterior.sum(), priors(5)
+    logits = (posterior.log() - tau * prior.log()).expand(5, 5)
+    batch = LogitBatch(logits, torch.arange(5))
+    delta = logit_adjustment_delta(batch, prior_terms(prior), tau, weight_share=share)
+    assert_equal(posterior @ (batch.gradient + delta), torch.zeros(5), 1e-11)
+
+
+@few_examples
+@given(drawn_batches())
+def test_logit_adjustment_gives_the_gradient_of_cross_entropy_on_shifted_logits(batch):
+    prior = priors(batch.num_classes)
+    logits = batch.logits.clone().requires_grad_()
+    F.cross_entropy(logits + 1.5 * prior.log(), batch.labels, ignore_index=IGNORE_INDEX, reduction="sum").backward()
+    adjusted = batch.gradient + logit_adjustment_delta(batch.batch, prior_terms(prior), 1.5)
+    assert_equal(adjusted, logits.grad, 1e-12)
+
+
+@few_examples
+@given(batch=drawn_batches(), tau=st.sampled_from([0.1, 1.0, 3.0]))
+def test_logit_adjustment_delta_stays_below_its_bound(batch, tau):
+    prior = priors(batch.num_classes)
+    spread = tau * math.log(prior.max() / prior.min())
+    delta = logit_adjustment_delta(batch.batch, prior_terms(prior), tau)
+    assert (delta.norm(dim=-1) <= math.sqrt(2) * math.tanh(spread / 4) + 1e-9).all()
+
+
+def test_logit_adjustment_is_exactly_zero_at_strength_zero_and_small_for_a_balanced_prior():
+    batch = random_batch()
+    assert (logit_adjustment_delta(batch.batch, prior_terms(priors(5)), 0.0) == 0).all()
+    balanced = prior_terms(torch.full((5,), 0.2, dtype=torch.float64))
+    assert_equal(logit_adjustment_delta(batch.batch, balanced), 0, 1e-15)
+
+
+def test_float32_logit_adjustment_equals_the_reference_and_keeps_a_saturated_label_entry():
+    batch = random_batch()
+    batch.logits[1] = torch.tensor([40.0, 0, 0, 0, 0])
+    batch.labels[1] = 0
+    logits, prior = batch.logits.float(), priors(5).float()
+    expected = reference.logit_adjustment_delta(
+        logits.double().numpy(), batch.labels.tolist(), prior.double().tolist()
+    )
+    delta = logit_adjustment_delta(LogitBatch(logits, batch.labels), prior_terms(prior))
+    assert 0 < np.linalg.norm(expected[1]) < 1e-15
+    assert_rows_close(delta, expected, 1e-5)
+
+
+def test_logit_adjustment_ignores_samples_whatever_their_logits():
+    logits = torch.tensor([[math.nan, 0.0, 0.0], [0.0, 1.0, 2.0]])
+    batch = LogitBatch(logits, torch.tensor([IGNORE_INDEX, 1]))
+    delta = logit_adjustment_delta(batch, prior_terms(priors(3).float()))
+    assert (delta[0] == 0).all()
+    assert delta[1].isfinite().all()
+
+
+@more_examples
+@given(drawn=valid_batches(), seed=st.integers(0, 99), tau=st.floats(0, 3))
+def test_logit_adjustment_deltas_are_bounded_by_the_imbalance(drawn, seed, tau):
+    prior = positive(drawn.num_classes, seed)
+    prior = prior / prior.sum()
+    bound = math.sqrt(2) * math.tanh(tau * math.log(prior.max() / prior.min()) / 4)
+    assert_zero_sum_within(logit_adjustment_delta(drawn.batch, prior_terms(prior), tau), bound)
+
+
+# The method.
+
+
+@pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT, None])
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_logit_adjustment_equals_the_reference(counts, tau):
+    statistics = make_statistics(counts)
+    batch = make_batch()
+    delta = delta_of(LogitAdjustment(tau), batch, statistics)
+    prior = reference.running_prior(statistics.class_counts.tolist())
+    if counts is not None:
+        prior = [count / sum(counts) for count in counts]
+    assert_equal(
+        delta, reference.logit_adjustment_delta(batch.logits.numpy(), batch.labels.tolist(), prior, tau), 1e-12
+    )
+    assert_equal(delta[batch.ignore_mask], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "min_imbalance", "acts"),
+    [
+        ([200, 100], 2.0, False),
+        ([201, 100], 2.0, True),
+        ([199, 100], 2.0, False),
+        ([100, 100], 1.0, False),
+        ([101, 100], 1.0, True),
+        ([100, 0], 1.0, False),
+        ([400, 0, 100], 4.0, False),
+        ([401, 0, 100], 4.0, True),
+    ],
+)
+def test_logit_adjustment_acts_only_above_min_imbalance_over_the_classes_present(counts, min_imbalance, acts):
+    batch = LogitBatch(torch.linspace(-1, 1, len(counts), dtype=torch.float64)[None], torch.tensor([0]))
+    statistics = ClassStatistics(len(counts), counts).double()
+    delta = delta_of(LogitAdjustment(min_imbalance=min_imbalance), batch, statistics)
+    prior = [count / sum(counts) for count in counts]
+    expected = (
+        reference.logit_adjustment_delta(batch.logits.numpy(), [0], prior) if acts else np.zeros((1, len(counts)))
+    )
+    assert_equal(delta, expected, 1e-12)
+    assert (delta != 0).any() == acts
+
+
+@pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT])
+@pytest.mark.parametrize(
+    ("level", "learned", "share"), [(0.05, (0.1, 0.5), 1.0), (0.2, (0.1, 0.5), 0.75), (0.6, (0.1, 0.5), 0.0)]
+)
+def test_weights_give_way_as_the_classes_present_are_learned(counts, level, learned, share):
+    statistics = make_statistics(counts)
+    present = torch.tensor(counts) > 0
+    spread = torch.linspace(-0.04, 0.04, int(present.sum()), dtype=torch.float64)
+    # What is said of classes without rows does not count.
+    statistics.label_prob[:] = 0.9
+    statistics.label_prob[present] = level + spread
+    method = LogitAdjustment(0.8, learned=learned)
+    assert float(method.weight_share(statistics)) == pytest.approx(share, abs=1e-12)
+    batch = make_batch()
+    delta = delta_of(method, batch, statistics)
+    prior = [count / sum(counts) for count in counts]
+    expected = reference.logit_adjustment_delta(batch.logits.numpy(), batch.labels.tolist(), prior, 0.8, share)
+    assert_equal(delta, expected, 1e-11)
+
+
+def test_logit_adjustment_waits_for_a_running_prior_to_be_ready():
+    statistics = make_statistics(waits_for_epoch=True)
+    assert (delta_of(LogitAdjustment(), make_batch(), statistics) == 0).all()
+    statistics.end_epoch()
+    assert (delta_of(LogitAdjustment(), make_batch(), statistics) != 0).any()
+
+
+# The original form.
+
+
+def adjusted(tau, counts=COUNTS):
+    """Cross-entropy on logits shifted by the log prior."""
+    log_prior = torch.tensor([math.log(count / sum(counts)) for count in counts], dtype=torch.float64)
+    return lambda z, y: F.cross_entropy(z + tau * log_prior, y, reduction="sum")
+
+
+TestOriginalForm = original_form_tests(
+    [
+        *(OriginalForm(LogitAdjustment(tau), adjusted(tau)) for tau in (0.5, 1.0, 2.0)),
+        OriginalForm(LogitAdjustment(0.0), cross_entropy),
+    ]
+)
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": -0.1}, r"`tau` must be from 0 to 4; found -0\.1"),
+        ({"tau": -0.5}, r"`tau` must be from 0 to 4; found -0\.5"),
+        ({"tau": 6.0}, r"`tau` must be from 0 to 4; found 6\.0"),
+        ({"tau": math.inf}, r"`tau` must be from 0 to 4; found inf"),
+        ({"learned": (0.3, 0.3)}, r"`learned` must be two increasing .*found \(0\.3, 0\.3\)"),
+        ({"min_imbalance": 0.9}, r"`min_imbalance` must be at least 1; found 0\.9"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_with_name_value_and_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        LogitAdjustment(**options)
+
+
+def test_the_ends_of_the_ranges_are_accepted():
+    assert repr(LogitAdjustment(tau=0, min_imbalance=1)) == "logit_adjustment(tau=0)"
+    assert LogitAdjustment(tau=4).tau == 4
