@@ -1,57 +1,23 @@
-"""What every method must do in training: one suite over the table of methods, each alone and in a chain with LPG."""
+"""What every method must do in training, alone and in a chain with LPG; `method_examples.py` has the methods."""
 
 import functools
 import gc
-import itertools
 import math
 
 import pytest
 import torch
+from method_examples import ALL_IN_TRAINING, FIRST_IN_TRAINING, IDLE_AT_FIRST
 from tiny import NUM_LABELS, flat_parameters, make_batch, make_model, make_trainer, split
 from transformers import TrainerCallback
 
 from lpg_hf import LPGTrainer
-from lpg_hf.perturbations import METHODS, method_card, parse_perturbation
+from lpg_hf.perturbations import parse_perturbation
 
 
 COUNTS = [55, 25, 15, 5]
-#: Arguments with which each method does something within a few steps, and with which it has all the state it can have.
-EXAMPLES = {
-    "lpg": ["lpg(epsilon=0.4)", "lpg(epsilon=0.4, direction='sample', norm='linf')"],
-    "class_relative_dampening": ["class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"],
-    "lpl": ["lpl(epsilon=2.0, steps=3)"],
-    "logit_clipping": ["logit_clipping(quantile=0.2)", "logit_clipping(max_norm=0.5)"],
-    "logit_noise": ["logit_noise(sigma=0.3, seed=4)"],
-    "label_smoothing": ["label_smoothing(alpha=0.3)"],
-    "class_weighting": ["class_weighting(weights='effective', beta=0.9)", "class_weighting(weights={0: 0.25})"],
-    "logit_adjustment": ["logit_adjustment(tau=1.5)"],
-    "focal_loss": ["focal_loss(gamma=1.5)"],
-    "generalized_cross_entropy": ["generalized_cross_entropy(q=0.5)"],
-    "sam": ["sam(rho=0.02)", "sam(rho=0.1, adaptive=True)"],
-    "gradient_clipping": [
-        "gradient_clipping(percentile=10)",
-        "gradient_clipping(max_norm=0.2)",
-        "gradient_clipping(max_value=0.5)",
-    ],
-    "gradient_noise": ["gradient_noise(eta=0.02, gamma=1.0, seed=4)"],
-}
-#: Methods whose delta depends on how a step's batch is composed, with the reason: invariant 6 leaves them out.
-DEPENDS_ON_THE_BATCH = {
-    "lpg(epsilon=0.4)": "its direction is a mean over the class's samples in a micro-batch",
-    "lpl(epsilon=2.0, steps=3)": "so is that of its steps",
-    "logit_noise(sigma=0.3, seed=4)": "every micro-batch has a draw of its own",
-    "sam(rho=0.02)": "its ascent is that of a micro-batch",
-    "sam(rho=0.1, adaptive=True)": "its ascent is that of a micro-batch",
-}
-#: A bound or a statistic that is learned: the first step has none yet, and is not perturbed.
-STARTS_WITH_NOTHING = {
-    "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))",
-    "logit_clipping(quantile=0.2)",
-    "gradient_clipping(percentile=10)",
-}
+#: Methods whose delta depends on how the batch of a step is composed: invariant 6 leaves them out.
+DEPENDS_ON_THE_BATCH = [text for text in ALL_IN_TRAINING if parse_perturbation(text).depends_on_split]
 
-FIRST_EXAMPLES = [examples[0] for examples in EXAMPLES.values()]
-ALL_EXAMPLES = list(itertools.chain(*EXAMPLES.values()))
 every_model = pytest.mark.parametrize("name", ["bert", "vit"])
 alone_and_in_a_chain = pytest.mark.parametrize("lpg", [None, "lpg(epsilon=0.2)"], ids=["alone", "after lpg"])
 
@@ -76,22 +42,6 @@ def telemetry_name(method, lpg):
     return f"{name}_2" if lpg is not None and name == "lpg" else name
 
 
-def test_every_method_has_an_example():
-    assert list(EXAMPLES) == list(METHODS)
-    for name, examples in EXAMPLES.items():
-        for example in examples:
-            assert parse_perturbation(example).name == name
-            assert repr(parse_perturbation(example)) == example
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_complete_card(name):
-    card = method_card(METHODS[name])
-    assert list(card) == ["Level", "Formula", "Helps", "Hurts", "Cost", "Source"]
-    assert all(len(text) > 3 for text in card.values())
-    assert card["Level"].split()[0].strip(".,") in ("class", "sample", "batch")
-
-
 # Checkpoints
 
 
@@ -108,7 +58,7 @@ def all_state(trainer):
     return state | {f"loss.{name}": tensor for name, tensor in trainer.lpg_loss.state_dict().items()}
 
 
-@every(FIRST_EXAMPLES)
+@every(FIRST_IN_TRAINING)
 @alone_and_in_a_chain
 @every_model
 def test_training_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one(name, lpg, method, tmp_path):
@@ -165,7 +115,7 @@ def train_split(name, chain, sizes, path):
     return trainer
 
 
-@every([example for example in ALL_EXAMPLES if example not in DEPENDS_ON_THE_BATCH])
+@every([text for text in ALL_IN_TRAINING if text not in DEPENDS_ON_THE_BATCH])
 @pytest.mark.parametrize("lpg", [None, "lpg(epsilon=0.2, direction='sample')"], ids=["alone", "after lpg"])
 @every_model
 def test_four_micro_batches_train_what_one_batch_trains(name, lpg, method, tmp_path):
@@ -177,7 +127,7 @@ def test_four_micro_batches_train_what_one_batch_trains(name, lpg, method, tmp_p
         torch.testing.assert_close(actual[key], tensor, rtol=0, atol=1e-9, msg=key)
 
 
-@every(list(DEPENDS_ON_THE_BATCH))
+@every(DEPENDS_ON_THE_BATCH)
 def test_what_is_left_out_above_does_depend_on_the_split(method, tmp_path):
     whole = train_split("bert", [method], [16] * 3, tmp_path)
     parts = train_split("bert", [method], [3, 5, 2, 6] * 3, tmp_path)
@@ -247,7 +197,7 @@ def dtype_of_reference(method):
     return torch.float32 if "noise" in method else torch.float64
 
 
-@every(ALL_EXAMPLES)
+@every(ALL_IN_TRAINING)
 @alone_and_in_a_chain
 @every_model
 def test_gradient_under_bfloat16_autocast_is_that_of_float64(name, lpg, method, output_dir):
@@ -259,7 +209,7 @@ def test_gradient_under_bfloat16_autocast_is_that_of_float64(name, lpg, method, 
     assert (expected - without).norm() / expected.norm() > 2**-6  # the method does something
 
 
-@every(ALL_EXAMPLES)
+@every(ALL_IN_TRAINING)
 @alone_and_in_a_chain
 @every_model
 def test_the_norm_of_every_delta_is_logged(name, lpg, method, output_dir):
@@ -268,7 +218,7 @@ def test_the_norm_of_every_delta_is_logged(name, lpg, method, output_dir):
     norms = [log[f"lpg/{telemetry_name(method, lpg)}/delta_norm"] for log in logs]
     assert len(norms) == 3
     assert all(math.isfinite(norm) and norm >= 0 for norm in norms)
-    if method in STARTS_WITH_NOTHING:
+    if method in IDLE_AT_FIRST:
         assert norms[0] < 0.02 < max(norms)
     else:
         assert min(norms) > 1e-3

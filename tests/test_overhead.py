@@ -5,6 +5,7 @@ import operator
 import numpy as np
 import pytest
 import torch
+from method_examples import LOGIT_METHODS, logit_variants
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -12,36 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lpg_hf import LPGLoss
-from lpg_hf.perturbations import METHODS, GradientClipping, LogitPerturbation
+from lpg_hf.perturbations import GradientClipping, LogitPerturbation
 
 
 N, C = 6, 40
 COUNTS = list(range(1, C + 1))
-SIGNS = [1, -1] * (C // 2)
-CHAINS = [
-    "auto",
-    *(f"lpg('{strategy}')" for strategy in ("frequency", "accuracy")),
-    f"lpg('fixed', signs={SIGNS})",
-    *(f"lpg(direction={d!r}, norm={n!r})" for d in ("class", "sample") for n in ("l2", "linf")),
-    "lpg(solver='pgd', warmup_steps=1)",
-    "lpl",
-    "class_relative_dampening",
-    "logit_clipping",
-    "logit_clipping(quantile=0.9)",
-    "logit_noise",
-    "label_smoothing",
-    "class_weighting('balanced')",
-    "class_weighting('effective')",
-    f"class_weighting({[2.0] * C})",
-    "logit_adjustment",
-    "focal_loss",
-    "generalized_cross_entropy",
-]
-
-
-def test_every_method_at_the_logits_is_looked_at():
-    names = {chain.partition("(")[0] for chain in CHAINS}
-    assert names >= {name for name, method in METHODS.items() if issubclass(method, LogitPerturbation)}
+CHAINS = ["auto", *LOGIT_METHODS, *map(repr, logit_variants(C))]
 
 
 # Nothing waits for the device.

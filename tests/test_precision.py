@@ -17,6 +17,7 @@ from families import (
     perturbed_by_chain,
     reference_gradients,
 )
+from method_examples import ALL_IN_TRAINING, LOGIT_METHODS
 from tiny import NUM_LABELS, flat_parameters, make_trainer, split
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lpg_hf import LPGLoss, LPGTrainer
 from lpg_hf.pac_bayes import PathLength
-from lpg_hf.perturbations import METHODS
+from lpg_hf.perturbations import parse_perturbation
 
 
 pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:lpg_hf", "error::FutureWarning:lpg_hf")
@@ -33,12 +34,7 @@ pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:lpg_hf", "err
 SGD = {"optim": "sgd", "learning_rate": 2.0**-4, "max_grad_norm": 0.0}
 # `auto` with gates that are open from the second step on.
 AUTO = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
-LOGIT_METHODS = [name for name, method in METHODS.items() if method.space == "logit"]
-PARAMETER_METHODS = {
-    "sam": "sam(rho=0.1)",
-    "gradient_clipping": "gradient_clipping",
-    "gradient_noise": "gradient_noise",
-}
+PARAMETER_METHODS = [text for text in ALL_IN_TRAINING if parse_perturbation(text).space == "parameter"]
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
@@ -166,7 +162,7 @@ def test_the_scale_saves_small_gradients_of_fp16_logits():
     torch.testing.assert_close(logits.grad.double(), 65536 * expected, rtol=2.0**-10, atol=2.0**-14)
 
 
-@pytest.mark.parametrize("methods", [AUTO, *([*AUTO, method] for method in PARAMETER_METHODS.values())], ids=str)
+@pytest.mark.parametrize("methods", [AUTO, *([*AUTO, method] for method in PARAMETER_METHODS)], ids=str)
 def test_training_with_a_gradient_scaler_is_training_without(methods, tmp_path):
     batches = split(make_family_batch("bert", 32), [8] * 4)
 

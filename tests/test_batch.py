@@ -1,0 +1,114 @@
+"""What a batch says of its logits, and their gradient."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from logit_batches import LargestTensor, assert_equal, drawn_batches, every_dtype, few_examples
+from torch.nn import functional as F
+
+from lpg_hf.batch import IGNORE_INDEX, LogitBatch, logit_gradient
+
+
+def gradient_of_batch(logits, labels):
+    return LogitBatch(logits, labels).gradient
+
+
+every_gradient = pytest.mark.parametrize("gradient_at", [logit_gradient, gradient_of_batch])
+
+
+@every_gradient
+@few_examples
+@given(batch=drawn_batches())
+def test_logit_gradient_is_softmax_minus_onehot_and_sums_to_zero(gradient_at, batch):
+    gradient = gradient_at(batch.logits, batch.labels)
+    assert_equal(gradient, reference.logit_gradient(batch.logits.numpy(), batch.labels.tolist()), 1e-14)
+    assert_equal(gradient.sum(-1), torch.zeros(len(batch.labels)), 1e-12)
+
+
+@every_gradient
+@few_examples
+@given(batch=drawn_batches())
+def test_logit_gradient_is_the_gradient_of_summed_cross_entropy(gradient_at, batch):
+    logits = batch.logits.clone().requires_grad_()
+    F.cross_entropy(logits, batch.labels, ignore_index=IGNORE_INDEX, reduction="sum").backward()
+    assert_equal(gradient_at(batch.logits, batch.labels), logits.grad, 1e-12)
+
+
+@every_gradient
+@few_examples
+@given(batch=drawn_batches())
+def test_norm_of_the_logit_gradient_lies_between_the_bounds_of_the_missing_probability(gradient_at, batch):
+    missing = np.array(
+        [1 - p[c] for p, c in zip(reference.softmax(batch.logits), batch.labels, strict=True) if c >= 0]
+    )
+    length = gradient_at(batch.logits, batch.labels).norm(dim=-1)[batch.labels >= 0].numpy()
+    assert (length <= math.sqrt(2) * missing + 1e-12).all()
+    assert (length >= missing / math.sqrt(1 - 1 / batch.num_classes) - 1e-12).all()
+
+
+@every_gradient
+@pytest.mark.parametrize("margin", [5.0, 20.0, 40.0, 80.0])
+def test_float32_logit_gradient_keeps_the_label_entry_when_the_probability_rounds_to_one(gradient_at, margin):
+    logits = torch.tensor([[0.0, margin, 0.5, -1.0]])
+    labels = torch.tensor([1])
+    expected = reference.logit_gradient(logits.double().numpy(), labels.tolist())
+    assert_equal(gradient_at(logits, labels).double() / torch.from_numpy(expected), torch.ones(1, 4), 1e-5)
+
+
+@every_gradient
+def test_ignored_samples_have_no_gradient_whatever_their_logits(gradient_at):
+    logits = torch.tensor([[math.nan, 0.0], [math.inf, -math.inf], [1e30, 5.0], [0.0, 0.0]])
+    gradient = gradient_at(logits, torch.tensor([IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 0]))
+    assert gradient.tolist() == [[0, 0], [0, 0], [0, 0], [-0.5, 0.5]]
+
+
+@every_gradient
+@every_dtype
+def test_an_empty_batch_has_an_empty_gradient(gradient_at, dtype):
+    gradient = gradient_at(torch.zeros(0, 3, dtype=dtype), torch.zeros(0, dtype=torch.int64))
+    assert gradient.shape == (0, 3)
+    assert gradient.dtype == dtype
+
+
+@every_gradient
+def test_a_batch_of_ignored_samples_has_a_gradient_of_zero(gradient_at):
+    assert (gradient_at(torch.randn(4, 3), torch.full((4,), IGNORE_INDEX)) == 0).all()
+
+
+@every_gradient
+def test_a_hundred_thousand_classes_need_no_tensor_larger_than_the_logits(gradient_at):
+    labels = torch.tensor([0, 0, 5, 99_999, 99_999, 99_999, 7, IGNORE_INDEX])
+    logits = torch.randn(8, 100_000, generator=torch.Generator().manual_seed(0))
+    with LargestTensor() as largest:
+        gradient = gradient_at(logits, labels)
+    assert largest.numel == logits.numel()
+    assert gradient.shape == logits.shape
+    assert gradient.isfinite().all()
+
+
+@every_gradient
+def test_nothing_reads_a_value_back_from_the_device(gradient_at):
+    # A meta tensor has no values: whatever depends on one (`item`, `unique`, a mask as an index) raises.
+    labels = torch.zeros(6, dtype=torch.int64, device="meta")
+    assert gradient_at(torch.randn(6, 4, device="meta"), labels).shape == (6, 4)
+
+
+@few_examples
+@given(drawn_batches())
+def test_what_a_batch_says_of_its_samples_equals_the_reference(drawn):
+    batch = drawn.batch
+    assert torch.equal(batch.valid_mask, drawn.labels != IGNORE_INDEX)
+    assert torch.equal(batch.ignore_mask, ~batch.valid_mask)
+    assert_equal(batch.label_prob, drawn.label_prob, 1e-12)
+    assert_equal(batch.label_log_prob, drawn.label_prob.log(), 1e-10)
+    for i, label in enumerate(drawn.labels.tolist()):
+        if label != IGNORE_INDEX:
+            p = reference.softmax(drawn.logits[i : i + 1].numpy())[0]
+            assert batch.classes[i] == label
+            assert batch.is_correct[i] == (drawn.logits[i, label] == drawn.logits[i].max())
+            assert math.isclose(batch.confidence_ratio[i], p[label] / p.max(), rel_tol=1e-9)
+            assert batch.is_confident_error[i] == (p[label] < p.max() / 10 and p.max() > 0.3)
