@@ -278,6 +278,19 @@ def test_a_delta_follows_the_prior_and_the_arguments(method):
         statistics.step()
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "new"])
+@every_adding_class
+def test_a_delta_for_ignored_samples_is_not_added(base, in_place):
+    class Everywhere(base):
+        def delta(self, gradient, batch, statistics):
+            return torch.full_like(gradient, torch.nan).where(batch.ignore_mask[:, None], 1.0)
+
+    batch = make_batch()
+    gradient = batch.gradient.clone()
+    perturbed, _ = Everywhere().add_delta(gradient, batch, make_statistics(COUNTS), in_place)
+    assert torch.equal(perturbed, torch.where(batch.valid_mask[:, None], batch.gradient + 1, 0.0))
+
+
 @every_adding_class
 def test_a_delta_that_is_the_gradient_itself_leaves_it_alone(base):
     class Itself(base):
