@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from lpg_hf.batch import logit_gradient
+from lpg_hf.batch import LogitBatch, logit_gradient
 from lpg_hf.perturbations import (
     LPG,
     LPL,
@@ -35,6 +35,7 @@ from lpg_hf.perturbations import (
     LogitPerturbation,
     Perturbation,
 )
+from lpg_hf.perturbations import METHODS as REGISTRY
 from lpg_hf.statistics import ClassStatistics
 
 
@@ -59,6 +60,9 @@ METHODS: list[tuple[str, Perturbation]] = [
     ("gradient clipping", GradientClipping(max_norm=0.5)),
     ("gradient noise", GradientNoise(eta=0.02)),
 ]
+SHOWN = {method.name for _, method in METHODS}
+METHODS += [(name.replace("_", " "), REGISTRY[name]()) for name in REGISTRY if name not in SHOWN]
+COLUMNS = 5
 
 
 @dataclass
@@ -88,7 +92,7 @@ def perturbed_gradient(method: Perturbation, logits: Tensor, labels: Tensor) -> 
     if isinstance(method, LogitPerturbation):
         method.setup(num_labels=3)
         method.double()
-        return gradient + method.delta(gradient, logits, labels, trained_statistics())
+        return gradient + method.delta(gradient, LogitBatch(logits, labels), trained_statistics())
     return torch.cat([perturbed_parameter(method, row[None], labels[:1]) for row in logits])
 
 
@@ -130,9 +134,12 @@ def main() -> None:
     logits, labels = probabilities.log(), torch.zeros(len(probabilities), dtype=torch.int64)
     plain = logit_gradient(logits, labels)
 
-    figure, grid = plt.subplots(3, 5, figsize=(15, 8.4), layout="constrained")
+    rows = -(-(1 + len(METHODS)) // COLUMNS)
+    figure, grid = plt.subplots(rows, COLUMNS, figsize=(3 * COLUMNS, 2.8 * rows), layout="constrained")
     draw_legend(grid.flat[0])
-    for axes, (title, method) in zip(grid.flat[1:], METHODS, strict=True):
+    for axes in grid.flat[1 + len(METHODS) :]:
+        axes.axis("off")
+    for axes, (title, method) in zip(grid.flat[1:], METHODS, strict=False):
         draw(axes, title, probabilities, plain, perturbed_gradient(method, logits, labels))
     figure.savefig(arguments.output_file, dpi=110)
     print(f"Picture: {arguments.output_file}")

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lpg_hf.perturbations import METHODS as REGISTRY
 from lpg_hf.perturbations import Perturbation, build_chain
 
 
@@ -264,7 +265,7 @@ _ABLATION = (
         _variant(
             f"ema_contradicted={value}",
             f"EMA constant of the contradicted = {value}",
-            constants={"CONTRADICTION_INERTIA": value},
+            constants={"CONFIDENT_ERROR_INERTIA": value},
         )
         for value in (10, 160)
     ),
@@ -287,8 +288,12 @@ _ABLATION = (
     ),
 )
 
-METHODS = {method.name: method for method in _BENCHMARK + _CEILINGS + _ABLATION}
-BENCHMARK = tuple(method.name for method in _BENCHMARK)
+# Methods of the library without a line above take part with their defaults.
+_NAMED = {text.partition("(")[0] for method in _BENCHMARK for text in method.chain}
+_OTHERS = tuple(Method(name, name.replace("_", " "), OURS, (name,)) for name in REGISTRY if name not in _NAMED)
+
+METHODS = {method.name: method for method in _BENCHMARK + _OTHERS + _CEILINGS + _ABLATION}
+BENCHMARK = tuple(method.name for method in _BENCHMARK + _OTHERS)
 ABLATIONS = ("ce", "clean_labels", "auto", *(method.name for method in _ABLATION))
 
 

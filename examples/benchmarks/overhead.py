@@ -41,6 +41,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lpg_hf import LPGLoss, LPGTrainer
+from lpg_hf.batch import LogitBatch
 
 
 PARTS = ("steps", "memory", "matrices", "gpu")
@@ -363,9 +364,7 @@ def time_matrices(arguments: OverheadArguments, clock: Callable[[], float], devi
     deltas = {}
     for chain in ("lpg", "lpl"):
         loss_fn = LPGLoss(USUAL[1], chain, counts).to(device)
-        batch = loss_fn.statistics.batch(logits.detach(), labels)
-        loss_fn.statistics.share(batch)
-        deltas[chain] = delta_of(loss_fn, batch)
+        deltas[chain] = delta_of(loss_fn, LogitBatch(logits.detach(), labels))
     times = take_turns(deltas, arguments.rounds, clock)
     for chain, seconds in times.items():
         row(chain, f"{1000 * seconds:.3f}", f"{seconds / times['lpg']:.1f}")
@@ -377,9 +376,9 @@ def growth(sizes: Sequence[int], seconds: Sequence[float]) -> float:
     return np.polyfit(*np.log(points).T, 1)[0] if len(points) > 1 else math.nan
 
 
-def delta_of(loss_fn: LPGLoss, batch) -> Callable[[], torch.Tensor]:
+def delta_of(loss_fn: LPGLoss, batch: LogitBatch) -> Callable[[], torch.Tensor]:
     (method,) = loss_fn.perturbations
-    return lambda: method.delta(batch.gradient, batch.logits, batch.labels, loss_fn.statistics)
+    return lambda: method.delta(batch.gradient, batch, loss_fn.statistics)
 
 
 def peak_of_matrices(device: str) -> None:
