@@ -99,6 +99,11 @@ class LPGLoss(nn.Module):
         return self.statistics.num_labels
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether the loss perturbs without learning, see [`~LPGLoss.frozen`]."""
+        return self._is_frozen
+
+    @property
     def _methods(self) -> Sequence[LogitPerturbation]:
         # `ModuleList` says nothing about the type of its items.
         return cast(Sequence[LogitPerturbation], self.perturbations)

@@ -92,6 +92,7 @@ class ClassStatistics(nn.Module):
 
     Attributes:
         class_counts (`torch.Tensor` of shape `[C]`): Samples of each class, in the data set or seen so far.
+        seen_counts (`torch.Tensor` of shape `[C]`): Samples of each class that training has met.
         counts_are_given (`bool`): Whether `class_counts` was given.
         steps (`torch.Tensor`, scalar): Number of optimizer steps so far.
 
@@ -114,6 +115,7 @@ class ClassStatistics(nn.Module):
     """
 
     class_counts: Tensor
+    seen_counts: Tensor
     steps: Tensor
     _running: Tensor
     _inertia: Tensor
@@ -127,6 +129,7 @@ class ClassStatistics(nn.Module):
         if class_counts is not None:
             counts = _check_class_counts(class_counts, num_labels)
         self.register_buffer("class_counts", counts)
+        self.register_buffer("seen_counts", torch.zeros(num_labels, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("_running", torch.zeros(4, num_labels))
         inertia = [[MEAN_INERTIA]] * 3 + [[CONFIDENT_ERROR_INERTIA]]
@@ -225,8 +228,9 @@ class ClassStatistics(nn.Module):
         # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + inertia).
         self._running.addcdiv_(pending[1:].addcmul(counts, self._running, value=-1), counts + self._inertia)
         self.steps += 1
+        self.seen_counts += counts.long()
         if not self.counts_are_given:
-            self.class_counts += counts.long()
+            self.class_counts.copy_(self.seen_counts)
             self._update_prior()
         self._pending.zero_()
 

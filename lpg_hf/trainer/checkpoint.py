@@ -78,6 +78,10 @@ class SavedState:
     num_processes: int
     tensors: dict[str, Tensor]
 
+    def has(self, prefix: str) -> bool:
+        """Whether there is state under a prefix."""
+        return any(name.startswith(f"{prefix}.") for name in self.tensors)
+
     def restore(self, part: Stateful, prefix: str) -> None:
         """Loads the state under a prefix into a part of the training."""
         start = f"{prefix}."

@@ -1,17 +1,14 @@
 """ClassifierCheck: is this a single-label classifier that is trained with cross-entropy?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import functional as F
 from transformers import Trainer
 
-from ..batch import IGNORE_INDEX, logit_gradient
+from .loss_scale import LossScale, can_tell_losses_apart, compare_with_cross_entropy
 
 
 logger = get_logger(__name__)
@@ -62,7 +59,7 @@ class ClassifierCheck:
         return self._trainer.compute_loss_func is not None or self._trainer.label_smoother is not None
 
     @property
-    def scale(self) -> "LossScale":
+    def scale(self) -> LossScale:
         """How the model's own loss weights the samples, once the model has passed."""
         return self._scales[0]
 
@@ -131,8 +128,9 @@ class ClassifierCheck:
         if self._has_logit_methods:
             message = (
                 f"{type(self._model).__name__} is not a single-label classifier trained with cross-entropy: {reason}. "
-                "To perturb it all the same, give its loss as `compute_loss_func`. To train it as `Trainer` does, "
-                "pass `perturbations=[]`."
+                "If the loss weights classes, remove the weights: `auto` corrects the imbalance itself, and "
+                "`perturbations=['class_weighting']` weights as such a loss does. To perturb another loss, pass it as "
+                "`compute_loss_func`. To train as `Trainer` does, pass `perturbations=[]`."
             )
             if self._requested is not None:
                 raise ValueError(f"{message} Asked for: {self._requested!r}.")
@@ -162,10 +160,12 @@ class ClassifierCheck:
 
     def _fitting_scales(
         self, loss: Tensor, outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int | None
-    ) -> tuple[list["LossScale"], str | None]:
+    ) -> tuple[list[LossScale], str | None]:
         reason = self._why_wrong_shape(outputs, labels)
-        if reason is not None or labels is None or self._loss_is_given:
+        if reason is not None or labels is None:
             return self._scales, reason
+        if self._loss_is_given:
+            return self._scales_of_given_loss(outputs, labels, num_items), None
         dtypes = {"no": None, "fp16": torch.float16}
         return compare_with_cross_entropy(
             loss.mean(),
@@ -176,10 +176,23 @@ class ClassifierCheck:
             dtypes.get(self._trainer.accelerator.mixed_precision, torch.bfloat16),
         )
 
-    def _possible_scales(self, num_items_in_batch: Tensor | int | None) -> list["LossScale"]:
+    @torch.no_grad()
+    def _scales_of_given_loss(
+        self, outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int | None
+    ) -> list[LossScale]:
+        """Whether a `compute_loss_func` divides by the count that it is given: with twice the count, it is halved."""
+        function = self._trainer.compute_loss_func
+        if function is None or num_items is None or len(self._scales) < 2:
+            return self._scales
+        once, twice = (function(outputs, labels, num_items_in_batch=n * num_items).mean() for n in (1, 2))
+        halves = torch.allclose(2 * twice, once, rtol=1e-2) and not torch.allclose(twice, once, rtol=1e-2)
+        return [scale for scale in self._scales if scale.is_per_step == halves]
+
+    def _possible_scales(self, num_items_in_batch: Tensor | int | None) -> list[LossScale]:
         """By what the loss that the Trainer returns may be divided and multiplied."""
         trainer = self._trainer
-        if num_items_in_batch is None or not trainer.model_accepts_loss_kwargs:
+        takes_count = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        if num_items_in_batch is None or not takes_count:
             return [LossScale(is_per_step=False)]
         factor = 1
         if trainer.args.average_tokens_across_devices:
@@ -223,123 +236,3 @@ def why_not_classifier(logits: object, labels: object, problem_type: str | None)
     if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
         return f"its logits have shape {list(logits.shape)}, not [N, C] with C > 1"
     return None
-
-
-@dataclass(frozen=True)
-class LossScale:
-    """
-    How a loss weights the cross-entropy of each sample.
-
-    Attributes:
-        is_per_step (`bool`): Whether it divides by the labeled samples of the whole step, not of the micro-batch.
-        factor (`int`): Number that the loss is multiplied by.
-    """
-
-    is_per_step: bool
-    factor: int = 1
-
-    def divisor(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Divisor of the summed cross-entropy of a micro-batch, a scalar."""
-        per_step = self.is_per_step and num_items is not None
-        count = torch.as_tensor(num_items, device=labels.device) if per_step else (labels != IGNORE_INDEX).sum()
-        return count / self.factor
-
-    def to_step(self, loss: Tensor, labels: Tensor, num_items: Tensor | int, *, is_whole_step: bool) -> Tensor:
-        """Converts a loss of this scale to the scale of the step, which may consist of this micro-batch alone."""
-        if not self.is_per_step and not is_whole_step:
-            num_items = torch.as_tensor(num_items).to(loss).clamp(min=1)
-            loss = loss * ((labels != IGNORE_INDEX).sum() / num_items)
-        return loss if self.factor == 1 else loss / self.factor
-
-
-def compare_with_cross_entropy(
-    loss: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    num_items: Tensor | int | None,
-    scales: Sequence[LossScale],
-    autocast_dtype: torch.dtype | None = None,
-) -> tuple[list[LossScale], str | None]:
-    """
-    Compares a model's own loss with the cross-entropy of its logits, in value and in gradient.
-
-    The tolerance is the rounding of the precision in which the model computed its loss. Under CUDA's autocast this is
-    half precision although loss and logits arrive in float32: `cross_entropy` takes logarithms in the dtype of the
-    logits, and averages in float32. The gradient is compared if autograd gives it.
-
-    Args:
-        loss (`torch.Tensor`): The loss of the model, a scalar.
-        logits (`torch.Tensor` of shape `[N, C]`): The logits of the model.
-        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
-        num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the whole step.
-        scales (`Sequence[LossScale]`): The scales that the loss may have.
-        autocast_dtype (`torch.dtype`, *optional*): The dtype of mixed precision, if the model runs in it.
-
-    Returns:
-        `tuple[list[LossScale], str | None]`: The scales that fit, and the difference if there are none.
-    """
-    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    labeled = (labels != IGNORE_INDEX).sum()
-    if labeled == 0:
-        return list(scales), None
-    gradient = _gradient_at_logits(loss, logits)
-    # The same logits go into both: the order of a sum and rounding are all that may differ.
-    dtypes = [torch.float32, logits.dtype, loss.dtype, autocast_dtype, None if gradient is None else gradient.dtype]
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
-    if eps == torch.finfo(torch.float32).eps:
-        value_tolerance = gradient_tolerance = 256 * eps
-    else:
-        # A rounded logarithm has a relative error of eps / 2, and a sum in half precision more. Where the gradient can
-        # be compared, it decides: it is the exponential of a rounded logarithm.
-        value_tolerance = eps if gradient is None else 4 * eps
-        gradient_tolerance = 4 * eps
-
-    total = F.cross_entropy(z, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    divisors = {scale: scale.divisor(labels, num_items).to(z) for scale in scales}
-    floor = 256 * torch.finfo(torch.float32).eps
-    fitting = [
-        scale
-        for scale, divisor in divisors.items()
-        if torch.allclose(loss.detach().to(z), total / divisor, rtol=value_tolerance, atol=floor)
-    ]
-    if not fitting:
-        value = f"{loss.item():.6g} instead of {total / labeled:.6g}"
-        return [], f"its own loss on the first batch differs from cross-entropy, {value}"
-    if gradient is None:
-        return fitting, None
-    # Equal losses do not mean equal gradients: with logits of zero, class weights leave the mean as it is.
-    expected = logit_gradient(z, labels)
-    bound = gradient_tolerance * expected.norm() + floor * labeled.sqrt()
-    fitting = [scale for scale in fitting if (gradient.to(z) * divisors[scale] - expected).norm() <= bound]
-    return fitting, None if fitting else "on the first batch, the gradient of its own loss is not cross-entropy's"
-
-
-def _gradient_at_logits(loss: Tensor, logits: Tensor) -> Tensor | None:
-    """
-    Takes the gradient of a loss at the logits, or at the tensor of which they are a converted copy.
-
-    Under mixed precision, accelerate converts the outputs of a model to float32 after the model has computed its loss.
-    Returns `None` if there is no gradient.
-    """
-    if not loss.requires_grad or not logits.requires_grad:
-        return None
-    edge = get_gradient_edge(logits)
-    while True:
-        (gradient,) = torch.autograd.grad(loss, [edge], retain_graph=True, allow_unused=True)
-        if gradient is not None or edge.node.name() != "ToCopyBackward0":
-            return gradient
-        edge = GradientEdge(*edge.node.next_functions[0])
-
-
-def can_tell_losses_apart(labels: Tensor) -> bool:
-    """
-    Whether a batch would show class weights in a loss.
-
-    A mean that is weighted by class equals the plain mean if all samples have one class. In a batch of one sample the
-    two are always equal, so there is nothing to show.
-
-    Args:
-        labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices, -100 for ignored samples.
-    """
-    valid_labels = labels[labels != IGNORE_INDEX]
-    return len(labels) == 1 or valid_labels.unique().numel() > 1

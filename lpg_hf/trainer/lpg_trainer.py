@@ -312,6 +312,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         chains: dict[str, Sequence[Perturbation]] = {}
         if self._perturbs_logits:
             parts["loss"], chains["loss"] = self._managed_loss.loss, self._managed_loss.methods
+            parts["imbalance"] = self._managed_loss.watch
         if len(self._parameter_methods) > 0:
             parts["parameters"], chains["parameters"] = self._parameter_methods, self._parameter_methods.methods
         if parts and self.args.should_save:

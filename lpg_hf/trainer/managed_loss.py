@@ -16,10 +16,18 @@ from ..batch import IGNORE_INDEX, LogitBatch
 from ..data.labels import class_counts_or_none
 from ..distributed import AsyncAllReduce, stack_processes
 from ..loss import LPGLoss
-from ..perturbations import ClassRelativeDampening, LabelSmoothing, LogitPerturbation, Perturbation, build_chain
+from ..perturbations import (
+    ClassRelativeDampening,
+    ClassWeighting,
+    LabelSmoothing,
+    LogitPerturbation,
+    Perturbation,
+    build_chain,
+)
 from ..perturbations.observers import PerturbationObserver
 from .checkpoint import SavedState
-from .classifier import LossScale
+from .imbalance_watch import ImbalanceWatch
+from .loss_scale import LossScale
 from .parameter_methods import gradient_scale
 
 
@@ -61,6 +69,7 @@ class ManagedLoss:
         self._class_counts = class_counts
         self._observers = observers
         self._loss: LPGLoss | None = None
+        self.watch = ImbalanceWatch(None, False)
         # Number of labeled samples in the present step, if the Trainer did not count them.
         self._step_items: AsyncAllReduce | Tensor | int | None = None
         # The class statistics of the last step, between its end and their first use.
@@ -68,6 +77,14 @@ class ManagedLoss:
 
     def build(self, num_labels: int) -> None:
         """Builds the loss for a number of classes, with new statistics."""
+        trainer, counts, counted = self._trainer, self._class_counts, None
+        if counts is None and self.has_methods:
+            counts = counted = class_counts_or_none(trainer.train_dataset, num_labels)
+        has_custom_loss = trainer.compute_loss_func is not None and counts is not None and "auto" in self._chain
+        self.watch = ImbalanceWatch(counted, has_custom_loss)
+        self._build(num_labels, counts)
+
+    def _build(self, num_labels: int, counts: Sequence[int] | None) -> None:
         trainer = self._trainer
         base_loss: Callable[[Tensor, Tensor], Tensor] | None = None
         outside: list[LogitPerturbation] = []
@@ -76,9 +93,8 @@ class ManagedLoss:
             base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=epsilon)
             # With a factor of 1 no label is left to learn, and `auto` has nothing to take into account.
             outside = [LabelSmoothing(epsilon)] if epsilon < 1 else []
-        counts = self._class_counts
-        if counts is None and self.has_methods:
-            counts = class_counts_or_none(trainer.train_dataset, num_labels)
+        if self.watch.loss_corrects:
+            outside.append(ClassWeighting())
         methods = build_chain(self._chain, counts, outside)
         chain = [method for method in methods if isinstance(method, LogitPerturbation)]
         config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
@@ -97,6 +113,12 @@ class ManagedLoss:
         if not self.has_methods:
             return
         loss = self.loss
+        if saved is not None and saved.has("imbalance"):
+            saved.restore(self.watch, "imbalance")
+            # The chain and the counts follow from what the first run found.
+            counts = saved.tensors["loss.statistics.class_counts"].tolist()
+            self._rebuild(counts if self.watch.met_other_labels else loss.statistics.class_counts.tolist())
+            loss = self.loss
         if saved is not None:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes)
             saved.check_num_labels(loss.num_labels)
@@ -105,6 +127,43 @@ class ManagedLoss:
             saved.restore(loss, "loss")
         if loss.statistics.counts_are_given:
             warn_of_missing_classes(loss.statistics.class_counts.tolist())
+
+    def _rebuild(self, counts: Sequence[int]) -> None:
+        """Builds the loss for other class counts, or for another chain; what has been learned is kept."""
+        before = self.loss
+        self._build(before.num_labels, counts)
+        loss = self.loss.to(before.statistics.accuracy)
+        state = before.statistics.state_dict()
+        loss.statistics.load_state_dict(state | {"class_counts": loss.statistics.class_counts})
+        learned = {repr(method): method.state_dict() for method in before.perturbations}
+        for method in loss.perturbations:
+            if repr(method) in learned:
+                method.load_state_dict(learned[repr(method)])
+
+    def _watch_imbalance(self) -> None:
+        """Looks after the first batches, and again after the first epoch. All processes must call it at every step."""
+        trainer, watch = self._trainer, self.watch
+        args, state = trainer.args, trainer.state
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+        epoch = state.epoch or 0.0
+        if self._loss is None or not watch.is_due(state.global_step * step_size, epoch):
+            return
+        counts = self.loss.statistics.class_counts.tolist()
+        if watch.watches_loss:
+            if watch.judge_loss(trainer.accelerator):
+                logger.warning(
+                    "`compute_loss_func` corrects the class imbalance already, as class weights do, so `auto` leaves "
+                    "its own correction out. To let `auto` correct it, pass a loss without weights."
+                )
+            else:
+                self._rebuild(counts)
+        seen, had_met_others = self.loss.statistics.seen_counts.tolist(), watch.met_other_labels
+        if watch.judge_labels(seen, is_epoch=epoch >= 1):
+            self._rebuild(watch.counts(seen))
+            if not had_met_others and watch.counted is not None:
+                logger.warning(describe_difference(seen, watch.counted))
+        elif had_met_others and watch.counted is not None:  # the first batches were in an order
+            self._rebuild(watch.counted)
 
     @property
     def loss_or_none(self) -> LPGLoss | None:
@@ -134,6 +193,7 @@ class ManagedLoss:
     def begin_step(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
         """Counts the labeled samples in all micro-batches of a step. All processes must call it."""
         args = self._trainer.args
+        self._watch_imbalance()
         self._step_items = num_items_in_batch
         # The Trainer counts for some models and losses alone, and for DataParallel it counts a share.
         if num_items_in_batch is None or args.n_gpu > 1:
@@ -186,7 +246,11 @@ class ManagedLoss:
         if trainer.compute_loss_func is not None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long())
-            divisor = torch.as_tensor(num_items).to(dtype).clamp(min=1) / num_copies
+            divisor = scale.divisor(batch.labels, num_items).to(dtype).clamp(min=1 / scale.factor)
+            if self.watch.watches_loss and not lpg_loss.is_frozen:
+                (gradient,) = torch.autograd.grad(loss.mean(), logits, retain_graph=True, allow_unused=True)
+                if gradient is not None:
+                    self.watch.add_pulls(batch, gradient, lpg_loss.statistics.prior_terms.log_rarity)
             return lpg_loss.perturb_loss(loss.mean(), logits, batch, divisor, observer)
         model_loss = None
         if trainer.label_smoother is None:
@@ -230,6 +294,19 @@ class ManagedLoss:
     def telemetry(self) -> dict[str, float]:
         """The means over the samples since the last call. All processes must call it."""
         return self.loss.telemetry(partial(stack_processes, accelerator=self._trainer.accelerator))
+
+
+def describe_difference(seen: Sequence[int], counted: Sequence[int]) -> str:
+    """The warning that training meets other labels than the data set has."""
+    shares = [[count / sum(counts) for count in counts] for counts in (seen, counted)]
+    gaps = [abs(met - told) for met, told in zip(*shares, strict=True)]
+    label = gaps.index(max(gaps))
+    return (
+        f"Training meets other labels than the label column of `train_dataset` has: class {label} makes "
+        f"{shares[0][label]:.1%} of the samples instead of {shares[1][label]:.1%}. A sampler, a transform or the "
+        "collator changes them. From here on the perturbations use the shares that training meets. To set them "
+        "yourself, pass `class_counts`."
+    )
 
 
 def warn_of_missing_classes(class_counts: Sequence[int]) -> None:

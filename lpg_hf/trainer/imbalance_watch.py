@@ -1,0 +1,172 @@
+"""ImbalanceWatch: does training meet the imbalance that was counted, and is it corrected already?"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from scipy.stats import chi2
+from torch import Tensor
+
+from ..batch import LogitBatch
+
+
+# Labels are compared after this many samples, and again after the first epoch.
+WINDOW = 512
+# Shares differ if their total variation is larger, and chance would do as much once in a million runs at most.
+MIN_DISTANCE = 0.1
+SIGNIFICANCE = 1e-6
+# A loss corrects the imbalance if the pull of a class grows with this power of its rarity. Balanced weights have 1.
+MIN_POWER = 0.15
+
+UNDECIDED, NO, YES = range(3)
+
+
+class ImbalanceWatch:
+    """
+    Watches the first batches of a training for an imbalance that is corrected outside of the chain.
+
+    A weighted sampler, a transform that renumbers labels, or a collator that takes another column changes the labels
+    that training meets. A `compute_loss_func` may weight classes. In both cases `auto` would correct twice.
+
+    Args:
+        counted (`Sequence[int]`, *optional*):
+            The class counts that were read from the data set; `None` if there is nothing to compare with.
+        has_custom_loss (`bool`): Whether the loss comes from the user.
+
+    Attributes:
+        counted (`Sequence[int]` or `None`): As given.
+    """
+
+    def __init__(self, counted: Sequence[int] | None, has_custom_loss: bool):
+        self.counted = counted
+        # Whether other labels are met, whether the loss corrects the imbalance, and whether an epoch has been judged.
+        self._verdicts = [UNDECIDED, UNDECIDED if has_custom_loss else NO, NO]
+        # Products of the variables of the fit, summed over samples: 1, rarity, log(1 - p_y), log of the relative pull.
+        self._moments = torch.zeros(4, 4, dtype=torch.float64)
+
+    @property
+    def met_other_labels(self) -> bool:
+        """Whether training meets other labels than the data set has."""
+        return self._verdicts[0] == YES
+
+    @property
+    def loss_corrects(self) -> bool:
+        """Whether the user's loss corrects the imbalance. Until the first batches have shown it, it counts as such."""
+        return self._verdicts[1] != NO
+
+    @property
+    def watches_loss(self) -> bool:
+        """Whether the user's loss is still to be judged."""
+        return self._verdicts[1] == UNDECIDED
+
+    def is_due(self, num_samples: int, epoch: float) -> bool:
+        """
+        Whether something is to be judged now: after the first samples, and after the first epoch.
+
+        Args:
+            num_samples (`int`): Samples before the present step, by the settings of the training.
+            epoch (`float`): Epochs before the present step.
+        """
+        window = num_samples >= WINDOW and (self.watches_loss or self._verdicts[0] == UNDECIDED)
+        return window or (epoch >= 1 and self._verdicts[2] == NO)
+
+    def add_pulls(self, batch: LogitBatch, gradient: Tensor, log_rarity: Tensor) -> None:
+        """
+        Adds a micro-batch to the fit of [`ImbalanceWatch.judge_loss`].
+
+        Args:
+            batch ([`LogitBatch`]): The micro-batch.
+            gradient (`torch.Tensor` of shape `[N, C]`): The gradient of the user's loss at the logits, in any unit.
+            log_rarity (`torch.Tensor` of shape `[C]`): Minus the logarithm of the class shares, up to a constant.
+        """
+        plain = 1 - batch.label_prob.double()
+        custom = -gradient.double().gather(-1, batch.classes[:, None])[:, 0]
+        # Samples that the model fits pull too little to be compared.
+        counts = batch.valid_mask & (plain > 0.1) & (custom > 0)
+        plain, custom = torch.where(counts, plain, 1.0), torch.where(counts, custom, 1.0)
+        rarity = log_rarity.to(plain)[batch.classes]
+        rows = torch.stack([torch.ones_like(plain), rarity, plain.log(), (custom / plain).log()]) * counts
+        self._moments = self._moments.to(rows.device) + rows @ rows.T
+
+    def judge_loss(self, accelerator: Accelerator) -> bool:
+        """
+        Decides whether the user's loss corrects the imbalance. All processes must call it.
+
+        The pull of a sample on the logit of its label, relative to cross-entropy, is fitted by a power of the rarity
+        of its class and a power of `1 - p_y`. Cross-entropy, label smoothing and focal loss have a power of rarity
+        near 0, balanced class weights have 1, and offsets of the logits lie in between.
+
+        Args:
+            accelerator (`accelerate.Accelerator`): The accelerator of the training.
+        """
+        moments = accelerator.reduce(self._moments.to(accelerator.device), "sum").cpu().numpy()
+        coefficients = np.linalg.lstsq(moments[:3, :3] + 1e-6 * np.eye(3), moments[:3, 3], rcond=None)[0]
+        self._verdicts[1] = YES if coefficients[1] > MIN_POWER else NO
+        return self.loss_corrects
+
+    def judge_labels(self, seen: Sequence[int], is_epoch: bool) -> bool:
+        """
+        Decides whether training meets other labels than the data set has.
+
+        Args:
+            seen (`Sequence[int]`): Samples of each class that training has met.
+            is_epoch (`bool`): Whether these are a whole epoch, and not its beginning.
+
+        Returns:
+            `bool`: Whether the shares differ.
+        """
+        differ = self.counted is not None and shares_differ(seen, self.counted, is_epoch)
+        self._verdicts[0] = YES if differ else NO
+        self._verdicts[2] = YES if is_epoch else NO
+        return differ
+
+    def counts(self, seen: Sequence[int]) -> list[int]:
+        """The counts to use where training meets other labels: a class that was not met yet counts once."""
+        counted = [0] * len(seen) if self.counted is None else self.counted
+        return [met or int(count > 0) for met, count in zip(seen, counted, strict=True)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The verdicts, for a checkpoint."""
+        return {"verdicts": torch.tensor(self._verdicts)}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores the verdicts."""
+        self._verdicts = tensors["verdicts"].tolist()
+
+
+def shares_differ(seen: Sequence[int], counted: Sequence[int], is_epoch: bool) -> bool:
+    """
+    Whether samples come from another distribution of classes than the one that was counted.
+
+    The likelihood-ratio test, and a smallest distance. Before the end of an epoch the samples may be in an order: if a
+    class that should have been met is missing, the question is left to the end of the epoch.
+
+    Args:
+        seen (`Sequence[int]`): Samples of each class that training has met.
+        counted (`Sequence[int]`): Samples of each class in the data set.
+        is_epoch (`bool`): Whether `seen` is a whole epoch.
+
+    Example:
+
+    ```python
+    >>> shares_differ([260, 252], [1000, 50], is_epoch=False), shares_differ([490, 22], [1000, 50], is_epoch=False)
+    (True, False)
+    >>> shares_differ([512, 0], [1000, 1000], is_epoch=False)  # sorted, as it seems
+    False
+
+    ```
+    """
+    observed, shares = np.asarray(seen, dtype=np.float64), np.asarray(counted, dtype=np.float64)
+    shares = shares / shares.sum()
+    expected = observed.sum() * shares
+    if not is_epoch and ((expected >= 10) & (observed == 0)).any():
+        return False
+    distance = np.abs(observed - expected).sum() / (2 * max(observed.sum(), 1.0))
+    if distance <= MIN_DISTANCE:
+        return False
+    present = observed > 0
+    # A class that should not exist has a share of nearly zero here, not a division by zero.
+    ratio = observed[present] / np.maximum(expected[present], 1e-9)
+    statistic = 2 * (observed[present] * np.log(ratio)).sum()
+    return bool(statistic > chi2.isf(SIGNIFICANCE, max((shares > 0).sum() - 1, 1)))
