@@ -14,6 +14,9 @@ MEAN_INERTIA = 20
 CONFIDENT_ERROR_INERTIA = 40
 # Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
+# Samples, in total and per class, after which a prior that is being counted is used before the epoch has ended.
+MIN_COUNTED_SAMPLES = 1000
+MIN_COUNTED_PER_CLASS = 20
 
 
 class PriorTerms(NamedTuple):
@@ -74,6 +77,11 @@ def prior_terms(shares: Tensor) -> PriorTerms:
     return PriorTerms(shares, -relative.log(), present / present.sum(), distance, relative.min())
 
 
+def min_counted_samples(num_labels: int) -> int:
+    """The number of samples after which counted classes have a prior, though the first epoch has not ended."""
+    return max(MIN_COUNTED_SAMPLES, MIN_COUNTED_PER_CLASS * num_labels)
+
+
 class ClassStatistics(nn.Module):
     """
     Class prior, and running means per class of what the model makes of its training samples.
@@ -87,8 +95,9 @@ class ClassStatistics(nn.Module):
         class_counts (`Sequence[int]`, *optional*):
             Training samples of each class. Left out, the samples that training sees are counted.
         waits_for_epoch (`bool`, *optional*, defaults to `False`):
-            Whether counted classes have a uniform prior until [`~ClassStatistics.end_epoch`]. A prior is biased by the
-            order of the data until all of it has been seen.
+            Whether counted classes have a uniform prior until [`~ClassStatistics.end_epoch`], or until
+            [`min_counted_samples`] have been seen, which ends the wait in a stream that is read once. Before that,
+            the order of the data biases a prior.
 
     Attributes:
         class_counts (`torch.Tensor` of shape `[C]`): Samples of each class, in the data set or seen so far.
@@ -157,8 +166,9 @@ class ClassStatistics(nn.Module):
             counts = self.class_counts
         elif self._prior_is_ready:
             counts = self.class_counts + PRIOR_PSEUDO_COUNT
-        else:
-            counts = torch.ones_like(self.class_counts)
+        else:  # decided on the device
+            is_enough = self.class_counts.sum() >= min_counted_samples(self.num_labels)
+            counts = torch.where(is_enough, self.class_counts + PRIOR_PSEUDO_COUNT, 1)
         self.prior_terms = prior_terms(counts.to(self._running.dtype) / counts.sum())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -235,7 +245,7 @@ class ClassStatistics(nn.Module):
         self._pending.zero_()
 
     def end_epoch(self) -> None:
-        """Says that all training data has been seen: counted classes have a prior from here on."""
+        """Says that all training data has been seen: counted classes have a prior from here on, however few."""
         if not self._prior_is_ready:
             self._prior_is_ready = True
             self._update_prior()

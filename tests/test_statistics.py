@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpg_hf.batch import LogitBatch
-from lpg_hf.statistics import ClassStatistics
+from lpg_hf.statistics import ClassStatistics, min_counted_samples
 
 
 NUM_CLASSES = 4
@@ -262,6 +262,20 @@ def test_a_prior_that_is_not_ready_is_uniform_and_counts_on():
     assert statistics.prior.tolist() == [0.25] * 4
     statistics.end_epoch()
     assert_equal(statistics.prior, np.array([40, 10, 10, 10]) / 70, 1e-15)
+
+
+@pytest.mark.parametrize(("num_labels", "enough"), [(4, 1000), (50, 1000), (200, 4000)])
+def test_a_prior_is_ready_after_enough_samples_without_an_end_of_the_epoch(num_labels, enough):
+    """A stream that is read once has no second epoch."""
+    assert min_counted_samples(num_labels) == enough
+    statistics = ClassStatistics(num_labels, waits_for_epoch=True).double()
+    labels = torch.arange(enough) % 3
+    logits = torch.zeros(enough, num_labels, dtype=torch.float64)
+    train(statistics, [(logits[1:], labels[1:])])
+    assert statistics.prior.tolist() == [1 / num_labels] * num_labels
+    train(statistics, [(logits[:1], labels[:1])])
+    counts = labels.bincount(minlength=num_labels).numpy() + 10
+    assert_equal(statistics.prior, counts / counts.sum(), 1e-15)
 
 
 def test_given_counts_do_not_wait_to_be_ready():

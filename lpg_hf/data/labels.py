@@ -40,7 +40,7 @@ def find_label_column(dataset: datasets.Dataset) -> str:
     ```
     """
     _check_is_dataset(dataset)
-    column = _first_label_column(dataset)
+    column = first_label_column(dataset)
     if column is not None:
         return column
     raise ValueError(
@@ -89,50 +89,12 @@ def class_counts(
     if num_labels is None:
         num_labels = number_of_classes(dataset, column, labels)
     check_range(labels, num_labels, column)
+    return count_labels(labels, num_labels)
+
+
+def count_labels(labels: np.ndarray, num_labels: int) -> list[int]:
+    """Counts the labels of each class, without the ignored ones."""
     return np.bincount(labels[labels != IGNORE_INDEX], minlength=num_labels).tolist()
-
-
-def class_counts_or_none(dataset: object, num_labels: int) -> list[int] | None:
-    """
-    Counts the rows of every class where the dataset has a label column to read.
-
-    Args:
-        dataset (`object`):
-            Any training set.
-        num_labels (`int`):
-            The number of classes.
-
-    Returns:
-        `list[int]` or `None`: As [`class_counts`]; `None` for anything but a `datasets.Dataset` with rows and a
-        column of integer labels stored as `[N]`.
-
-    Raises:
-        ValueError: If labels are missing or out of range.
-
-    Example:
-
-    ```python
-    >>> from datasets import Dataset
-    >>> from lpg_hf.data.labels import class_counts_or_none
-
-    >>> class_counts_or_none(Dataset.from_dict({"label": [0, 2, 2]}), num_labels=3)
-    [1, 0, 2]
-    >>> class_counts_or_none([{"label": 0}, {"label": 2}], num_labels=3) is None
-    True
-
-    ```
-    """
-    if not isinstance(dataset, datasets.Dataset) or len(dataset) == 0:
-        return None
-    column = _first_label_column(dataset)
-    if column is None or not _is_integer(dataset.features[column]):
-        return None
-    try:
-        return class_counts(dataset, num_labels, column)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} If the labels are changed on their way to the model, pass `class_counts` to LPGTrainer."
-        ) from error
 
 
 def label_names(dataset: object) -> list[str]:
@@ -167,12 +129,9 @@ def label_names(dataset: object) -> list[str]:
     return next((feature.names for feature in features if isinstance(feature, datasets.ClassLabel)), [])
 
 
-def _first_label_column(dataset: datasets.Dataset) -> str | None:
+def first_label_column(dataset: datasets.Dataset) -> str | None:
+    """The first of the usual names that a column has."""
     return next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
-
-
-def _is_integer(feature: object) -> bool:
-    return isinstance(feature, datasets.ClassLabel) or (isinstance(feature, datasets.Value) and "int" in feature.dtype)
 
 
 def _check_is_dataset(dataset: object) -> None:

@@ -35,6 +35,7 @@ def save_state(
     folder: str | Path,
     parts: Mapping[str, Stateful],
     chains: Mapping[str, Sequence[Perturbation]],
+    requested: Mapping[str, Sequence[str]],
     num_processes: int,
 ) -> None:
     """
@@ -45,6 +46,8 @@ def save_state(
         parts (`Mapping[str, Stateful]`): The parts of the training by the prefix of their state.
         chains (`Mapping[str, Sequence[Perturbation]]`):
             The methods of a part under the same prefix. A resumed run must have the same ones.
+        requested (`Mapping[str, Sequence[str]]`):
+            What the user asked for, under the same prefix, where `"auto"` has not been replaced by its methods.
         num_processes (`int`): Number of processes that train.
 
     Raises:
@@ -59,7 +62,12 @@ def save_state(
             )
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     reprs = {prefix: list(map(repr, chain)) for prefix, chain in chains.items()}
-    metadata = {"perturbations": json.dumps(reprs), "num_processes": str(num_processes)}
+    asked = reprs | {prefix: list(chain) for prefix, chain in requested.items()}
+    metadata = {
+        "perturbations": json.dumps(reprs),
+        "requested": json.dumps(asked),
+        "num_processes": str(num_processes),
+    }
     save_file(tensors, Path(folder) / STATE_FILE, metadata=metadata)
 
 
@@ -70,11 +78,13 @@ class SavedState:
 
     Attributes:
         chains (`dict[str, list[str]]`): The `repr` of the methods by the prefix of their part.
+        requested (`dict[str, list[str]]`): The same as the user asked for it, with `"auto"` as such.
         num_processes (`int`): Number of processes that trained.
         tensors (`dict[str, torch.Tensor]`): The state by prefix and name.
     """
 
     chains: dict[str, list[str]]
+    requested: dict[str, list[str]]
     num_processes: int
     tensors: dict[str, Tensor]
 
@@ -89,7 +99,33 @@ class SavedState:
             {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
         )
 
-    def check_chain(self, prefix: str, methods: Sequence[Perturbation], num_processes: int) -> None:
+    def renumbered(self, methods: Sequence[Perturbation]) -> dict[str, Tensor]:
+        """
+        The state of the loss by name, with the methods at their places in this run.
+
+        Args:
+            methods (`Sequence[Perturbation]`):
+                The methods of this run. If they are not those of the checkpoint, the n-th of each name gets the state
+                of the n-th of that name. State without such a method is left out.
+        """
+        places = {key: place for place, key in enumerate(_numbered([method.name for method in methods]))}
+        before = _numbered([text.split("(")[0] for text in self.chains.get("loss", [])])
+        state: dict[str, Tensor] = {}
+        for name, value in self.tensors.items():
+            part, _, name = name.partition(".")
+            match = re.fullmatch(r"perturbations\.(\d+)\.(.*)", name)
+            place = None if match is None else places.get(before[int(match[1])])
+            if part == "loss" and (match is None or place is not None):
+                state[name if match is None else f"perturbations.{place}.{match[2]}"] = value
+        return state
+
+    def check_chain(
+        self,
+        prefix: str,
+        methods: Sequence[Perturbation],
+        num_processes: int,
+        requested: Sequence[str] | None = None,
+    ) -> None:
         """
         Checks that this run fits the checkpoint, and warns if it does not continue exactly.
 
@@ -97,16 +133,25 @@ class SavedState:
             prefix (`str`): `"loss"` for the methods at the logits, `"parameters"` for the others.
             methods (`Sequence[Perturbation]`): The methods of this run.
             num_processes (`int`): Number of processes of this run.
+            requested (`Sequence[str]`, *optional*):
+                What the user asked for, where that is not the methods themselves. `auto` may stand for other methods
+                than in the run of the checkpoint.
 
         Raises:
             ValueError: If the checkpoint was written with other methods.
         """
         before, now = self.chains.get(prefix, []), list(map(repr, methods))
-        if before != now:
+        asked_before, asked_now = self.requested.get(prefix, []), now if requested is None else list(requested)
+        if before != now and asked_before != asked_now:
             level = {"loss": "at the logits", "parameters": "for the parameters"}[prefix]
             raise ValueError(
-                f"The checkpoint was written with perturbations {level} {before}, but this run has {now}. Resume with "
-                "the same `perturbations`, or start a new run from the checkpoint's model."
+                f"The checkpoint was written with perturbations {level} {asked_before}, but this run has {asked_now}. "
+                "Resume with the same `perturbations`, or start a new run from the checkpoint's model."
+            )
+        if before != now:
+            logger.warning(
+                f"The data or the settings have changed since the checkpoint was written: {asked_now} stood for "
+                f"{before}, and now stands for {now}. The methods in both continue, and the others start anew."
             )
         split = [method for method in methods if method.depends_on_split]
         if split and self.num_processes != num_processes:
@@ -123,7 +168,7 @@ class SavedState:
         Raises:
             ValueError: If it was written for another number.
         """
-        saved = len(self.tensors["loss.statistics.class_counts"])
+        saved = self.tensors["loss.statistics._running"].shape[-1]
         if saved != num_labels:
             raise ValueError(
                 f"The checkpoint was written for {saved} classes, but this model has {num_labels}. Resume with the "
@@ -147,7 +192,9 @@ def load_state(folder: str | Path) -> SavedState | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-        return SavedState(json.loads(metadata["perturbations"]), int(metadata["num_processes"]), load_file(path))
+        chains = json.loads(metadata["perturbations"])
+        requested = json.loads(metadata.get("requested", metadata["perturbations"]))
+        return SavedState(chains, requested, int(metadata["num_processes"]), load_file(path))
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise _damaged(path, error) from error
 
@@ -199,7 +246,17 @@ def is_complete(checkpoint: str | Path) -> bool:
     return True
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str:
+def is_damaged(checkpoint: str | Path) -> bool:
+    """
+    Whether a checkpoint has a state of the Trainer that cannot be read.
+
+    Args:
+        checkpoint (`str` or `Path`): The folder of the checkpoint.
+    """
+    return (Path(checkpoint) / TRAINER_STATE_NAME).is_file() and not is_complete(checkpoint)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
     Finds the newest complete checkpoint. Incomplete checkpoints are skipped, with a warning.
 
@@ -207,10 +264,10 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
         output_dir (`str` or `Path`): The folder that holds the checkpoints.
 
     Returns:
-        `str`: The folder of the checkpoint.
+        `str` or `None`: The folder of the checkpoint; `None` if the folder holds no checkpoint at all.
 
     Raises:
-        ValueError: If there is no complete checkpoint.
+        ValueError: If all checkpoints are incomplete.
     """
     checkpoints = {
         int(match[1]): path
@@ -221,4 +278,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
         if is_complete(checkpoints[step]):
             return str(checkpoints[step])
         logger.warning(f"{checkpoints[step]} is incomplete and is skipped.")
-    raise ValueError(f"There is no complete checkpoint in {output_dir}. Train without `resume_from_checkpoint`.")
+    if checkpoints:
+        raise ValueError(
+            f"No valid checkpoint found in output directory ({output_dir}): all {len(checkpoints)} are incomplete. "
+            "Train without `resume_from_checkpoint`."
+        )
+    return None
+
+
+def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Each name with the number of its occurrences before."""
+    return [(name, names[:position].count(name)) for position, name in enumerate(names)]

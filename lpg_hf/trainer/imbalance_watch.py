@@ -36,10 +36,13 @@ class ImbalanceWatch:
 
     Attributes:
         counted (`Sequence[int]` or `None`): As given.
+        found (`list[int]` or `None`): The counts to use where training meets other labels.
     """
 
     def __init__(self, counted: Sequence[int] | None, has_custom_loss: bool):
         self.counted = counted
+        # The counts that are used where training meets other labels.
+        self.found: list[int] | None = None
         # Whether other labels are met, whether the loss corrects the imbalance, and whether an epoch has been judged.
         self._verdicts = [UNDECIDED, UNDECIDED if has_custom_loss else NO, NO]
         # Products of the variables of the fit, summed over samples: 1, rarity, log(1 - p_y), log of the relative pull.
@@ -117,22 +120,21 @@ class ImbalanceWatch:
             `bool`: Whether the shares differ.
         """
         differ = self.counted is not None and shares_differ(seen, self.counted, is_epoch)
+        # A class that was not met yet counts once.
+        pairs = zip(seen, self.counted or [], strict=False)
+        self.found = [met or int(count > 0) for met, count in pairs] if differ else None
         self._verdicts[0] = YES if differ else NO
         self._verdicts[2] = YES if is_epoch else NO
         return differ
 
-    def counts(self, seen: Sequence[int]) -> list[int]:
-        """The counts to use where training meets other labels: a class that was not met yet counts once."""
-        counted = [0] * len(seen) if self.counted is None else self.counted
-        return [met or int(count > 0) for met, count in zip(seen, counted, strict=True)]
-
     def state_dict(self) -> dict[str, Tensor]:
         """The verdicts, for a checkpoint."""
-        return {"verdicts": torch.tensor(self._verdicts)}
+        return {"verdicts": torch.tensor(self._verdicts), "found": torch.tensor(self.found or [])}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores the verdicts."""
         self._verdicts = tensors["verdicts"].tolist()
+        self.found = tensors["found"].tolist() or None
 
 
 def shares_differ(seen: Sequence[int], counted: Sequence[int], is_epoch: bool) -> bool:
@@ -170,3 +172,16 @@ def shares_differ(seen: Sequence[int], counted: Sequence[int], is_epoch: bool) -
     ratio = observed[present] / np.maximum(expected[present], 1e-9)
     statistic = 2 * (observed[present] * np.log(ratio)).sum()
     return bool(statistic > chi2.isf(SIGNIFICANCE, max((shares > 0).sum() - 1, 1)))
+
+
+def describe_difference(seen: Sequence[int], counted: Sequence[int]) -> str:
+    """The warning that training meets other labels than the data set has."""
+    shares = [[count / sum(counts) for count in counts] for counts in (seen, counted)]
+    gaps = [abs(met - told) for met, told in zip(*shares, strict=True)]
+    label = gaps.index(max(gaps))
+    return (
+        f"Training meets other labels than the label column of `train_dataset` has: class {label} makes "
+        f"{shares[0][label]:.1%} of the samples instead of {shares[1][label]:.1%}. A sampler, a transform or the "
+        "collator changes them. From here on the perturbations use the shares that training meets. To set them "
+        "yourself, pass `class_counts`."
+    )

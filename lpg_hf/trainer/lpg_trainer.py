@@ -26,7 +26,8 @@ from ..perturbations.observers import PerturbationObserver
 from .checkpoint import STATE_FILE, SavedState, Stateful, load_state, save_state
 from .classifier import ClassifierCheck
 from .label_issues import LabelIssuesMixin, RowTracker
-from .managed_loss import ManagedLoss, explain_label_errors
+from .label_messages import explain_label_errors
+from .managed_loss import ManagedLoss
 from .parameter_methods import ParameterMethods
 from .reports import ReportsMixin
 from .resumable import ResumableTrainer
@@ -74,8 +75,9 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
             [`~transformers.TrainingArguments`]. `[]` trains exactly as `Trainer` does, except that under gradient
             accumulation a classifier gets the gradient of the whole batch, which `Trainer` does not give every model.
         class_counts (`Sequence[int]`, *optional*):
-            Number of training samples of each class. Defaults to the counts of the label column of `train_dataset`.
-            Without such a column, the samples are counted during the first epoch.
+            Number of training samples of each class. Defaults to the counts of the labels of `train_dataset`: of its
+            label column, its attribute `labels` or `targets`, or the dicts in a list. Where there are none to read,
+            a warning says so, and the samples are counted until the first epoch or 1000 of them are over.
 
     Raises:
         ValueError: If a perturbation is unknown or an argument is out of range. When the training starts, also if the
@@ -311,12 +313,13 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         parts = self._observers_by_prefix()
         chains: dict[str, Sequence[Perturbation]] = {}
         if self._perturbs_logits:
-            parts["loss"], chains["loss"] = self._managed_loss.loss, self._managed_loss.methods
+            parts["loss"], chains["loss"] = self._managed_loss, self._managed_loss.methods
             parts["imbalance"] = self._managed_loss.watch
         if len(self._parameter_methods) > 0:
             parts["parameters"], chains["parameters"] = self._parameter_methods, self._parameter_methods.methods
         if parts and self.args.should_save:
-            save_state(output_dir, parts, chains, self.accelerator.num_processes)
+            requested = {"loss": self._managed_loss.requested} if self._perturbs_logits else {}
+            save_state(output_dir, parts, chains, requested, self.accelerator.num_processes)
         self._save_rows(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -329,8 +332,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         if saved is None:
             if self._managed_loss.has_methods or len(self._parameter_methods) > 0 or self._observers:
                 logger.warning(
-                    f"{checkpoint} has no {STATE_FILE}, so it was not written by LPGTrainer with perturbations. Their "
-                    "state (class statistics, counters, lengths) starts anew."
+                    f"{checkpoint} has no {STATE_FILE}: it was written with `save_only_model`, or without "
+                    "perturbations. Their state (class statistics, counters, lengths) starts anew."
                 )
             return
         for prefix, observer in self._observers_by_prefix().items():

@@ -1,7 +1,7 @@
 """ManagedLoss: the LPGLoss of one training, which the trainer builds, calls and steps."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from ..batch import IGNORE_INDEX, LogitBatch
-from ..data.labels import class_counts_or_none
+from ..data.training_labels import class_counts_or_none
 from ..distributed import AsyncAllReduce, stack_processes
 from ..loss import LPGLoss
 from ..perturbations import (
@@ -26,12 +26,15 @@ from ..perturbations import (
 )
 from ..perturbations.observers import PerturbationObserver
 from .checkpoint import SavedState
-from .imbalance_watch import ImbalanceWatch
+from .imbalance_watch import ImbalanceWatch, describe_difference
+from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
 from .loss_scale import LossScale
 from .parameter_methods import gradient_scale
 
 
 logger = get_logger(__name__)
+
+_COUNTS = "statistics.class_counts"
 
 
 class ManagedLoss:
@@ -50,6 +53,7 @@ class ManagedLoss:
     Attributes:
         has_methods (`bool`): Whether the chain has methods at the logits.
         is_needed (`bool`): Whether this loss takes the place of the Trainer's.
+        requested (`list[str]`): The methods at the logits as the user asked for them: `"auto"`, or a `repr`.
     """
 
     def __init__(
@@ -64,6 +68,11 @@ class ManagedLoss:
         # whole step for some models alone: https://github.com/huggingface/transformers/issues/37766, open in 5.24.
         accumulates = trainer.args.gradient_accumulation_steps > 1 and trainer.compute_loss_func is None
         self.is_needed = self.has_methods or accumulates
+        self.requested = [
+            text
+            for entry in chain
+            for text in (["auto"] if entry == "auto" else map(repr, _logit_methods(build_chain([entry]))))
+        ]
         self._trainer = trainer
         self._chain = chain
         self._class_counts = class_counts
@@ -96,7 +105,7 @@ class ManagedLoss:
         if self.watch.loss_corrects:
             outside.append(ClassWeighting())
         methods = build_chain(self._chain, counts, outside)
-        chain = [method for method in methods if isinstance(method, LogitPerturbation)]
+        chain = _logit_methods(methods)
         config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
         for method in chain:
             method.use_label_names(getattr(config, "label2id", None) or {})
@@ -116,17 +125,39 @@ class ManagedLoss:
         if saved is not None and saved.has("imbalance"):
             saved.restore(self.watch, "imbalance")
             # The chain and the counts follow from what the first run found.
-            counts = saved.tensors["loss.statistics.class_counts"].tolist()
-            self._rebuild(counts if self.watch.met_other_labels else loss.statistics.class_counts.tolist())
+            self._rebuild(self.watch.found or loss.statistics.class_counts.tolist())
             loss = self.loss
         if saved is not None:
-            saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes)
+            saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
             # The state is float64 if the logits were.
             loss.to(device=self._trainer.args.device, dtype=saved.tensors["loss.statistics._running"].dtype)
-            saved.restore(loss, "loss")
+            self.load_state_dict(saved.renumbered(self.methods))
         if loss.statistics.counts_are_given:
             warn_of_missing_classes(loss.statistics.class_counts.tolist())
+        else:
+            warn_of_unknown_counts(self._trainer.train_dataset, loss.num_labels)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the loss. Counts that were given or read are not part of it: they belong to the data."""
+        state = dict(self.loss.state_dict())
+        if self.loss.statistics.counts_are_given:
+            del state[_COUNTS]
+        return state
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """
+        Loads what [`~ManagedLoss.state_dict`] returned. What is missing, or has another shape, stays as it is.
+
+        Samples that were counted count on only where this run counts as well: next to other counts, they would count
+        twice.
+        """
+        state = self.loss.state_dict()
+        keeps_counts = self.loss.statistics.counts_are_given
+        for name, value in tensors.items():
+            if name in state and state[name].shape == value.shape and not (keeps_counts and name == _COUNTS):
+                state[name] = value
+        self.loss.load_state_dict(state)
 
     def _rebuild(self, counts: Sequence[int]) -> None:
         """Builds the loss for other class counts, or for another chain; what has been learned is kept."""
@@ -158,8 +189,8 @@ class ManagedLoss:
             else:
                 self._rebuild(counts)
         seen, had_met_others = self.loss.statistics.seen_counts.tolist(), watch.met_other_labels
-        if watch.judge_labels(seen, is_epoch=epoch >= 1):
-            self._rebuild(watch.counts(seen))
+        if watch.judge_labels(seen, is_epoch=epoch >= 1) and watch.found is not None:
+            self._rebuild(watch.found)
             if not had_met_others and watch.counted is not None:
                 logger.warning(describe_difference(seen, watch.counted))
         elif had_met_others and watch.counted is not None:  # the first batches were in an order
@@ -296,38 +327,5 @@ class ManagedLoss:
         return self.loss.telemetry(partial(stack_processes, accelerator=self._trainer.accelerator))
 
 
-def describe_difference(seen: Sequence[int], counted: Sequence[int]) -> str:
-    """The warning that training meets other labels than the data set has."""
-    shares = [[count / sum(counts) for count in counts] for counts in (seen, counted)]
-    gaps = [abs(met - told) for met, told in zip(*shares, strict=True)]
-    label = gaps.index(max(gaps))
-    return (
-        f"Training meets other labels than the label column of `train_dataset` has: class {label} makes "
-        f"{shares[0][label]:.1%} of the samples instead of {shares[1][label]:.1%}. A sampler, a transform or the "
-        "collator changes them. From here on the perturbations use the shares that training meets. To set them "
-        "yourself, pass `class_counts`."
-    )
-
-
-def warn_of_missing_classes(class_counts: Sequence[int]) -> None:
-    """Warns of classes that have no training rows."""
-    missing = [label for label, count in enumerate(class_counts) if count == 0]
-    if missing:
-        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        is_one_left = len(missing) == len(class_counts) - 1
-        result = "only one class is left to learn" if is_one_left else "they will not be learned"
-        logger.warning(f"{len(missing)} of {len(class_counts)} classes have no training rows ({shown}): {result}.")
-
-
-@contextmanager
-def explain_label_errors() -> Iterator[None]:
-    """Within it, the error of a label that is out of range says what to check."""
-    try:
-        yield
-    except IndexError as error:
-        if "out of bounds" not in str(error):
-            raise
-        raise ValueError(
-            f"The loss failed with: {error}. If a label is out of range, check the label column and the `num_labels` "
-            "of the model."
-        ) from error
+def _logit_methods(chain: Sequence[Perturbation]) -> list[LogitPerturbation]:
+    return [method for method in chain if isinstance(method, LogitPerturbation)]

@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .checkpoint import is_complete, last_complete_checkpoint
+from .checkpoint import is_damaged, last_complete_checkpoint
 
 
 class ResumableTrainer(Trainer):
@@ -34,16 +34,18 @@ class ResumableTrainer(Trainer):
             [`~transformers.trainer_utils.TrainOutput`]: Steps, mean loss and metrics of the training.
 
         Raises:
-            ValueError: If the checkpoint is incomplete, or if there is no complete one.
+            ValueError: If the checkpoint is damaged, or if there is no complete one.
+            FileNotFoundError: If a folder holds a model, but not the state of a training, as `save_model` writes it.
         """
         # `Trainer` of 5.24 resumes from the newest folder even if it is incomplete, and fails.
         # https://github.com/huggingface/transformers/issues/35782, requested in issues/35525
+        # Where there is nothing to resume from, its own messages say so.
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir)) or True
+        elif resume_from_checkpoint and is_damaged(resume_from_checkpoint):
             raise ValueError(
-                f"{resume_from_checkpoint} is not a complete checkpoint: its {TRAINER_STATE_NAME} is missing or "
-                "damaged. Pass an older checkpoint, or `resume_from_checkpoint=True` for the newest complete one."
+                f"{resume_from_checkpoint} is not a complete checkpoint: its {TRAINER_STATE_NAME} is damaged. Pass an "
+                "older checkpoint, or `resume_from_checkpoint=True` for the newest complete one."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from label_data import dataset_of, never_called
 
 from lpg_hf.data import LABEL_COLUMNS, add_label_noise, class_counts, find_label_column, make_long_tailed
-from lpg_hf.data.labels import class_counts_or_none, label_names
+from lpg_hf.data.labels import label_names
 
 
 few_examples = settings(max_examples=25, deadline=None)
@@ -139,57 +139,6 @@ def test_class_counts_runs_no_transform_and_opens_no_image(tmp_path):
     assert class_counts(dataset) == [1, 2]
     assert class_counts(dataset.with_transform(never_called)) == [1, 2]
     assert class_counts(dataset.with_format("torch", columns=["image"])) == [1, 2]
-
-
-# Class counts of any training set
-
-
-def test_class_counts_or_none_reads_a_column_of_integers():
-    assert class_counts_or_none(dataset_of([0, 2, 2, -100]), 4) == [1, 0, 2, 0]
-    assert class_counts_or_none(dataset_of([0, 2, 2], feature=Value("uint8")), 3) == [1, 0, 2]
-    assert class_counts_or_none(dataset_of([0, 0, 1], feature=ClassLabel(names=["a", "b", "c"])), 3) == [2, 1, 0]
-    assert class_counts_or_none(dataset_of([0, 1, 1]).select([0, 2]).with_transform(never_called), 2) == [1, 1]
-
-
-def test_class_counts_or_none_prefers_the_columns_in_order():
-    assert class_counts_or_none(Dataset.from_dict({"label": [1, 1], "labels": [0, 1]}), 2) == [1, 1]
-    # The column that reaches the model decides, though another one could be counted.
-    assert class_counts_or_none(Dataset.from_dict({"label": [1, 1], "labels": [0.5, 0.1]}), 2) is None
-
-
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        None,
-        [{"label": 0}, {"label": 1}],
-        DatasetDict({"train": dataset_of([0, 1])}),
-        dataset_of([0, 1]).to_iterable_dataset(),
-        dataset_of([]),
-        Dataset.from_dict({"text": ["a", "b"], "target": [0, 1]}),
-        dataset_of(["cat", "dog"], feature=Value("string")),
-        dataset_of([0.0, 1.0], feature=Value("float64")),
-        dataset_of([[0], [1]], feature=List(Value("int64"))),
-        dataset_of([[0], [1]], feature=List(ClassLabel(names=["a", "b"]))),
-    ],
-    ids=["none", "list", "dict", "stream", "empty", "no column", "strings", "floats", "[N, 1]", "[N, 1] names"],
-)
-def test_class_counts_or_none_leaves_other_data_to_the_first_epoch(dataset):
-    assert class_counts_or_none(dataset, 2) is None
-
-
-@pytest.mark.parametrize(
-    ("labels", "problem"),
-    [
-        ([0, 3, 1], r"column 'label' holds the label 3 in row 1, but with 3 classes .* is marked -100\."),
-        ([0, None, 1], r"column 'label' has 1 missing labels .*\(ignored\)\."),
-        ([-100, -100], r"every label of column 'label' is -100.*were made\."),
-    ],
-)
-def test_class_counts_or_none_says_how_to_pass_the_counts(labels, problem):
-    cure = r" If the labels are changed on their way to the model, pass `class_counts` to LPGTrainer\.$"
-    with pytest.raises(ValueError, match=problem + cure) as caught:
-        class_counts_or_none(dataset_of(labels), 3)
-    assert isinstance(caught.value.__cause__, ValueError)
 
 
 # Names

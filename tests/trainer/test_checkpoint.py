@@ -85,7 +85,7 @@ def test_a_state_of_the_trainer_that_was_cut_off_does_not_count(whole, tmp_path)
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:-20])
     assert not is_complete(tmp_path / "checkpoint-4")
-    with pytest.raises(ValueError, match="There is no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"No valid checkpoint found in output directory .* all 1 are incomplete"):
         train(tmp_path, resume=True)
     with pytest.raises(ValueError, match="checkpoint-4 is not a complete checkpoint"):
         train(tmp_path, resume=str(tmp_path / "checkpoint-4"))

@@ -1,0 +1,45 @@
+"""Messages about labels: missing classes, unknown counts, labels out of range."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from accelerate.logging import get_logger
+
+from ..statistics import min_counted_samples
+
+
+logger = get_logger(__name__)
+
+
+def warn_of_missing_classes(class_counts: Sequence[int]) -> None:
+    """Warns of classes that have no training rows."""
+    missing = [label for label, count in enumerate(class_counts) if count == 0]
+    if missing:
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        is_one_left = len(missing) == len(class_counts) - 1
+        result = "only one class is left to learn" if is_one_left else "they will not be learned"
+        logger.warning(f"{len(missing)} of {len(class_counts)} classes have no training rows ({shown}): {result}.")
+
+
+def warn_of_unknown_counts(dataset: object, num_labels: int) -> None:
+    """Warns of a training set whose labels can only be counted as they come."""
+    logger.warning(
+        f"The class counts of `train_dataset` are not known: it is of the type {type(dataset).__name__}, whose labels "
+        "cannot be read without loading its rows (looked for a column of integer labels and an attribute `labels` "
+        f"or `targets`). Until training has seen all rows, or {min_counted_samples(num_labels)} samples, all classes "
+        "count as equally frequent. Pass `class_counts=[...]`, one number per class, to LPGTrainer."
+    )
+
+
+@contextmanager
+def explain_label_errors() -> Iterator[None]:
+    """Within it, the error of a label that is out of range says what to check."""
+    try:
+        yield
+    except IndexError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise ValueError(
+            f"The loss failed with: {error}. If a label is out of range, check the label column and the `num_labels` "
+            "of the model."
+        ) from error
