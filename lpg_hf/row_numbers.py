@@ -2,19 +2,24 @@
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, MutableMapping, Sequence, Sized
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from .data import LABEL_COLUMNS
+from .row_matching import ItemLabels, match_labels
 
 
 #: The key under which a batch carries its row numbers. The collator adds it and the trainer takes it out again.
 ROWS_KEY = "lpg_rows"
+# Marks that stand in place of a row number; a data set of n rows adds n to them.
+UNKNOWN, REORDERED = 0, 1
+NUM_MARKS = 2
+
+Copied = TypeVar("Copied")
 
 
 def has_rows(dataset: object) -> bool:
@@ -24,9 +29,9 @@ def has_rows(dataset: object) -> bool:
 
 
 class IndexedItems(NamedTuple):
-    """Items on their way to the collator, with their row numbers."""
+    """Items on their way to the collator, with their row numbers; `None` for a key that is not a row number."""
 
-    rows: Sequence[Any]
+    rows: Sequence[int | None]
     items: object
 
 
@@ -34,7 +39,7 @@ class IndexedDataset(Dataset):
     """
     A data set that hands the loader its items together with their row numbers.
 
-    Every other attribute is looked up on the data set inside.
+    Every other attribute is looked up, and set, on the data set inside.
 
     Args:
         dataset: A data set with `__len__`, and with `__getitem__` or `__getitems__`.
@@ -42,14 +47,16 @@ class IndexedDataset(Dataset):
     Example:
 
     ```python
-    >>> IndexedDataset(["a", "b"]).__getitems__([1, 0])
+    >>> IndexedDataset(["a", "b"]).__getitems__([1, -2])
     [IndexedItems(rows=[1, 0], items=['b', 'a'])]
 
     ```
     """
 
+    dataset: Any
+
     def __init__(self, dataset: Any):
-        self.dataset = dataset
+        vars(self)["dataset"] = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,7 +69,8 @@ class IndexedDataset(Dataset):
         # looks into the result. The loader expects a list of items and gets a list of one.
         read_many = getattr(self.dataset, "__getitems__", None)
         items = read_many(indices) if callable(read_many) else [self.dataset[i] for i in indices]
-        return [IndexedItems(indices, items)]
+        num_rows = len(self.dataset)
+        return [IndexedItems([_row_number(index, num_rows) for index in indices], items)]
 
     def __getattr__(self, name: str) -> Any:
         # Forwards `set_epoch` and the like. Unpickling in a worker asks before `dataset` is set.
@@ -70,17 +78,21 @@ class IndexedDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.dataset, name, value)
+
 
 class IndexedCollator:
     """
     Takes the row numbers off the items of [`IndexedDataset`], calls the collator inside and adds them to its batch.
 
-    If the collator reorders its items, or changes their number or labels, the numbers no longer fit. Every sample of
-    the batch then gets the number `num_rows`, which means "unknown". A batch without labels gets no numbers.
+    The labels of the items and of the batch tell which items the collator left out, repeated or replaced. A sample
+    whose row they do not tell gets the number `num_rows`, which means "unknown". All samples of a batch in another
+    order than its items get the number `num_rows + 1`. A batch without labels gets no numbers.
 
     Args:
         collator (`Callable`): Turns a list of items into a batch.
-        num_rows (`int`): Number of rows of the data set.
+        num_rows (`int`): Number of rows of the data set. Numbers that are not below it are unknown.
 
     Example:
 
@@ -96,63 +108,89 @@ class IndexedCollator:
     def __init__(self, collator: Callable[[Any], Any], num_rows: int):
         self.collator = collator
         self.num_rows = num_rows
+        # The columns that held the labels in all batches up to now.
+        self._columns: list[Hashable] | None = None
 
     def __call__(self, indexed: list[IndexedItems]) -> Any:
-        ((indices, items),) = indexed
-        labels_before = _integer_labels(items)
+        ((rows, items),) = indexed
+        before = ItemLabels(items, self._columns)
         batch = self.collator(items)
         labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return batch
-        try:
-            rows = list(map(operator.index, indices))
-        except TypeError:  # the user's sampler has keys of its own
-            rows = []
-        is_same = len(rows) == len(labels) and labels_before in (None, labels.flatten().tolist())
+        numbers = self._row_numbers(rows, before, labels)
         batch = copy.copy(batch)  # the collator may hand out an object that it keeps
-        batch[ROWS_KEY] = torch.tensor(rows) if is_same else torch.full((len(labels),), self.num_rows)
+        batch[ROWS_KEY] = torch.tensor(numbers, dtype=torch.int64)
         return batch
 
+    def _row_numbers(self, rows: Sequence[int | None], before: ItemLabels, labels: Tensor) -> list[int]:
+        unknown = [self.num_rows + UNKNOWN] * len(labels)
+        positions = list(range(len(rows))) if before.positions is None else before.positions
+        if not before.labels:  # the items do not show their labels: only their number can be compared
+            items: list[int | None] | None = list(range(len(labels)))
+            if len(labels) != len(positions):
+                return unknown
+        else:
+            after = labels.flatten().tolist()
+            if len(after) != len(labels) or labels.is_floating_point():  # such as mixed labels
+                return unknown
+            same = [column for column, values in before.labels.items() if values == after]
+            if same:
+                self._columns = same
+            elif len(before.labels) > 1:
+                return unknown
+            items = match_labels(before.labels[same[0]] if same else next(iter(before.labels.values())), after)
+        if items is None:
+            return [self.num_rows + REORDERED] * len(labels)
+        found = [None if item is None else rows[positions[item]] for item in items]
+        return [unknown[0] if row is None or row >= self.num_rows else row for row in found]
 
-class UnindexedLoader:
+
+def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:
     """
-    A loader of numbered batches for readers that do not expect the numbers.
+    Copies a loader so that its batches carry their row numbers.
 
-    Every other attribute is looked up on the loader inside.
+    The copy shares the samplers with the loader, which stays as it is. Data set and collator are looked up now.
+
+    Args:
+        loader (`torch.utils.data.DataLoader`): A loader of batches, of torch or of accelerate.
+        num_rows (`int`): Number of rows of the data set.
+
+    Returns:
+        `torch.utils.data.DataLoader`: A loader of the same type.
 
     Example:
 
     ```python
-    >>> list(UnindexedLoader([{"labels": 1, "lpg_rows": 7}]))
-    [{'labels': 1}]
+    >>> from transformers import default_data_collator
+    >>> loader = DataLoader([{"label": 1}, {"label": 0}], batch_size=2, collate_fn=default_data_collator)
+    >>> list(number_rows(loader, num_rows=2))
+    [{'labels': tensor([1, 0]), 'lpg_rows': tensor([0, 1])}]
 
     ```
     """
-
-    def __init__(self, loader: Iterable[Any]):
-        self.loader: Any = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            if isinstance(batch, MutableMapping):
-                batch.pop(ROWS_KEY, None)
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":
-            raise AttributeError(name)
-        return getattr(self.loader, name)
+    numbered = inner = _shallow_copy(loader)
+    base = vars(loader).get("base_dataloader")  # accelerate's loaders have one of torch inside
+    if base is not None:
+        inner = vars(numbered)["base_dataloader"] = _shallow_copy(base)
+    # A loader of torch refuses another data set. Its workers, if there are any yet, belong to the original.
+    vars(inner).update(
+        dataset=IndexedDataset(inner.dataset), collate_fn=IndexedCollator(inner.collate_fn, num_rows), _iterator=None
+    )
+    return numbered
 
 
-def _integer_labels(items: object) -> list[int] | None:
-    """Reads the labels before the collator does. `None` if the items do not show them."""
-    if not (isinstance(items, list) and items and isinstance(items[0], Mapping)):
-        return None
-    column = next((name for name in LABEL_COLUMNS if name in items[0]), None)
+def _shallow_copy(original: Copied) -> Copied:
+    # Not `copy.copy`: accelerate's loaders pass for another class, which confuses it.
+    duplicate = object.__new__(type(original))
+    vars(duplicate).update(vars(original))
+    return duplicate
+
+
+def _row_number(index: Any, num_rows: int) -> int | None:
     try:
-        return list(map(operator.index, map(operator.itemgetter(column), items)))
-    except (LookupError, TypeError):
+        row = operator.index(index)
+    except TypeError:  # the user's sampler has keys of its own
         return None
+    row = row + num_rows if row < 0 else row
+    return row if 0 <= row < num_rows else None

@@ -7,6 +7,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor, nn
 
+from .row_numbers import NUM_MARKS, REORDERED, UNKNOWN
+
 
 # Smaller ratios of confidence count as this one, so that one visit cannot outweigh all others.
 SMALLEST_CONFIDENCE = 1e-4
@@ -52,22 +54,28 @@ class TrainingDynamics(nn.Module):
 
     def __init__(self, num_rows: int):
         super().__init__()
-        # The last column of each buffer is for samples whose row is unknown.
+        # The last columns of each buffer are for samples whose row is unknown.
+        size = num_rows + NUM_MARKS
         # Visits, log of the confidence ratio, weight under class-relative dampening (1 without it).
-        self.register_buffer("_sums", torch.zeros(3, num_rows + 1))
+        self.register_buffer("_sums", torch.zeros(3, size))
         # The label (-1 before the first visit), and the class that leads the vote with the votes below.
-        self.register_buffer("_labels", torch.full((2, num_rows + 1), -1, dtype=torch.int64))
-        self.register_buffer("_votes", torch.zeros(num_rows + 1))
+        self.register_buffer("_labels", torch.full((2, size), -1, dtype=torch.int64))
+        self.register_buffer("_votes", torch.zeros(size))
 
     @property
     def num_rows(self) -> int:
         """Number of rows of the data set."""
-        return len(self._votes) - 1
+        return len(self._votes) - NUM_MARKS
+
+    @property
+    def device(self) -> torch.device:
+        """Where the records are kept."""
+        return self._sums.device
 
     @staticmethod
     def num_rows_of(state: Mapping[str, Tensor]) -> int:
         """Number of rows of the data set that a `state_dict` was written for."""
-        return len(state["_votes"]) - 1
+        return len(state["_votes"]) - NUM_MARKS
 
     @property
     def has_visits(self) -> bool:
@@ -80,17 +88,46 @@ class TrainingDynamics(nn.Module):
         return int(self._labels.max())
 
     @property
-    def num_unknown(self) -> int:
-        """Number of samples whose row is unknown."""
-        return int(self._sums[0, -1])
+    def num_samples(self) -> tuple[int, int, int]:
+        """Number of samples whose row is known, of those whose row is not, and of those in another order than rows."""
+        visits = self._sums[0].double()
+        known, n = int(visits[: self.num_rows].sum()), self.num_rows
+        return known, int(visits[n + UNKNOWN]), int(visits[n + REORDERED])
+
+    def forget(self, rows: Tensor) -> None:
+        """
+        Drops the records of some rows.
+
+        Args:
+            rows (`torch.Tensor` of shape `[num_rows]`): Whether to drop the record of a row.
+        """
+        rows = torch.cat([rows, rows.new_zeros(NUM_MARKS)])
+        self._sums[:, rows], self._labels[:, rows], self._votes[rows] = 0, -1, 0
+
+    def relabeled(self, labels: Tensor) -> Tensor:
+        """
+        Finds the rows whose label is not the recorded one.
+
+        Args:
+            labels (`torch.Tensor` of shape `[num_rows]`): The label of each row.
+
+        Returns:
+            `torch.Tensor` of shape `[num_rows]`: Whether a row was visited with another label.
+        """
+        recorded = self._labels[0, : self.num_rows]
+        return (recorded >= 0) & (recorded != labels)
 
     @torch.no_grad()
     def update(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
         """
         Adds the visits of a micro-batch. If a row occurs more than once in it, only its last vote counts.
 
+        The record of a row belongs to one label: with another label it starts anew, and its former visits count as
+        unknown.
+
         Args:
-            rows (`torch.Tensor` of shape `[N]`): Row of each sample, `num_rows` if it is unknown.
+            rows (`torch.Tensor` of shape `[N]`): Row of each sample; `num_rows` if it is unknown, `num_rows + 1` if
+                the batch was reordered.
             logits (`torch.Tensor` of shape `[N, C]`): Logits of the model, float32 or float64.
             labels (`torch.Tensor` of shape `[N]`): Class indices. Other values, such as -100, mark ignored samples.
             weight (`torch.Tensor` of shape `[N]`, *optional*): Weight of each sample under class-relative dampening.
@@ -105,14 +142,19 @@ class TrainingDynamics(nn.Module):
         # `clamp` would keep a NaN for good.
         floor = math.log(SMALLEST_CONFIDENCE)
         log_ratio = torch.where(log_ratio > floor, log_ratio, floor)
+        label, leader = self._labels[:, rows]
+        is_relabeled = valid_mask & (label >= 0) & (label != labels) & (rows < self.num_rows)
+        former = self._sums[:, rows]
+        self._sums[:, rows] = former.masked_fill(is_relabeled, 0.0)
+        self._sums[0, self.num_rows + UNKNOWN] += (former[0] * is_relabeled).sum()
         visit = valid_mask.to(label_log_prob.dtype)
         # A weight above 1 compensates for other samples and says nothing about this one.
         values = torch.stack([visit, log_ratio, visit if weight is None else weight.clamp(max=1)])
         self._sums.index_add_(1, rows, torch.where(valid_mask, values, 0.0).to(self._sums.dtype))
 
         vote = torch.where(valid_mask & largest.isfinite(), largest.exp(), 0.0).to(self._votes.dtype)
-        label, leader = self._labels[:, rows]
-        leader, votes = _merge_votes(leader, self._votes[rows], others, vote)
+        leader, votes = leader.masked_fill(is_relabeled, -1), self._votes[rows].masked_fill(is_relabeled, 0.0)
+        leader, votes = _merge_votes(leader, votes, others, vote)
         self._labels[:, rows] = torch.stack([torch.where(valid_mask, labels, label), leader])
         self._votes[rows] = votes
 
@@ -148,7 +190,7 @@ class TrainingDynamics(nn.Module):
         Returns:
             `datasets.Dataset`: The table described at [`LPGTrainer.label_issues`].
         """
-        visits, log_confidence, weight = self._sums[:, :-1].double().cpu()
+        visits, log_confidence, weight = self._sums[:, : self.num_rows].double().cpu()
         score = 1 - (log_confidence / visits).exp()
         rows = score.nan_to_num(nan=-1).sort(descending=True, stable=True).indices
         rows = rows[visits[rows] > 0]

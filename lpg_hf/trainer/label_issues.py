@@ -1,6 +1,6 @@
 """LabelIssuesMixin: numbers the training rows on their way, and ranks them by how likely their labels are wrong."""
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -9,18 +9,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from ..data.training_labels import labels_or_none
 from ..distributed import stack_processes
 from ..perturbations import ClassRelativeDampening
-from ..row_numbers import ROWS_KEY, IndexedCollator, IndexedDataset, UnindexedLoader, has_rows
+from ..row_numbers import ROWS_KEY, has_rows, number_rows
 from ..row_records import DynamicsBuffer, TrainingDynamics
 from .checkpoint import load_rows, save_rows
 from .summary import find_class_names
 
 
 logger = get_logger(__name__)
+
+# With fewer known samples than the rest, a ranking would say nothing of the training set.
+MAX_UNKNOWN_SHARE = 0.9
 
 
 class RowTracker:
@@ -31,19 +35,40 @@ class RowTracker:
         accelerator (`accelerate.Accelerator`): The accelerator of the training.
 
     Attributes:
-        buffer ([`DynamicsBuffer`] or `None`): Receives the visits; `None` until the training has made its loader.
+        buffer ([`DynamicsBuffer`] or `None`): Receives the visits; `None` if the loader has no row numbers.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.buffer: DynamicsBuffer | None = None
         self._accelerator = accelerator
+        # The data set of the Trainer's loader: the training set, without the columns that the model does not take.
+        self._dataset: object = None
+        # The loader whose workers outlive an epoch.
+        self._persistent: DataLoader | None = None
         # The micro-batches of the present step with their rows, and the rows of the present micro-batch.
         self._step: list[tuple[MutableMapping, Tensor]] = []
         self._rows: Tensor | None = None
 
-    def start(self, num_rows: int) -> None:
-        """Begins to record, for a data set of `num_rows` rows."""
-        self.buffer = DynamicsBuffer(TrainingDynamics(num_rows).to(self._accelerator.device))
+    def note(self, loader: DataLoader) -> None:
+        """Notes that the loader reads the rows of the training set, which the Trainer made it for."""
+        if self._dataset is None:
+            self._dataset = loader.dataset
+
+    def start(self, loader: object, train_dataset: Any) -> None:
+        """Begins to record if the rows that the loader reads are those of the training set."""
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None or not has_rows(train_dataset):
+            return
+        if loader.dataset is train_dataset or loader.dataset is self._dataset:
+            records = TrainingDynamics(num_rows=len(train_dataset))
+            self.buffer = DynamicsBuffer(records.to(self._accelerator.device))
+
+    def numbered(self, loader: DataLoader) -> DataLoader:
+        """The loader of an epoch, with row numbers if they are recorded: callbacks may change it between epochs."""
+        if self.buffer is None:
+            return loader
+        numbered = self._persistent or number_rows(loader, self.buffer.records.num_rows)
+        self._persistent = numbered if loader.persistent_workers else None
+        return numbered
 
     def take_rows(self, batches: list) -> None:
         """Takes the row numbers out of the micro-batches of a step."""
@@ -96,46 +121,19 @@ class LabelIssuesMixin(Trainer):
 
     # Row numbers on their way
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Callable[[Any], Sampler] | None = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> DataLoader:
-        # The public `get_train_dataloader` makes sampler, collator and loader in one go. This hook, which exists since
-        # https://github.com/huggingface/transformers/pull/38090 (unchanged in 5.24), is the only place between them.
-        tracker = self._row_tracker
-        # Only the loop's own loader: other readers of the training batches get them as the Trainer makes them.
-        is_loop = is_training and tracker is not None and tracker.buffer is None
-        if tracker is None or not is_loop or not has_rows(dataset):
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of the training batches, as the Trainer makes it."""
+        loader = super().get_train_dataloader()
+        if self._row_tracker is not None:
+            self._row_tracker.note(loader)
+        return loader
 
-        tracker.start(len(dataset))
-        # The Trainer treats columns here, and then finds none to treat below.
-        own_collator = collator = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description=description)
-        self.data_collator = IndexedCollator(collator, len(dataset))
-        sampler_of_rows = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        try:
-            return super()._get_dataloader(
-                IndexedDataset(dataset), description, batch_size, sampler_of_rows, is_training, dataloader_key
-            )
-        finally:
-            self.data_collator = own_collator
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple:
-        # Here the Trainer sets the loader that callbacks see, and no public hook comes after it. The hook exists since
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> tuple:
+        # Between the loader and the checkpoint, where no public hook comes. This hook exists since
         # https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24.
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._row_tracker is not None and self._row_tracker.buffer is not None:
-            self.callback_handler.train_dataloader = UnindexedLoader(self.callback_handler.train_dataloader)
-        return prepared
+        if self._row_tracker is not None:
+            self._row_tracker.start(train_dataloader, self.train_dataset)
+        return super()._prepare_for_training(max_steps, train_dataloader, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -164,8 +162,11 @@ class LabelIssuesMixin(Trainer):
             self._row_tracker.record(logits, labels, None if dampening is None else dampening.last_weight)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Only callbacks are told of the end of an epoch, and a callback of ours would appear in the user's list. The
-        # hook exists since https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24.
+        # The loop alone gets the row numbers: callbacks see the loader as the Trainer makes it. The hook exists since
+        # https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24. No public hook begins or ends an
+        # epoch but those of callbacks, and a callback of ours would appear in the user's list.
+        if self._row_tracker is not None:
+            kwargs["train_dataloader"] = self._row_tracker.numbered(kwargs["train_dataloader"])
         super()._run_epoch(*args, **kwargs)
         if self._row_tracker is not None:
             self._row_tracker.end_epoch()
@@ -189,6 +190,21 @@ class LabelIssuesMixin(Trainer):
             )
         elif self.accelerator.is_main_process:  # the saved sums are over all processes
             records.load_state_dict(saved)
+            self._forget_relabeled(records)
+
+    def _forget_relabeled(self, records: TrainingDynamics) -> None:
+        # Labels that cannot be read are compared when their rows are visited.
+        labels = labels_or_none(self.train_dataset)
+        if labels is None:
+            return
+        is_relabeled = records.relabeled(torch.from_numpy(labels).to(records.device))
+        num_relabeled = int(is_relabeled.sum())
+        if num_relabeled > 0:
+            records.forget(is_relabeled)
+            logger.warning(
+                f"{num_relabeled} rows of `train_dataset` have another label than when the checkpoint was written. "
+                "Their records, which `label_issues` ranks, start anew."
+            )
 
     # Results
 
@@ -209,9 +225,12 @@ class LabelIssuesMixin(Trainer):
             - `weight`, in [0, 1]: its mean weight under class-relative dampening, if that is in the chain;
             - `visits`: how often the training saw it.
 
+        Samples whose row is not known, because the collator drops or repeats items or the data set has grown, are left
+        out with a warning.
+
         Raises:
-            ValueError: Before training, for a stream (whose rows have no index), if the model is not a classifier, or
-                if a collator reorders its items or changes labels, so that rows cannot be told apart.
+            ValueError: Before training, for a stream (whose rows have no index), if the model is not a classifier, if
+                a collator reorders its items, or if hardly any sample has a row that is known.
 
         Example:
 
@@ -220,7 +239,9 @@ class LabelIssuesMixin(Trainer):
         >>> from datasets import Dataset
         >>> from lpg_hf import LPGTrainer
         >>> from transformers import PrinterCallback, ResNetConfig, ResNetForImageClassification, TrainingArguments
+        >>> from transformers import set_seed
 
+        >>> set_seed(0)
         >>> images = [[[[float(label)] * 8] * 8] * 3 for label in [0, 1] * 10]
         >>> dataset = Dataset.from_dict({"pixel_values": images, "label": [1, 1] + [0, 1] * 9})  # row 0 is wrong
         >>> model = ResNetForImageClassification(ResNetConfig(num_labels=2, hidden_sizes=[8], depths=[1]))
@@ -246,8 +267,8 @@ class LabelIssuesMixin(Trainer):
             cause = (
                 "there was no training yet: call `train()` first"
                 if self._row_tracker is None
-                else "`get_train_dataloader` is overridden without a call of LPGTrainer's, so the batches carry no "
-                "row numbers: call `super().get_train_dataloader()` in it"
+                else "`get_train_dataloader` is overridden and does not return a `DataLoader` of the rows of "
+                "`train_dataset`, so the batches carry no row numbers: return `super().get_train_dataloader()`"
             )
             raise ValueError(f"Label issues come from what training records of its rows, but {cause}.")
         if not records.has_visits:
@@ -256,11 +277,29 @@ class LabelIssuesMixin(Trainer):
                 "`training_step` are overridden without a call of LPGTrainer's, or they pass on another batch than "
                 "they get."
             )
-        if records.num_unknown > 0:
-            raise ValueError(
-                f"The rows of {records.num_unknown} samples are not known: `data_collator` reordered its items, or "
-                "changed their number or labels. Let it keep them as they come."
-            )
+        self._check_known(records)
         num_labels = self._num_classes() or records.largest_label + 1
         names = find_class_names(num_labels, self.train_dataset, self.accelerator.unwrap_model(self.model))
         return records.ranked(names, with_weight=self._dampening() is not None)
+
+    def _check_known(self, records: TrainingDynamics) -> None:
+        known, unknown, reordered = records.num_samples
+        if reordered > 0:
+            raise ValueError(
+                f"The rows of the samples are not known: `data_collator` hands out {reordered} of "
+                f"{known + unknown + reordered} samples in another order than it gets them, or changes their labels. "
+                "Let it keep its items as they come."
+            )
+        cause = (
+            "`data_collator` drops or repeats items or changes their labels, the label of a row changes during the "
+            f"training, or the sampler draws other numbers than 0 to {records.num_rows - 1}"
+        )
+        if unknown >= MAX_UNKNOWN_SHARE * (known + unknown):
+            raise ValueError(
+                f"The rows of {unknown} of {known + unknown} samples are not known: {cause}. Let `data_collator` keep "
+                "its items as they come, and the data set its rows."
+            )
+        if unknown > 0:
+            logger.warning(
+                f"The rows of {unknown} of {known + unknown} samples are not known and are left out: {cause}."
+            )

@@ -1,6 +1,8 @@
 """Every visit of every row is found again by its number, training never notices, and the ranking is what it says."""
 
+import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 import lpg_hf.trainer.label_issues
 from lpg_hf import ClassRelativeDampening, LPGTrainer, row_records
+from lpg_hf.row_matching import match_labels
 from lpg_hf.row_numbers import ROWS_KEY, IndexedCollator, IndexedDataset, IndexedItems
 from lpg_hf.row_records import SMALLEST_CONFIDENCE, DynamicsBuffer, TrainingDynamics, _merge_votes
 
@@ -76,7 +79,7 @@ def train(
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    chain = {} if cls is Trainer else {"perturbations": list(perturbations)}
+    chain = {"perturbations": list(perturbations)} if issubclass(cls, LPGTrainer) else {}
     trainer = cls(
         model=model or make_model("bert"),
         args=TrainingArguments(**(settings | args)),
@@ -258,18 +261,222 @@ def test_names_are_those_of_the_data_set_or_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "collator",
+    ("collator", "problem"),
     [
-        lambda items: pad(sorted(items, key=lambda item: -len(item["input_ids"]))),
-        lambda items: pad(items + items),
-        lambda items: pad([item | {"label": (item["label"] + 1) % NUM_LABELS} for item in items]),
+        (
+            lambda items: pad(sorted(items, key=lambda item: -len(item["input_ids"]))),
+            r"hands out \d+ of 78 samples in",
+        ),
+        (lambda items: pad(items + items), r"The rows of 156 of 156 samples are not known: `data_collator` drops or"),
+        (lambda items: pad([item | {"label": (item["label"] + 1) % NUM_LABELS} for item in items]), "changes their"),
     ],
     ids=["reorders", "doubles", "changes labels"],
 )
-def test_a_collator_under_which_rows_are_lost_trains_but_does_not_rank(collator, tmp_path):
+def test_a_collator_under_which_rows_are_lost_trains_but_does_not_rank(collator, problem, tmp_path):
     trainer = train(tmp_path, collator=collator, remove_unused_columns=False)
-    with pytest.raises(ValueError, match=r"rows of [0-9]+ samples are not known: `data_collator` reordered"):
+    with pytest.raises(ValueError, match=problem):
         trainer.label_issues()
+
+
+def test_a_collator_that_sorts_is_found_out_though_most_batches_have_one_class(tmp_path):
+    """Where all labels of a batch are equal, the order cannot be seen; one batch that shows it says it of all."""
+    dataset = make_dataset(rows=64).map(lambda row, i: {"label": int(i == 0)}, with_indices=True)
+    trainer = train(tmp_path, dataset, collator=lambda items: pad(items[::-1]), train_sampling_strategy="sequential")
+    with pytest.raises(ValueError, match="hands out 24 of 192 samples in another order"):
+        trainer.label_issues()
+
+
+class Damaged(TorchRows):
+    """Some files cannot be read."""
+
+    def __getitem__(self, index):
+        return None if index in (3, 11) else self.rows[index]
+
+
+def without_none(items):
+    return pad([item for item in items if item is not None])
+
+
+def filled_up(items):
+    """Keeps the size of the batch, with copies of its first item."""
+    items = [item for item in items if item is not None]
+    return pad(items + [items[0]] * (8 - len(items)))
+
+
+def without_short(items):
+    """Drops by another rule than `None`."""
+    return pad([item for item in items if item["input_ids"][1] not in (3, 11)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("collator", "min_known"), [(without_none, 72), (filled_up, 60), (without_short, 50)], ids=lambda c: str(c)
+)
+def test_items_that_a_collator_drops_or_repeats_leave_the_others_on_their_rows(
+    collator, min_known, workers, tmp_path, monkeypatch, caplog
+):
+    visits = spy_on_visits(monkeypatch)
+    dataset = TorchRows(list(make_dataset())) if collator is without_short else Damaged(list(make_dataset()))
+    options = {"collator": collator, "remove_unused_columns": False, "dataloader_num_workers": workers}
+    with caplog.at_level("WARNING", logger="lpg_hf"):
+        issues = train(tmp_path, dataset, **options, dataloader_drop_last=collator is filled_up).label_issues()
+    labels = make_dataset()["label"][:]
+    assert 3 not in issues["row"] and 11 not in issues["row"]
+    assert [labels[row] for row in issues["row"]] == issues["label"][:]
+    known = sum(issues["visits"])
+    assert min_known <= known <= 72
+    total = sum(map(len, visits.values()))
+    assert (f"rows of {total - known} of {total} samples are not known" in caplog.text) == (known < total)
+    # Where every visit of a row is known, its record is that of the visits.
+    for issue in issues:
+        seen = visits[issue["row"]]
+        if len(seen) == issue["visits"]:
+            score, _ = slow_ranking({issue["row"]: seen}, labels)[issue["row"]]
+            assert issue["score"] == pytest.approx(score, abs=1e-5)
+
+
+class Tuples(torch.utils.data.Dataset):
+    """Items without names: tokens, length, label."""
+
+    def __init__(self):
+        self.rows = make_dataset()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        return row["input_ids"], len(row["input_ids"]), row["label"]
+
+
+def pad_tuples(items):
+    return pad([{"input_ids": ids, "label": label} for ids, _, label in items])
+
+
+def test_the_labels_of_items_without_names_are_found_by_comparison(tmp_path):
+    issues = train(tmp_path, Tuples(), collator=pad_tuples).label_issues()
+    assert issues["visits"][:] == [3] * ROWS
+    assert [make_dataset()["label"][row] for row in issues["row"]] == issues["label"][:]
+    by_length = train(tmp_path, Tuples(), collator=lambda items: pad_tuples(sorted(items, key=lambda i: -i[1])))
+    with pytest.raises(ValueError, match="are not known: `data_collator`"):
+        by_length.label_issues()
+
+
+class Numbers(torch.utils.data.Sampler):
+    """A sampler that hands out given numbers."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        return iter(self.numbers)
+
+
+class Virtual(TorchRows):
+    """An epoch of 16 rows over a larger store."""
+
+    def __len__(self):
+        return 16
+
+
+def with_sampler(cls, numbers):
+    class Sampled(cls):
+        def _get_train_sampler(self, *args):
+            return Numbers(numbers)
+
+    return Sampled
+
+
+@pytest.mark.parametrize(
+    ("dataset", "numbers", "rows"),
+    [
+        (lambda: make_dataset("torch"), list(range(-1, -27, -1)), list(range(26))),
+        (lambda: make_dataset("torch"), [0, -1, 5, -20, 9], [0, 5, 6, 9, 25]),
+        (lambda: Virtual(list(make_dataset())), [*range(12, 16), *range(16, 20)], list(range(12, 16))),
+    ],
+    ids=["negative", "mixed", "virtual epoch"],
+)
+def test_numbers_of_rows_count_as_in_python_and_those_beyond_are_unknown(dataset, numbers, rows, tmp_path, caplog):
+    options = {"perturbations": [], "cls": with_sampler(LPGTrainer, numbers)}
+    with caplog.at_level("WARNING", logger="lpg_hf"):
+        trainer = train(tmp_path, dataset(), **options)
+        issues = trainer.label_issues()
+    plain = train(tmp_path, dataset(), cls=with_sampler(Trainer, numbers))
+    assert torch.equal(flat_parameters(trainer.model), flat_parameters(plain.model))
+    assert sorted(issues["row"]) == rows and set(issues["visits"]) == {3}
+    assert [make_dataset()["label"][row] for row in issues["row"]] == issues["label"][:]
+    unknown = 3 * (len(numbers) - len(rows))
+    assert (f"rows of {unknown} of {3 * len(numbers)} samples are not known" in caplog.text) == (unknown > 0)
+
+
+class Growing(TorchRows):
+    size = 16
+
+    def __len__(self):
+        return self.size
+
+
+class Grows(TrainerCallback):
+    def on_epoch_end(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.dataset.size = 26
+
+
+class GrowingTrainer(LPGTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(Grows())
+
+
+def test_rows_that_a_data_set_gains_in_training_are_unknown(tmp_path, caplog, monkeypatch):
+    visits = spy_on_visits(monkeypatch)
+    with caplog.at_level("WARNING", logger="lpg_hf"):
+        issues = train(tmp_path, Growing(list(make_dataset())), cls=GrowingTrainer).label_issues()
+    assert sorted(issues["row"]) == list(range(16))
+    assert dict(zip(issues["row"], issues["visits"], strict=True)) == {row: len(visits[row]) for row in range(16)}
+    unknown = sum(len(looks) for row, looks in visits.items() if row >= 16)
+    assert unknown > 0 and f"The rows of {unknown} of" in caplog.text
+
+
+def test_a_row_whose_label_changes_is_judged_by_its_last_label():
+    records, logits = TrainingDynamics(2), torch.tensor([[0.0, 2.0, 0.0]])
+    for label in (0, 0, 2, 2, 2):
+        records.update(torch.tensor([1]), logits, torch.tensor([label]))
+    anew = TrainingDynamics(2)
+    for _ in range(3):
+        anew.update(torch.tensor([1]), logits, torch.tensor([2]))
+    assert records.ranked(["a", "b", "c"]).to_dict() == anew.ranked(["a", "b", "c"]).to_dict()
+    assert records.num_samples == (3, 2, 0) and anew.num_samples == (3, 0, 0)
+
+
+@given(st.lists(st.integers(0, 3), max_size=7), st.data())
+def test_a_sample_that_is_matched_comes_from_its_item(before, data):
+    """Against all ways in which an order-keeping collator could have made the samples."""
+    after = data.draw(st.lists(st.integers(0, 3), max_size=6))
+    matched = match_labels(before, after)
+    short, long = sorted((before, after), key=len)
+    ways = [
+        places
+        for places in itertools.combinations(range(len(long)), len(short))
+        if [long[place] for place in places] == short
+    ]
+    if not ways:
+        if len(before) != len(after) or Counter(before) == Counter(after):
+            is_permuted = Counter(short) <= Counter(long)
+            assert matched is None if is_permuted else matched == [None] * len(after)
+        return
+    for sample, item in enumerate(matched):
+        if len(after) <= len(before):
+            meant = {way[sample] for way in ways}
+        else:
+            meant = {way.index(sample) if sample in way else None for way in ways}
+        assert item == (meant.pop() if len(meant) == 1 else None)
+
+
+def test_labels_that_a_collator_hides_leave_the_rest_on_their_rows():
+    assert match_labels([0, 1, 2], [0, -100, 2]) == [0, 1, 2]
 
 
 def test_a_collator_that_hands_out_the_rows_themselves_leaves_them_as_they_were():
@@ -287,6 +494,7 @@ def test_rows_read_a_batch_at_once_where_the_data_set_can():
     dataset = make_dataset()
     loader = DataLoader(IndexedDataset(dataset), batch_size=4, collate_fn=tuple)
     assert next(iter(loader)) == (([0, 1, 2, 3], [dataset[row] for row in range(4)]),)
+    assert IndexedDataset("ab").__getitems__([-1, 0]) == [([1, 0], ["b", "a"])]
     assert IndexedDataset(dataset).__getitems__([5, 2]) == [([5, 2], [dataset[5], dataset[2]])]
     assert IndexedDataset("ab").__getitems__([1, 0]) == [([1, 0], ["b", "a"])] and IndexedDataset("ab")[1] == "b"
     with pytest.raises(AttributeError, match="nothing"):
@@ -324,6 +532,19 @@ class OwnLoader(LPGTrainer):
         return DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
 
 
+class OtherRows(LPGTrainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset.shuffle(seed=0), batch_size=8, collate_fn=self.data_collator)
+
+
+def test_a_loader_of_the_users_over_the_training_set_is_numbered(tmp_path, monkeypatch):
+    visits = spy_on_visits(monkeypatch)
+    issues = train(tmp_path, cls=OwnLoader).label_issues()
+    expected = slow_ranking(visits, make_dataset()["label"][:])
+    assert issues["visits"][:] == [3] * ROWS
+    assert issues["score"][:] == pytest.approx([expected[row][0] for row in issues["row"]], abs=1e-5)
+
+
 class OwnLoss(LPGTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return model(**inputs).loss
@@ -336,8 +557,8 @@ def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
     stream = make_dataset().to_iterable_dataset()
     with pytest.raises(ValueError, match="is of the type IterableDataset, whose rows have no index"):
         train(tmp_path, stream, max_steps=2, remove_unused_columns=False).label_issues()
-    with pytest.raises(ValueError, match="`get_train_dataloader` is overridden"):
-        train(tmp_path, cls=OwnLoader).label_issues()
+    with pytest.raises(ValueError, match="`get_train_dataloader` is overridden and does not return a `DataLoader`"):
+        train(tmp_path, cls=OtherRows).label_issues()
     with pytest.raises(ValueError, match=r"recorded no row. .* `compute_loss` or `training_step` are overridden"):
         train(tmp_path, cls=OwnLoss).label_issues()
     model = make_model("bert")
@@ -353,7 +574,9 @@ def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
 
 def test_rows_without_a_number_are_not_known():
     collator = IndexedCollator(default_data_collator, num_rows=5)
-    assert collator([IndexedItems(["a", "b"], [{"label": 1}, {"label": 0}])])[ROWS_KEY].tolist() == [5, 5]
+    (keyed,) = IndexedDataset({"a": {"label": 1}, "b": {"label": 0}}).__getitems__(["a", "b"])
+    assert collator([keyed])[ROWS_KEY].tolist() == [5, 5]
+    assert collator([IndexedItems([None, 7, 4], [{"label": 1}] * 3)])[ROWS_KEY].tolist() == [5, 5, 4]
     assert collator([IndexedItems([1, 2], [{"x": 1.0}, {"x": 0.0}])]).keys() == {"x"}
     assert IndexedCollator(list, num_rows=5)([IndexedItems([1], ["a"])]) == ["a"]
 
@@ -463,22 +686,96 @@ def test_large_batches_do_not_wait(monkeypatch):
     assert records.has_visits
 
 
-def test_callbacks_see_batches_without_row_numbers(tmp_path):
-    class Looks(TrainerCallback):
-        def on_step_end(self, args, state, control, model, train_dataloader, **kwargs):
-            self.num_batches = len(train_dataloader)
-            with torch.no_grad():
-                self.logits = model(**next(iter(train_dataloader))).logits
+class Collator:
+    """A collator with a setting, which a callback changes."""
 
-    class Trainer(LPGTrainer):
+    def __init__(self):
+        self.max_length, self.lengths = 2, []
+
+    def __call__(self, items):
+        batch = pad(items)
+        batch["input_ids"] = batch["input_ids"][:, : self.max_length]
+        self.lengths.append(batch["input_ids"].shape[1])
+        return batch
+
+
+class Levels(TorchRows):
+    """A data set with a setting, which a callback changes."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.level, self.drawn = 0, []
+
+    def __getitem__(self, index):
+        self.drawn.append(self.level)
+        return super().__getitem__(index)
+
+
+class Curriculum(TrainerCallback):
+    """Reads and writes attributes of data set and collator, and looks at batches."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.dataset.level = round(state.epoch or 0)
+        train_dataloader.collate_fn.max_length += 1
+
+    def on_step_end(self, args, state, control, model, train_dataloader, **kwargs):
+        if state.global_step % 3 == 1:
+            with torch.no_grad():
+                model(**next(iter(train_dataloader)))
+        self.seen = (
+            isinstance(train_dataloader, DataLoader),
+            type(train_dataloader),
+            type(train_dataloader.dataset),
+            type(train_dataloader.collate_fn),
+            type(train_dataloader.sampler),
+            sorted(next(iter(train_dataloader))),
+            len(train_dataloader),
+            train_dataloader.total_batch_size,
+        )
+
+
+@pytest.mark.parametrize("kind", ["torch", "datasets"])
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_callbacks_see_and_change_the_loader_of_the_trainer(kind, strategy, tmp_path):
+    """The user's own data set and collator, batches without row numbers, and training as with the Trainer."""
+
+    def run(base):
+        class Watched(base):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.add_callback(watch)
+
+        watch, collator = Curriculum(), Collator()
+        dataset = Levels(list(make_dataset())) if kind == "torch" else make_dataset()
+        options = {"train_sampling_strategy": strategy, "remove_unused_columns": False, "perturbations": []}
+        trainer = train(tmp_path, dataset, cls=Watched, collator=collator, **options)
+        return trainer, watch.seen, collator.lengths, dataset.drawn if kind == "torch" else None
+
+    ours, *seen = run(LPGTrainer)
+    plain, *expected = run(Trainer)
+    assert seen == expected and seen[0][0]
+    assert set(seen[1]) == {3, 4, 5} and (kind == "datasets" or set(seen[2]) == {0, 1, 2})
+    assert torch.equal(flat_parameters(ours.model), flat_parameters(plain.model))
+    assert ours.label_issues().num_rows == ROWS
+
+
+class NewCollator(TrainerCallback):
+    """Puts another collator into a loader of torch."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        if state.epoch and state.epoch > 1.5:
+            train_dataloader.collate_fn = self.collator = Collator()
+
+
+def test_a_collator_that_a_callback_replaces_is_used_from_the_next_epoch_on(tmp_path):
+    class Replaced(OwnLoader):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.add_callback(looks)
+            self.add_callback(callback)
 
-    looks = Looks()
-    assert len(train(tmp_path, cls=Trainer).label_issues()) == ROWS
-    assert looks.logits.shape[0] == 8
-    assert looks.num_batches == math.ceil(ROWS / 8)
+    callback = NewCollator()
+    assert train(tmp_path, cls=Replaced).label_issues()["visits"][:] == [3] * ROWS
+    assert len(callback.collator.lengths) == 4
 
 
 def test_no_batch_outlives_the_training(tmp_path):
