@@ -37,12 +37,14 @@ class ImbalanceWatch:
     Attributes:
         counted (`Sequence[int]` or `None`): As given.
         found (`list[int]` or `None`): The counts to use where training meets other labels.
+        begins_anew (`bool`): Whether a checkpoint was loaded that was written on labels of other counts.
     """
 
     def __init__(self, counted: Sequence[int] | None, has_custom_loss: bool):
         self.counted = counted
         # The counts that are used where training meets other labels.
         self.found: list[int] | None = None
+        self.begins_anew = False
         # Whether other labels are met, whether the loss corrects the imbalance, and whether an epoch has been judged.
         self._verdicts = [UNDECIDED, UNDECIDED if has_custom_loss else NO, NO]
         # Products of the variables of the fit, summed over samples: 1, rarity, log(1 - p_y), log of the relative pull.
@@ -68,7 +70,7 @@ class ImbalanceWatch:
         Whether something is to be judged now: after the first samples, and after the first epoch.
 
         Args:
-            num_samples (`int`): Samples before the present step, by the settings of the training.
+            num_samples (`int`): Samples since the watch began, by the settings of the training.
             epoch (`float`): Epochs before the present step.
         """
         window = num_samples >= WINDOW and (self.watches_loss or self._verdicts[0] == UNDECIDED)
@@ -129,12 +131,17 @@ class ImbalanceWatch:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The verdicts, for a checkpoint."""
-        return {"verdicts": torch.tensor(self._verdicts), "found": torch.tensor(self.found or [])}
+        counts = {"counted": self.counted or [], "found": self.found or []}
+        tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in counts.items()}
+        return tensors | {"verdicts": torch.tensor(self._verdicts)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores the verdicts."""
-        self._verdicts = tensors["verdicts"].tolist()
-        self.found = tensors["found"].tolist() or None
+        """Restores the verdicts. On labels of other counts the labels are judged anew, from the first samples on."""
+        verdicts = tensors["verdicts"].tolist()
+        if tensors["counted"].tolist() == list(self.counted or []):
+            self._verdicts, self.found = verdicts, tensors["found"].tolist() or None
+        else:
+            self._verdicts, self.begins_anew = [UNDECIDED, verdicts[1], YES], True
 
 
 def shares_differ(seen: Sequence[int], counted: Sequence[int], is_epoch: bool) -> bool:

@@ -79,6 +79,8 @@ class ManagedLoss:
         self._observers = observers
         self._loss: LPGLoss | None = None
         self.watch = ImbalanceWatch(None, False)
+        # The optimizer step at which it begins to look at labels.
+        self._watch_start = 0
         # Number of labeled samples in the present step, if the Trainer did not count them.
         self._step_items: AsyncAllReduce | Tensor | int | None = None
         # The class statistics of the last step, between its end and their first use.
@@ -125,7 +127,7 @@ class ManagedLoss:
         if saved is not None and saved.has("imbalance"):
             saved.restore(self.watch, "imbalance")
             # The chain and the counts follow from what the first run found.
-            self._rebuild(self.watch.found or loss.statistics.class_counts.tolist())
+            self._rebuild(self.watch.found or self._own_counts())
             loss = self.loss
         if saved is not None:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
@@ -133,6 +135,9 @@ class ManagedLoss:
             # The state is float64 if the logits were.
             loss.to(device=self._trainer.args.device, dtype=saved.tensors["loss.statistics._running"].dtype)
             self.load_state_dict(saved.renumbered(self.methods))
+            if self.watch.begins_anew:  # the samples of the first run had other labels
+                self.loss.statistics.seen_counts.zero_()
+                self._watch_start = self._trainer.state.global_step
         if loss.statistics.counts_are_given:
             warn_of_missing_classes(loss.statistics.class_counts.tolist())
         else:
@@ -159,7 +164,11 @@ class ManagedLoss:
                 state[name] = value
         self.loss.load_state_dict(state)
 
-    def _rebuild(self, counts: Sequence[int]) -> None:
+    def _own_counts(self) -> list[int] | None:
+        statistics = self.loss.statistics
+        return statistics.class_counts.tolist() if statistics.counts_are_given else None
+
+    def _rebuild(self, counts: Sequence[int] | None) -> None:
         """Builds the loss for other class counts, or for another chain; what has been learned is kept."""
         before = self.loss
         self._build(before.num_labels, counts)
@@ -177,9 +186,8 @@ class ManagedLoss:
         args, state = trainer.args, trainer.state
         step_size = args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
         epoch = state.epoch or 0.0
-        if self._loss is None or not watch.is_due(state.global_step * step_size, epoch):
+        if self._loss is None or not watch.is_due((state.global_step - self._watch_start) * step_size, epoch):
             return
-        counts = self.loss.statistics.class_counts.tolist()
         if watch.watches_loss:
             if watch.judge_loss(trainer.accelerator):
                 logger.warning(
@@ -187,7 +195,7 @@ class ManagedLoss:
                     "its own correction out. To let `auto` correct it, pass a loss without weights."
                 )
             else:
-                self._rebuild(counts)
+                self._rebuild(self._own_counts())
         seen, had_met_others = self.loss.statistics.seen_counts.tolist(), watch.met_other_labels
         if watch.judge_labels(seen, is_epoch=epoch >= 1) and watch.found is not None:
             self._rebuild(watch.found)
