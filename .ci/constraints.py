@@ -1,8 +1,11 @@
 """
-Prints constraints for pip: the `oldest` releases that pyproject.toml admits, those in the `middle`, or none for the
-`newest`.
+Prints constraints for pip: the `oldest` releases that pyproject.toml admits, one version of transformers in between
+(`5.12`, `5.17`), or none for the `newest`.
 
     python .ci/constraints.py oldest > constraints.txt
+
+torch stays at the version that CI tests all of them with: older builds for the CPU alone are on PyTorch's own index.
+CONTRIBUTING.md has the command that tries the oldest torch.
 """
 
 import re
@@ -11,8 +14,8 @@ import tomllib
 from pathlib import Path
 
 
-# About halfway between the oldest and the newest releases. Move them when a floor in pyproject.toml moves.
-MIDDLE = {"transformers": "5.22.0", "accelerate": "1.13.0", "datasets": "4.8.0"}
+TORCH = "2.13.0"
+BETWEEN = ("5.12", "5.17")
 
 
 def floors() -> dict[str, str]:
@@ -22,11 +25,17 @@ def floors() -> dict[str, str]:
     return dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", dependency).groups() for dependency in dependencies)
 
 
-def main(which: str) -> None:
-    versions = {"oldest": floors, "middle": MIDDLE.copy, "newest": dict}[which]()
-    for name, version in versions.items():
-        print(f"{name}=={version}")
+def constraints(which: str) -> dict[str, str]:
+    """The versions by package."""
+    if which == "newest":
+        return {}
+    if which == "oldest":
+        return floors() | {"torch": TORCH}
+    if which in BETWEEN:
+        return {"torch": TORCH, "transformers": f"{which}.*"}
+    raise SystemExit(f"There are no constraints {which!r}. Choose oldest, {', '.join(BETWEEN)} or newest.")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for name, version in constraints(*sys.argv[1:]).items():
+        print(f"{name}=={version}")

@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from .versions import check_versions
+
 
 if TYPE_CHECKING:
     from .config import LPGConfig
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     )
     from .trainer import LPGTrainer
 
+
+check_versions()
 
 try:
     __version__ = version("lpg_hf")

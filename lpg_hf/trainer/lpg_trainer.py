@@ -23,6 +23,7 @@ from ..config import LPGConfig
 from ..loss import LPGLoss
 from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver
+from .accumulation import as_trainer_expects, switch_kept
 from .checkpoint import STATE_FILE, SavedState, Stateful, load_state, save_state
 from .classifier import ClassifierCheck
 from .label_issues import LabelIssuesMixin, RowTracker
@@ -218,11 +219,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Trains on a micro-batch, and ends the step after its last one."""
-        loss_is_scaled = self.loss_is_scaled_for_ga
-        try:
+        with switch_kept(self):  # `compute_loss` sets it for the losses that it replaces
             loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self.loss_is_scaled_for_ga = loss_is_scaled  # `compute_loss` sets it for the losses that it replaces
         if self._managed_loss.has_methods and self._classifier.passed is None:
             self._classifier.refuse("its loss comes from a `compute_loss` that does not call LPGTrainer's")
         if self.accelerator.sync_gradients:
@@ -252,8 +250,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
                 is_observed = not self._parameter_methods.is_ascending
                 scale = self._classifier.scale
                 loss = self._managed_loss.perturbed(loss, logits, labels, num_items, scale, is_observed)
-                # https://github.com/huggingface/transformers/issues/43595: tells the Trainer not to divide again.
-                self.loss_is_scaled_for_ga = num_items is not None
+                loss = as_trainer_expects(self, loss, num_items is not None, num_items_in_batch)
         is_followed = is_training and self._row_tracker is not None and self._row_tracker.is_following
         if is_followed and self._classifier.shapes_fit(outputs, labels):
             self._record_rows(self._classifier.logits(outputs), labels)

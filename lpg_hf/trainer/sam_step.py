@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import Trainer
 
+from .accumulation import divides_loss
 from .parameter_methods import ParameterMethods, gradient_scale
 
 
@@ -61,12 +62,9 @@ class SAMStepMixin(Trainer):
         return loss, parameters, torch.autograd.grad(scaled, parameters, allow_unused=True)
 
     def _scaled_for_logging(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Divides the loss as `Trainer.training_step` of transformers 5.24 does."""
-        is_scaled = self.loss_is_scaled_for_ga
-        if is_scaled is None:
-            takes_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            is_scaled = takes_count or self.compute_loss_func is not None
-        return loss if is_scaled else loss / self.current_gradient_accumulation_steps
+        """Divides the loss as `Trainer.training_step` does."""
+        divides = divides_loss(self, num_items_in_batch)
+        return loss / self.current_gradient_accumulation_steps if divides else loss
 
 
 def _delta_norm(parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> Tensor:

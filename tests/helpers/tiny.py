@@ -38,6 +38,16 @@ WAV2VEC2 = TRANSFORMER | {
     "apply_spec_augment": False,
 }
 
+
+def _with_small_head(model: nn.Module) -> nn.Module:
+    """Older transformers, 5.12 among them, leave the larger initial weights of PyTorch in the head of a ResNet."""
+    for module in model.classifier.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    return model
+
+
 MODELS: dict[str, tuple[str, Callable[[float], nn.Module]]] = {
     "bert": (
         TEXT,
@@ -77,9 +87,11 @@ MODELS: dict[str, tuple[str, Callable[[float], nn.Module]]] = {
     ),
     "resnet": (
         IMAGE,
-        lambda dropout: ResNetForImageClassification(
-            ResNetConfig(
-                embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=NUM_LABELS
+        lambda dropout: _with_small_head(
+            ResNetForImageClassification(
+                ResNetConfig(
+                    embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=NUM_LABELS
+                )
             )
         ),
     ),
