@@ -49,7 +49,9 @@ def small_resnet(seed: int = 0) -> ResNetForImageClassification:
     return ResNetForImageClassification(config)
 
 
-def training_arguments(output_dir: str, seed: int = 0, **kwargs) -> TrainingArguments:
+def training_arguments(
+    output_dir: str, seed: int = 0, args_class: type[TrainingArguments] = TrainingArguments, **kwargs
+) -> TrainingArguments:
     """Plain arguments: AdamW, one batch size however many processes share it, nothing printed or saved on the way."""
     defaults = {
         "learning_rate": 2e-3,
@@ -63,4 +65,4 @@ def training_arguments(output_dir: str, seed: int = 0, **kwargs) -> TrainingArgu
         "use_cpu": True,
         "ddp_find_unused_parameters": False,
     }
-    return TrainingArguments(output_dir, seed=seed, **(defaults | kwargs))
+    return args_class(output_dir, seed=seed, **(defaults | kwargs))

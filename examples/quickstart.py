@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lpg_hf import ClassRelativeDampening, LPGTrainer
+from lpg_hf import ClassRelativeDampening, LPGConfig, LPGTrainer
 from lpg_hf.batch import LogitBatch
 from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 from lpg_hf.metrics import make_compute_metrics
@@ -121,6 +121,8 @@ def run_seed(arguments: QuickstartArguments, seed: int, progress: tqdm) -> dict:
     plain.train()
 
     recorder = WeightCallback(digits["train"])
+    # The plot needs the norms of every method.
+    settings |= {"args_class": LPGConfig, "log_perturbations": True}
     lpg = make_trainer(LPGTrainer, digits, seed, [bar, recorder], **settings)
     recorder.trainer = lpg
     lpg.train()

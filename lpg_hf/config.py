@@ -25,6 +25,9 @@ class LPGConfig(TrainingArguments):
         perturbations (`list[str]`, *optional*, defaults to `["auto"]`):
             The chain of methods, in order. `["auto"]` is the preset that needs no tuning. `["none"]` (or `[]`) trains
             as `Trainer` does.
+        log_perturbations (`bool`, *optional*, defaults to `False`):
+            Whether all numbers of the perturbations are logged with each training loss, and not only the three that
+            `docs/logged_keys.md` marks.
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
             The measure that decides sign and radius of each class: `"frequency"` or `"accuracy"`.
         lpg_epsilon (`float`, *optional*, defaults to `0.1`):
@@ -62,6 +65,10 @@ class LPGConfig(TrainingArguments):
             "help": 'The chain of perturbations, in order: names or calls such as "lpg(epsilon=0.3)". `auto` needs no '
             "tuning, `none` trains as Trainer."
         },
+    )
+    log_perturbations: bool = field(
+        default=False,
+        metadata={"help": "Whether norms, ratios and weights of every method are logged with each training loss."},
     )
     lpg_strategy: str = field(
         default="frequency",

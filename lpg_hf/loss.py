@@ -222,11 +222,12 @@ class LPGLoss(nn.Module):
         return perturbed
 
     def _run_chain(self, unperturbed: Tensor, batch: LogitBatch) -> tuple[Tensor, list[Tensor]]:
-        """The perturbed gradient, and for telemetry a pair of `[N]` for the gradient and for each method."""
+        """The perturbed gradient, and for telemetry the pairs of `[N]` that [`Telemetry`] sums up."""
         gradient = unperturbed
         base_norm = gradient.norm(dim=-1)
         norm: Tensor | None = base_norm
         rows = [batch.valid_mask, base_norm]
+        total_weight: Tensor | None = None
         for method in self._methods:
             if not self._is_frozen:
                 method.update(gradient, batch)
@@ -239,6 +240,7 @@ class LPGLoss(nn.Module):
                 weight = method.last_weight = weight.to(base_norm.dtype).masked_fill(batch.ignore_mask, 1.0)
                 norm = gradient.norm(dim=-1) if norm is None else norm
                 rows += [(weight - 1).abs() * norm, weight]
+                total_weight = weight if total_weight is None else total_weight * weight
                 gradient = (gradient.mul_ if in_place else gradient.mul)(weight[:, None])
             else:
                 gradient, delta_norm = method.add_delta(gradient, batch, self.statistics, in_place)
@@ -246,7 +248,8 @@ class LPGLoss(nn.Module):
                 # The second is only read where it is a weight.
                 rows += [delta_norm] * 2
             norm = None
-        return gradient, rows
+        # Only read if there is a weight.
+        return gradient, rows + [batch.valid_mask if total_weight is None else total_weight] * 2
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -280,9 +283,8 @@ class LPGLoss(nn.Module):
             gather (`Callable`, *optional*): Stacks a tensor of every process along a new leading axis.
 
         Returns:
-            `dict[str, float]`: Mean norm of the base gradient; for each method the mean norm of its delta, its ratio
-            to the norm of the base gradient, and the mean weight if it is a [`SampleReweighting`]; running training
-            accuracy of the larger and the smaller third of the classes. Empty if there was no sample.
+            `dict[str, float]`: The entries that `docs/logged_keys.md` describes, as far as they are about the logits.
+            Empty if there was no sample.
 
         Raises:
             FloatingPointError: If a logit gradient was not finite; the message names the first step.

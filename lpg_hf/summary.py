@@ -49,7 +49,8 @@ class TrainingSummary:
         changed_settings (`dict[str, object]`):
             The fields of [`LPGConfig`] that differ from their defaults; empty for plain
             [`~transformers.TrainingArguments`].
-        log_history (`list[dict[str, float]]`): The logs of the training, in their order.
+        norms (`list[dict[str, float]]`):
+            The mean norms of the gradient and of the deltas at each log, with its `step` and `epoch`.
         class_names (`list[str]`, *optional*): `None` if the model is not a single-label classifier.
         class_counts (`list[int]`, *optional*): Training rows of each class. `None` without a perturbed loss.
         class_accuracy (`list[float]`, *optional*):
@@ -67,7 +68,7 @@ class TrainingSummary:
     num_steps: int
     active_perturbations: tuple[Perturbation, ...]
     changed_settings: dict[str, object]
-    log_history: list[dict[str, float]]
+    norms: list[dict[str, float]]
     class_names: list[str] | None
     class_counts: list[int] | None
     class_accuracy: list[float] | None

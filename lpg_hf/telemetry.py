@@ -22,9 +22,9 @@ class Telemetry(nn.Module):
 
     def __init__(self, num_methods: int):
         super().__init__()
-        # First row: samples, norm of the base gradient. A row per method: norm of its delta, weight. Last row: the
-        # number of steps before the first one with values that are not finite.
-        self.register_buffer("_sums", torch.zeros(num_methods + 2, 2), persistent=False)
+        # First row: samples, norm of the base gradient. A row per method: norm of its delta, weight. Next row: product
+        # of all weights, twice. Last row: the number of steps before the first one with values that are not finite.
+        self.register_buffer("_sums", torch.zeros(num_methods + 3, 2), persistent=False)
         self._clear()
 
     @property
@@ -40,7 +40,7 @@ class Telemetry(nn.Module):
         Adds a micro-batch.
 
         Args:
-            rows (`torch.Tensor` of shape `[2 M + 2, N]`): The entries of each sample in the order of the sums.
+            rows (`torch.Tensor` of shape `[2 M + 4, N]`): The entries of each sample in the order of the sums.
             steps (`torch.Tensor`, scalar): Optimizer steps before this one.
         """
         sums = rows.sum(-1)
@@ -78,11 +78,15 @@ class Telemetry(nn.Module):
 
 def mean_norms_and_weights(sums: Sequence[Sequence[float]], methods: Iterable[Perturbation]) -> dict[str, float]:
     """The entries of a log from what [`Telemetry.read`] returns; empty if there was no sample."""
-    (samples, norm), *of_methods = sums
+    (samples, norm), *of_methods, (total_weight, _) = sums
     if samples == 0:
         return {}
-    report = {"lpg/gradient_norm": norm / samples}
     methods = list(methods)
+    total_norm = sum(delta_norm for delta_norm, _ in of_methods)
+    # The norms are added: the norm of the summed deltas would cost another pass over `[N, C]`.
+    report = {"lpg/delta_ratio": total_norm / norm if norm > 0 else 0.0, "lpg/gradient_norm": norm / samples}
+    if any(isinstance(method, SampleReweighting) for method in methods):
+        report["lpg/weight"] = total_weight / samples
     for name, method, (delta_norm, weight) in zip(unique_names(methods), methods, of_methods, strict=True):
         report[f"lpg/{name}/delta_norm"] = delta_norm / samples
         report[f"lpg/{name}/delta_ratio"] = delta_norm / norm if norm > 0 else 0.0

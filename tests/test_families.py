@@ -50,7 +50,7 @@ def test_trains_with_auto_evaluates_saves_and_reloads(name, tmp_path, caplog):
         trainer.train()
     assert not [record for record in caplog.records if record.name.startswith("lpg_hf")]
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 4 and all(log["lpg/logit_adjustment/delta_norm"] > 0.01 for log in logs)
+    assert len(logs) == 4 and all(log["lpg/delta_ratio"] > 0.01 for log in logs)
     assert (flat_parameters(trainer.model) - before).abs().max() > 0.01
 
     trainer.save_model(str(tmp_path / "model"))
@@ -181,7 +181,7 @@ def test_lora_trains_adapters_and_head_only(name, tmp_path):
         LPGTrainer, model, split(make_family_batch(name, 32), [8] * 4), tmp_path, class_counts=COUNTS
     )
     trainer.train()
-    assert trainer.state.log_history[0]["lpg/logit_adjustment/delta_norm"] > 0.01
+    assert trainer.state.log_history[0]["lpg/delta_ratio"] > 0.01
     moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
     assert moved == {key for key in before if "lora_" in key or "modules_to_save" in key}
     assert moved and {key.split(".lora_")[1][0] for key in moved if ".lora_" in key} == {"A", "B"}

@@ -10,7 +10,7 @@ from method_examples import ALL_IN_TRAINING, FIRST_IN_TRAINING, IDLE_AT_FIRST
 from tiny import NUM_LABELS, flat_parameters, make_batch, make_model, make_trainer, split
 from transformers import TrainerCallback
 
-from lpg_hf import LPGTrainer
+from lpg_hf import LPGConfig, LPGTrainer
 from lpg_hf.perturbations import parse_perturbation
 
 
@@ -177,7 +177,8 @@ def gradients_and_logs(name, chain, dtype, bf16, path):
         make_confident_model(name, dtype),
         split(make_noisy_batch(name, dtype), [40, 22, 10]),
         path,
-        args={"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 0.0, "bf16": bf16},
+        args_class=LPGConfig,
+        args={"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 0.0, "bf16": bf16, "log_perturbations": True},
         perturbations=list(chain),
         class_counts=COUNTS,
         callbacks=[record],

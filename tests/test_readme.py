@@ -85,7 +85,7 @@ def check_focal_loss(trainers, namespace):
     options = {"model": behind.model, "args": behind.args, "train_dataset": namespace["train"]}
     in_front = LPGTrainer(perturbations=["focal_loss(gamma=2.0)", "auto"], **options)
     assert (trained(behind) - trained(in_front)).abs().max() > 1e-5
-    names = [name.split("/")[1] for name in behind.state.log_history[0] if name.endswith("/delta_norm")]
+    names = [method.name for method in behind.lpg_loss.perturbations]
     assert len(names) > 1 and names[-1] == "focal_loss"
 
 

@@ -176,7 +176,7 @@ def test_confusion_and_calibration_agree_with_other_code(trained):
     assert f"<b>{(predicted == labels).mean():.1%}</b><span>accuracy</span>" in page
 
 
-def test_label_issues_and_norms_agree_with_the_trainer_and_the_page(trained):
+def test_label_issues_and_norms_agree_with_the_trainer_and_the_page(trained, tmp_path):
     trainer, folder = trained
     issues = trainer.label_issues()
     lines = read_csv(folder / "label_issues.csv")
@@ -194,7 +194,16 @@ def test_label_issues_and_norms_agree_with_the_trainer_and_the_page(trained):
             f"{float(line['weight']):.3f}",
             line["visits"],
         ]
-    logs = [log for log in trainer.state.log_history if "lpg/gradient_norm" in log]
+    # The report has them although they were not logged.
+    assert not any(key.endswith("_norm") for log in trainer.state.log_history for key in log if key.startswith("lpg/"))
+    twin = make_trainer(
+        tmp_path,
+        args_class=LPGConfig,
+        args={"log_perturbations": True},
+        perturbations=["auto", "lpg(epsilon=0.05)"],
+    )
+    twin.train()
+    logs = [log for log in twin.state.log_history if "loss" in log]
     norms = read_csv(folder / "norms.csv")
     assert [float(line["lpg/gradient_norm"]) for line in norms] == [log["lpg/gradient_norm"] for log in logs]
     assert [float(line["lpg/lpg/delta_norm"]) for line in norms] == [log["lpg/lpg/delta_norm"] for log in logs]
@@ -207,7 +216,7 @@ def test_the_report_needs_no_trainer(tmp_path):
         num_steps=1200,
         active_perturbations=(SAM(0.1),),
         changed_settings={},
-        log_history=[{"step": 1, "epoch": 0.5, "lpg/sam/delta_norm": 0.25}],
+        norms=[{"step": 1, "epoch": 0.5, "lpg/sam/delta_norm": 0.25}],
         class_names=["ant", "bee"],
         class_counts=[30, 10],
         class_accuracy=[0.75, 0.5],
@@ -304,7 +313,7 @@ def test_before_training_and_without_the_extra(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"nothing to report yet: call `train\(\)` first"):
         trainer.report()
-    assert summarize_training(trainer, trainer.lpg_loss, []).class_accuracy is None
+    assert summarize_training(trainer, trainer.lpg_loss, [], []).class_accuracy is None
     monkeypatch.setattr(lpg_hf.report, "find_spec", lambda name: None)
     for wanted in (trainer.report, lambda: ReportCallback(trainer)):
         with pytest.raises(ImportError, match=r"needs matplotlib and jinja2. Run `pip install lpg_hf\[report\]`"):
@@ -367,7 +376,10 @@ def test_of_many_classes_those_with_the_most_mistakes_are_drawn():
 
 def test_tensorboard_holds_every_scalar(tmp_path):
     trainer = make_trainer(
-        tmp_path, args={"report_to": ["tensorboard"], "logging_steps": 8}, perturbations=["auto", SAM(0.05)]
+        tmp_path,
+        args_class=LPGConfig,
+        args={"report_to": ["tensorboard"], "logging_steps": 8, "log_perturbations": True},
+        perturbations=["auto", SAM(0.05)],
     )
     trainer.train()
     (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}

@@ -52,9 +52,9 @@ def make_tables(summary: TrainingSummary) -> ReportTables:
         tables.missing["issues"] = summary.label_issues.reason
     else:
         tables.issues = summary.label_issues
-    tables.norms = _norms(summary.log_history)
+    tables.norms = _norms(summary.norms)
     if not tables.norms:
-        tables.missing["norms"] = "No norms were logged: the chain has no methods, or logging is off."
+        tables.missing["norms"] = "No norms were measured: the chain has no methods, or logging is off."
     if isinstance(summary.evaluation, Unavailable):
         tables.missing["evaluation"] = summary.evaluation.reason
     else:
@@ -68,13 +68,8 @@ def make_tables(summary: TrainingSummary) -> ReportTables:
     return tables
 
 
-def _norms(log_history: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """The logs that have norms. A method that was not measured at one of them has no entry there."""
-    lines = []
-    for log in log_history:
-        norms = {key: value for key, value in log.items() if key.startswith("lpg/") and key.endswith("_norm")}
-        if norms:
-            lines.append({"step": log["step"], "epoch": log["epoch"]} | norms)
+def _norms(lines: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Lines with the same columns. A method that was not measured at a log has `None` there."""
     columns = list(dict.fromkeys(column for line in lines for column in line))
     return [{column: line.get(column) for column in columns} for line in lines]
 

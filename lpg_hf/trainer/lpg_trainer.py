@@ -30,6 +30,7 @@ from .label_issues import LabelIssuesMixin, RowTracker
 from .label_messages import explain_label_errors
 from .managed_loss import ManagedLoss
 from .parameter_methods import ParameterMethods
+from .perturbation_log import PerturbationLog
 from .reports import ReportsMixin
 from .resumable import ResumableTrainer
 from .sam_step import SAMStepMixin
@@ -167,7 +168,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         for observer in self._observers:
             observer.start(self.accelerator)
         self._row_tracker = None
-        self._telemetry: dict[str, float] = {}
+        self._perturbation_log = PerturbationLog(isinstance(self.args, LPGConfig) and self.args.log_perturbations)
         # The state of a checkpoint, until the first batch decides whether there is a loss to load it into.
         self._saved_state: SavedState | None = None
         num_labels = self._classifier.declared_num_labels()
@@ -193,6 +194,9 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
     def _active_perturbations(self) -> list[Perturbation]:
         logit_methods = [] if self._classifier.passed is False else self._managed_loss.methods
         return [*logit_methods, *self._parameter_methods.methods]
+
+    def _norms(self) -> list[dict[str, float]]:
+        return self._perturbation_log.norms
 
     # Training
 
@@ -272,7 +276,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         # Gathers where the Trainer gathers its loss: `log` may be called by one process alone, and no public hook
         # comes before it. https://github.com/huggingface/transformers/issues/43599, open in 5.24
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._telemetry = self._gather_telemetry()
+            self._gather_telemetry()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -281,18 +285,16 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         self._gather_telemetry()
         return super()._finalize_training(*args, **kwargs)
 
-    def _gather_telemetry(self) -> dict[str, float]:
+    def _gather_telemetry(self) -> None:
         telemetry = self._managed_loss.telemetry() if self._perturbs_logits else {}
         telemetry |= self._parameter_methods.telemetry()
-        for observer in self._observers:
-            telemetry |= observer.report()
-        return telemetry
+        observed = {key: value for observer in self._observers for key, value in observer.report().items()}
+        self._perturbation_log.prepare(telemetry, observed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as the Trainer does, with the telemetry of the perturbations next to each training loss."""
         if "loss" in logs:
-            logs |= self._telemetry
-            self._telemetry = {}
+            logs |= self._perturbation_log.take(self.state.global_step, self.state.epoch)
         super().log(logs, start_time)
 
     # Checkpoints
@@ -314,6 +316,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
             parts["imbalance"] = self._managed_loss.watch
         if len(self._parameter_methods) > 0:
             parts["parameters"], chains["parameters"] = self._parameter_methods, self._parameter_methods.methods
+        if self._perturbation_log.norms:
+            parts["log"] = self._perturbation_log
         if parts and self.args.should_save:
             requested = {"loss": self._managed_loss.requested} if self._perturbs_logits else {}
             save_state(output_dir, parts, chains, requested, self.accelerator.num_processes)
@@ -335,6 +339,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
             return
         for prefix, observer in self._observers_by_prefix().items():
             saved.restore(observer, prefix)
+        saved.restore(self._perturbation_log, "log")
         saved.check_chain("parameters", self._parameter_methods.methods, self.accelerator.num_processes)
         saved.restore(self._parameter_methods, "parameters")
         if not self._managed_loss.has_methods:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
 from ..batch import IGNORE_INDEX, LogitBatch
+from ..data.labels import LABEL_COLUMNS, find_label_column
 from ..data.training_labels import class_counts_or_none
 from ..distributed import AsyncAllReduce, stack_processes
 from ..loss import LPGLoss
@@ -30,6 +32,7 @@ from .imbalance_watch import ImbalanceWatch, describe_difference
 from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
 from .loss_scale import LossScale
 from .parameter_methods import gradient_scale
+from .start_line import start_line
 
 
 logger = get_logger(__name__)
@@ -81,6 +84,7 @@ class ManagedLoss:
         self.watch = ImbalanceWatch(None, False)
         # The optimizer step at which it begins to look at labels.
         self._watch_start = 0
+        self._start_line = ""
         # Number of labeled samples in the present step, if the Trainer did not count them.
         self._step_items: AsyncAllReduce | Tensor | int | None = None
         # The class statistics of the last step, between its end and their first use.
@@ -108,6 +112,7 @@ class ManagedLoss:
             outside.append(ClassWeighting())
         methods = build_chain(self._chain, counts, outside)
         chain = _logit_methods(methods)
+        self._start_line = start_line(self._chain, methods, counts, self._source_of_counts())
         config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
         for method in chain:
             method.use_label_names(getattr(config, "label2id", None) or {})
@@ -116,6 +121,15 @@ class ManagedLoss:
         # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
         if dynamo.backend != DynamoBackend.NO and base_loss is None:
             self._loss.compile(**dynamo.to_kwargs())
+
+    def _source_of_counts(self) -> str:
+        dataset = self._trainer.train_dataset
+        if self._class_counts is not None:
+            return "`class_counts`"
+        if self.watch.found is not None:
+            return "the labels that training met"
+        is_table = isinstance(dataset, Dataset) and any(name in dataset.column_names for name in LABEL_COLUMNS)
+        return f"the label column {find_label_column(dataset)!r}" if is_table else "the labels of `train_dataset`"
 
     def begin(self, num_labels: int, saved: SavedState | None) -> None:
         """Gets the loss ready, once the first batch has shown a classifier."""
@@ -129,6 +143,7 @@ class ManagedLoss:
             # The chain and the counts follow from what the first run found.
             self._rebuild(self.watch.found or self._own_counts())
             loss = self.loss
+        logger.info(self._start_line)
         if saved is not None:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)

@@ -23,6 +23,10 @@ class ReportsMixin(Trainer):
         """The methods of the chain that act on this model, in their order."""
         raise NotImplementedError
 
+    def _norms(self) -> list[dict[str, float]]:
+        """The mean norms of the gradient and of the deltas at each log."""
+        raise NotImplementedError
+
     def _ranked_rows(self) -> Dataset:
         """The table of label issues."""
         raise NotImplementedError
@@ -49,7 +53,8 @@ class ReportsMixin(Trainer):
         from ..report import check_installed, write_report
 
         check_installed()
-        summary = summarize_for_report(self, self._built_loss(), self._active_perturbations(), self._ranked_rows)
+        methods = self._active_perturbations()
+        summary = summarize_for_report(self, self._built_loss(), methods, self._norms(), self._ranked_rows)
         folder = Path(summary.output_dir) / "report" if output_dir is None else Path(output_dir)
         if self.is_world_process_zero():
             write_report(summary, folder, self.train_dataset, self.processing_class)
@@ -62,4 +67,5 @@ class ReportsMixin(Trainer):
         """
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_section(summarize_training(self, self._built_loss(), self._active_perturbations()))
+            methods = self._active_perturbations()
+            add_section(summarize_training(self, self._built_loss(), methods, self._norms()))

@@ -25,6 +25,7 @@ def summarize_training(
     trainer: Trainer,
     loss: LPGLoss | None,
     active_perturbations: Sequence[Perturbation],
+    norms: Sequence[dict[str, float]],
     label_issues: Dataset | Unavailable = NOT_COLLECTED,
     evaluation: Evaluation | Unavailable = NOT_COLLECTED,
 ) -> TrainingSummary:
@@ -35,6 +36,7 @@ def summarize_training(
         trainer ([`~transformers.Trainer`]): The trainer.
         loss ([`LPGLoss`], *optional*): Its perturbed loss, if it has one.
         active_perturbations (`Sequence[Perturbation]`): The methods that act on its model.
+        norms (`Sequence[dict[str, float]]`): The norms at each log, as [`TrainingSummary`] has them.
         label_issues (`datasets.Dataset` or [`Unavailable`], *optional*): The ranked training rows.
         evaluation ([`Evaluation`] or [`Unavailable`], *optional*): The result of [`evaluate_classifier`].
 
@@ -61,7 +63,7 @@ def summarize_training(
         num_steps=trainer.state.global_step,
         active_perturbations=tuple(active_perturbations),
         changed_settings=changed_settings(trainer.args),
-        log_history=list(trainer.state.log_history),
+        norms=list(norms),
         class_names=None if num_labels is None else find_class_names(num_labels, trainer.train_dataset, model),
         class_counts=counts,
         class_accuracy=accuracy,
@@ -76,13 +78,14 @@ def summarize_for_report(
     trainer: Trainer,
     loss: LPGLoss | None,
     active_perturbations: Sequence[Perturbation],
+    norms: Sequence[dict[str, float]],
     rank_rows: Callable[[], Dataset],
 ) -> TrainingSummary:
     """
     Summarizes a training together with its label issues and an evaluation. All processes must call it.
 
     Args:
-        trainer, loss and active_perturbations: As for [`summarize_training`].
+        trainer, loss, active_perturbations and norms: As for [`summarize_training`].
         rank_rows (`Callable`): Makes the table of label issues, or raises a `ValueError` that says why it cannot.
 
     Returns:
@@ -98,7 +101,7 @@ def summarize_for_report(
         label_issues = rank_rows()
     except ValueError as error:
         label_issues = Unavailable(str(error))
-    return summarize_training(trainer, loss, active_perturbations, label_issues, evaluate_classifier(trainer))
+    return summarize_training(trainer, loss, active_perturbations, norms, label_issues, evaluate_classifier(trainer))
 
 
 def evaluate_classifier(trainer: Trainer) -> Evaluation | Unavailable:

@@ -12,7 +12,7 @@ from leave import leave_together
 from tiny import flat_parameters, make_batch, make_model, make_trainer, split
 from transformers import TrainerCallback, default_data_collator
 
-from lpg_hf import LPGTrainer
+from lpg_hf import LPGConfig, LPGTrainer
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> Iterator[dict]:
@@ -63,7 +63,8 @@ def train(job: dict, output_dir: Path) -> dict:
         make_model(name, exact=True),
         split(batch, job["sizes"]),
         output_dir,
-        args=job["args"],
+        args_class=LPGConfig,
+        args=job["args"] | {"log_perturbations": True},
         perturbations=job["perturbations"],
         class_counts=None if job.get("is_stream") else [55, 25, 15, 5],
     )

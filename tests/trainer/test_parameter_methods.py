@@ -21,6 +21,7 @@ from lpg_hf import (
     GradientNoise,
     LogitAdjustment,
     LogitClipping,
+    LPGConfig,
     LPGLoss,
     LPGTrainer,
 )
@@ -227,7 +228,8 @@ def train(model, batches, path, perturbations, *, trainer_class=LPGTrainer, args
     """SGD with momentum; ready-made micro-batches."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     if trainer_class is LPGTrainer:
-        kwargs |= {"perturbations": perturbations, "class_counts": COUNTS}
+        kwargs |= {"perturbations": perturbations, "class_counts": COUNTS, "args_class": LPGConfig}
+        args = {"log_perturbations": True} | (args or {})
     trainer = make_trainer(
         trainer_class,
         model,
@@ -445,7 +447,8 @@ def test_a_loss_scale_changes_nothing(tmp_path):
             model,
             batches,
             tmp_path,
-            args={"max_grad_norm": 0.0},
+            args_class=LPGConfig,
+            args={"max_grad_norm": 0.0, "log_perturbations": True},
             perturbations=chain,
             optimizers=(optimizer, None),
         )
@@ -620,7 +623,13 @@ def test_the_second_pass_under_autocast_is_at_the_shifted_weights(tmp_path):
     norms = []
     for args in ({"bf16": True}, {}):
         trainer = make_trainer(
-            LPGTrainer, make_model("vit", exact=True).float(), batches, tmp_path, args=args, perturbations=[SAM(0.5)]
+            LPGTrainer,
+            make_model("vit", exact=True).float(),
+            batches,
+            tmp_path,
+            args_class=LPGConfig,
+            args=args | {"log_perturbations": True},
+            perturbations=[SAM(0.5)],
         )
         trainer.train()
         norms.append(logs_of(trainer, "lpg/sam/delta_norm"))
@@ -647,7 +656,16 @@ def test_parameters_that_only_one_pass_uses_count_in_the_norm(tmp_path):
     model = Skipping().double()
     first, second = copy.deepcopy(model.branches)
     batch = {"values": torch.randn(6, 3, dtype=torch.float64), "labels": torch.arange(6) % NUM_LABELS}
-    trainer = make_trainer(LPGTrainer, model, [batch], tmp_path, perturbations=[SAM(0.1)], class_counts=COUNTS)
+    trainer = make_trainer(
+        LPGTrainer,
+        model,
+        [batch],
+        tmp_path,
+        args_class=LPGConfig,
+        args={"log_perturbations": True},
+        perturbations=[SAM(0.1)],
+        class_counts=COUNTS,
+    )
     trainer.train()
     # What is shifted, the first branch, is not what the second pass uses.
     squares = 0

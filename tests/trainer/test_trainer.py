@@ -98,7 +98,7 @@ def test_early_gates_do_open(tmp_path):
         class_counts=COUNTS,
     )
     trainer.train()
-    weights = [log["lpg/class_relative_dampening/weight"] for log in trainer.state.log_history if "loss" in log]
+    weights = [log["lpg/weight"] for log in trainer.state.log_history if "loss" in log]
     assert weights[0] == 1 and min(weights) < 0.99
 
 
@@ -440,7 +440,7 @@ def test_streams_count_and_use_the_prior_after_the_first_epoch(tmp_path):
     )
     trainer.train()
     assert trainer.lpg_loss.statistics.class_counts.tolist() == [180, 6, 3, 3]
-    norms = [log["lpg/logit_adjustment/delta_norm"] for log in trainer.state.log_history if "loss" in log]
+    norms = [line["lpg/logit_adjustment/delta_norm"] for line in trainer._norms()]
     assert norms[:4] == [0.0] * 4  # four steps are an epoch
     assert min(norms[5:]) > 0
 
@@ -511,6 +511,8 @@ def test_telemetry_is_logged_as_numbers(tmp_path):
         model,
         batches,
         tmp_path,
+        args_class=LPGConfig,
+        args={"log_perturbations": True},
         perturbations=["logit_clipping(max_norm=0.5)", "logit_clipping(max_norm=0.2)"],
         class_counts=COUNTS,
     )
@@ -525,6 +527,11 @@ def test_telemetry_is_logged_as_numbers(tmp_path):
     assert log["lpg/logit_clipping/delta_ratio"] == pytest.approx(first / mean, abs=1e-9)
     second = [min(norm, 0.2) / norm for norm in clipped]
     assert log["lpg/logit_clipping_2/weight"] == pytest.approx(sum(second) / 16, abs=1e-9)
+    # In all, the first bound leaves no trace.
+    both = sum(min(norm, 0.2) / norm for norm in norms) / 16
+    assert log["lpg/weight"] == pytest.approx(both, abs=1e-9)
+    lost = sum(norm - min(norm, 0.2) for norm in norms) / 16
+    assert log["lpg/delta_ratio"] == pytest.approx(lost / mean, abs=1e-9)
     assert {"lpg/head_accuracy", "lpg/tail_accuracy"} <= log.keys()
 
 

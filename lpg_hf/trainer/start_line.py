@@ -1,0 +1,48 @@
+"""The line at the start of a training: which methods act, and which class counts they use."""
+
+from collections.abc import Sequence
+
+from ..perturbations import Perturbation
+
+
+# Of more classes, only the largest and the smallest are shown.
+MAX_SHOWN_CLASSES = 10
+
+
+def start_line(
+    chain: Sequence[str | Perturbation],
+    methods: Sequence[Perturbation],
+    class_counts: Sequence[int] | None,
+    source: str,
+) -> str:
+    """
+    Says what the chain of a training means for its data.
+
+    Args:
+        chain (`Sequence[str | Perturbation]`): The chain as the user wrote it.
+        methods (`Sequence[Perturbation]`): The methods that it stands for.
+        class_counts (`Sequence[int]`, *optional*): Training samples of each class. `None` if they are being counted.
+        source (`str`): Where the counts come from.
+
+    Example:
+
+    ```python
+    >>> from lpg_hf import LogitClipping
+    >>> start_line(["logit_clipping"], [LogitClipping()], [90, 10], "`class_counts`")
+    "Perturbations ['logit_clipping']: [logit_clipping()]. Class counts from `class_counts`: [90, 10]."
+    >>> start_line(["logit_clipping"], [LogitClipping()], None, "")
+    "Perturbations ['logit_clipping']: [logit_clipping()]. Class counts: unknown, counted while training."
+
+    ```
+    """
+    if class_counts is None:
+        counts = "Class counts: unknown, counted while training"
+    else:
+        counts = f"Class counts from {source}: {_shortened(class_counts)}"
+    return f"Perturbations {list(chain)}: {list(methods)}. {counts}."
+
+
+def _shortened(class_counts: Sequence[int]) -> str:
+    if len(class_counts) <= MAX_SHOWN_CLASSES:
+        return str(list(class_counts))
+    return f"{len(class_counts)} classes, the largest has {max(class_counts)} and the smallest {min(class_counts)}"
