@@ -9,17 +9,16 @@ import logging
 
 import pytest
 import torch
+from autocast import SIMULATED, RecordGradients, gradient_at_the_logits, unsure
 from families import CHAIN, COUNTS, make_family, make_family_batch, perturbed_by_chain
 from tiny import flat_parameters, make_trainer, split
-from torch import nn
 from torch.nn import functional as F
-from transformers import BertForSequenceClassification, Trainer, TrainerCallback
+from transformers import BertForSequenceClassification, Trainer
 
 from lpg_hf import LPGTrainer
 
 
 SGD = {"optim": "sgd", "learning_rate": 2.0**-4, "max_grad_norm": 0.0}
-SIMULATED = ["bert", "distilbert", "roberta", "deberta-v2", "modernbert", "gpt2", "resnet", "convnext"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,42 +54,10 @@ def cuda_autocast(request, monkeypatch):
     return wrap
 
 
-class RecordGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        self.gradient = torch.cat([row.double().flatten() for row in rows])
-
-
 def gradient_of_a_step(trainer_class, model, batch, path, **kwargs):
     record = RecordGradients()
     make_trainer(trainer_class, model, [batch], path, args=SGD, callbacks=[record], **kwargs).train()
     return record.gradient
-
-
-def gradient_at_the_logits(model, run):
-    """What reaches the half-precision logits, the output of the head."""
-    seen = {}
-
-    def keep(module, args, output):
-        seen["logits"] = output
-        output.register_hook(lambda gradient: seen.update(gradient=gradient))
-
-    handle = head_of(model).register_forward_hook(keep)
-    run()
-    handle.remove()
-    return seen["logits"].detach(), seen["gradient"]
-
-
-def unsure(name):
-    """As a model is before its training: the logits hardly differ."""
-    model = make_family(name, exact=True)
-    with torch.no_grad():
-        head_of(model).weight.mul_(0.1)
-    return model
-
-
-def head_of(model):
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 @pytest.mark.parametrize("name", SIMULATED)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from datasets import IterableDataset
 from leave import leave_together
-from tiny import flat_parameters, make_batch, make_model, make_trainer, split
+from tiny import make_batch, make_model, make_trainer, split
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, default_data_collator
 
 from lpg_hf import LPGConfig, LPGTrainer
@@ -52,6 +53,11 @@ class LooksOnMain(TrainerCallback):
             self.seen.append((before, looked_up.steps.item(), looked_up._running.clone()))
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """FSDP2 shards parameters. All processes must call this."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def train(job: dict, output_dir: Path) -> dict:
     torch.set_num_threads(1)
     name = job["model"]
@@ -68,6 +74,8 @@ def train(job: dict, output_dir: Path) -> dict:
         perturbations=job["perturbations"],
         class_counts=None if job.get("is_stream") else [55, 25, 15, 5],
     )
+    if trainer.args.n_gpu > 1:
+        trainer.args._n_gpu = 1
     if job.get("is_stream"):
         trainer.train_dataset = IterableDataset.from_generator(rows_of, gen_kwargs={"batch": batch})
         trainer.data_collator = default_data_collator
@@ -84,7 +92,7 @@ def train(job: dict, output_dir: Path) -> dict:
         trainer.report()
     return {
         "issues": trainer.label_issues().to_dict() if job.get("is_map") else None,
-        "parameters": flat_parameters(trainer.model),
+        "parameters": torch.cat([whole(parameter).detach().flatten() for parameter in trainer.model.parameters()]),
         "running": trainer.lpg_loss.statistics._running,
         "counts": trainer.lpg_loss.statistics.class_counts,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
