@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
 from ..batch import IGNORE_INDEX, LogitBatch
-from ..data.labels import LABEL_COLUMNS, find_label_column
 from ..data.training_labels import class_counts_or_none
 from ..distributed import AsyncAllReduce, stack_processes
 from ..loss import LPGLoss
@@ -32,7 +30,7 @@ from .imbalance_watch import ImbalanceWatch, describe_difference
 from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
 from .loss_scale import LossScale
 from .parameter_methods import gradient_scale
-from .start_line import start_line
+from .start_line import source_of_counts, start_line
 
 
 logger = get_logger(__name__)
@@ -112,7 +110,8 @@ class ManagedLoss:
             outside.append(ClassWeighting())
         methods = build_chain(self._chain, counts, outside)
         chain = _logit_methods(methods)
-        self._start_line = start_line(self._chain, methods, counts, self._source_of_counts())
+        source = source_of_counts(trainer.train_dataset, self._class_counts is not None, self.watch.found is not None)
+        self._start_line = start_line(self._chain, methods, counts, source)
         config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
         for method in chain:
             method.use_label_names(getattr(config, "label2id", None) or {})
@@ -121,15 +120,6 @@ class ManagedLoss:
         # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
         if dynamo.backend != DynamoBackend.NO and base_loss is None:
             self._loss.compile(**dynamo.to_kwargs())
-
-    def _source_of_counts(self) -> str:
-        dataset = self._trainer.train_dataset
-        if self._class_counts is not None:
-            return "`class_counts`"
-        if self.watch.found is not None:
-            return "the labels that training met"
-        is_table = isinstance(dataset, Dataset) and any(name in dataset.column_names for name in LABEL_COLUMNS)
-        return f"the label column {find_label_column(dataset)!r}" if is_table else "the labels of `train_dataset`"
 
     def begin(self, num_labels: int, saved: SavedState | None) -> None:
         """Gets the loss ready, once the first batch has shown a classifier."""

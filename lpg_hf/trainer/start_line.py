@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from datasets import Dataset
+
+from ..data.labels import LABEL_COLUMNS, find_label_column
 from ..perturbations import Perturbation
 
 
@@ -46,3 +49,13 @@ def _shortened(class_counts: Sequence[int]) -> str:
     if len(class_counts) <= MAX_SHOWN_CLASSES:
         return str(list(class_counts))
     return f"{len(class_counts)} classes, the largest has {max(class_counts)} and the smallest {min(class_counts)}"
+
+
+def source_of_counts(dataset: object, are_given: bool, were_met: bool) -> str:
+    """Where class counts come from: the user, the labels that training met, or the training set."""
+    if are_given:
+        return "`class_counts`"
+    if were_met:
+        return "the labels that training met"
+    has_column = isinstance(dataset, Dataset) and any(name in dataset.column_names for name in LABEL_COLUMNS)
+    return f"the label column {find_label_column(dataset)!r}" if has_column else "the labels of `train_dataset`"
