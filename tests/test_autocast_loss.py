@@ -167,6 +167,7 @@ def test_a_term_below_half_precision_is_kept(cuda_autocast, tmp_path, caplog):
                 batch,
                 tmp_path,
                 perturbations=["lpg(epsilon=0.0)"],
+                class_counts=COUNTS,
             )
             for coefficient in (1e-3, 0.0)
         )

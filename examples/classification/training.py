@@ -175,7 +175,12 @@ def checkpoint_to_resume(arguments: Arguments) -> str | None:
     args = arguments.training
     asked = args.resume_from_checkpoint
     if str(asked).lower() == "true":
-        return last_complete_checkpoint(args.output_dir)
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        if checkpoint is None:
+            raise ValueError(
+                f"There is no complete checkpoint in {args.output_dir}. Train without `resume_from_checkpoint`."
+            )
+        return checkpoint
     if asked is not None:
         if not is_complete(asked):
             raise ValueError(

@@ -245,7 +245,8 @@ class LabelIssuesMixin(Trainer):
         >>> images = [[[[float(label)] * 8] * 8] * 3 for label in [0, 1] * 10]
         >>> dataset = Dataset.from_dict({"pixel_values": images, "label": [1, 1] + [0, 1] * 9})  # row 0 is wrong
         >>> model = ResNetForImageClassification(ResNetConfig(num_labels=2, hidden_sizes=[8], depths=[1]))
-        >>> args = TrainingArguments(mkdtemp(), report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2)
+        >>> settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+        >>> args = TrainingArguments(mkdtemp(), **settings, num_train_epochs=10, learning_rate=1e-2)
         >>> trainer = LPGTrainer(model=model, args=args, train_dataset=dataset)
         >>> trainer.remove_callback(PrinterCallback)
         >>> _ = trainer.train()

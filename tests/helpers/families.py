@@ -222,6 +222,8 @@ def calibrate(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     assert head.out_features == NUM_LABELS
     head.weight.mul_(2 / spread)
+    if head.bias is not None:  # older transformers, 5.12 among them, do not start a ResNet's at zero
+        head.bias.zero_()
 
 
 def return_tuples(name: str, model: PreTrainedModel) -> None:
