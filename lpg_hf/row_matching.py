@@ -1,5 +1,6 @@
 """Finds out which item of a batch each sample comes from, by the labels that the items had before the collator."""
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ class ItemLabels:
         candidates (`Sequence[Hashable]`, *optional*): The columns to read; all that could hold labels if left out.
 
     Attributes:
-        positions (`list[int]` or `None`): Position of each item that is not `None`; `None` if `items` is not a list.
+        positions (`list[int]` or `None`):
+            Positions of the items that are not `None`; `None` if all count, or if `items` is not a list.
         labels (`dict[Hashable, list[int]]`): The labels of these items, by their column.
     """
 
@@ -29,8 +31,11 @@ class ItemLabels:
         self.labels: dict[Hashable, list[int]] = {}
         if not isinstance(items, list):
             return
-        self.positions = [position for position, item in enumerate(items) if item is not None]
-        present = [items[position] for position in self.positions]
+        present = items
+        # Without a call per item, like `_read_column`: this runs for every batch.
+        if not all(map(operator.is_not, items, itertools.repeat(None))):
+            self.positions = [position for position, item in enumerate(items) if item is not None]
+            present = [items[position] for position in self.positions]
         for column in _label_columns(present) if candidates is None else candidates:
             labels = _read_column(present, column)
             if labels is not None:
@@ -103,12 +108,9 @@ def _label_columns(items: Sequence[object]) -> Sequence[Hashable]:
 
 def _read_column(items: Sequence, column: Hashable) -> list[int] | None:
     try:
-        return [_as_integer(item[column]) for item in items]
-    except (LookupError, TypeError):
+        values = list(map(operator.itemgetter(column), items))
+        if values and isinstance(values[0], list | tuple):  # labels stored as [N, 1]
+            values = [value for (value,) in values]
+        return list(map(operator.index, values))
+    except (LookupError, TypeError, ValueError):
         return None
-
-
-def _as_integer(value: object) -> int:
-    if isinstance(value, list | tuple) and len(value) == 1:  # a label stored as [N, 1]
-        (value,) = value
-    return operator.index(value)  # type: ignore[arg-type]

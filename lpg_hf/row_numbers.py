@@ -43,20 +43,22 @@ class IndexedDataset(Dataset):
 
     Args:
         dataset: A data set with `__len__`, and with `__getitem__` or `__getitems__`.
+        num_rows (`int`): Number of rows that have a number. The data set may have grown since.
 
     Example:
 
     ```python
-    >>> IndexedDataset(["a", "b"]).__getitems__([1, -2])
+    >>> IndexedDataset(["a", "b"], num_rows=2).__getitems__([1, -2])
     [IndexedItems(rows=[1, 0], items=['b', 'a'])]
 
     ```
     """
 
     dataset: Any
+    _num_rows: int
 
-    def __init__(self, dataset: Any):
-        vars(self)["dataset"] = dataset
+    def __init__(self, dataset: Any, num_rows: int):
+        vars(self).update(dataset=dataset, _num_rows=num_rows)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -69,8 +71,19 @@ class IndexedDataset(Dataset):
         # looks into the result. The loader expects a list of items and gets a list of one.
         read_many = getattr(self.dataset, "__getitems__", None)
         items = read_many(indices) if callable(read_many) else [self.dataset[i] for i in indices]
-        num_rows = len(self.dataset)
-        return [IndexedItems([_row_number(index, num_rows) for index in indices], items)]
+        return [IndexedItems(self._row_numbers(indices), items)]
+
+    def _row_numbers(self, indices: Sequence[Any]) -> Sequence[int | None]:
+        try:
+            rows = list(map(operator.index, indices))
+        except TypeError:  # the user's sampler has keys of its own
+            return [None] * len(indices)
+        # As a rule, all are in range: a call per row would cost more than all else that a batch needs.
+        if rows and min(rows) >= 0 and max(rows) < self._num_rows:
+            return rows
+        size = len(self.dataset)
+        counted = [row + size if row < 0 else row for row in rows]
+        return [row if 0 <= row < self._num_rows else None for row in counted]
 
     def __getattr__(self, name: str) -> Any:
         # Forwards `set_epoch` and the like. Unpickling in a worker asks before `dataset` is set.
@@ -92,7 +105,7 @@ class IndexedCollator:
 
     Args:
         collator (`Callable`): Turns a list of items into a batch.
-        num_rows (`int`): Number of rows of the data set. Numbers that are not below it are unknown.
+        num_rows (`int`): Number of rows that have a number.
 
     Example:
 
@@ -115,35 +128,41 @@ class IndexedCollator:
         ((rows, items),) = indexed
         before = ItemLabels(items, self._columns)
         batch = self.collator(items)
-        labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
+        # Asked first, because it takes no call.
+        is_dict = type(batch) is dict
+        labels = batch.get("labels") if is_dict or isinstance(batch, MutableMapping) else None
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return batch
         numbers = self._row_numbers(rows, before, labels)
-        batch = copy.copy(batch)  # the collator may hand out an object that it keeps
+        batch = {**batch} if is_dict else copy.copy(batch)  # the collator may hand out an object that it keeps
         batch[ROWS_KEY] = torch.tensor(numbers, dtype=torch.int64)
         return batch
 
-    def _row_numbers(self, rows: Sequence[int | None], before: ItemLabels, labels: Tensor) -> list[int]:
-        unknown = [self.num_rows + UNKNOWN] * len(labels)
-        positions = list(range(len(rows))) if before.positions is None else before.positions
-        if not before.labels:  # the items do not show their labels: only their number can be compared
-            items: list[int | None] | None = list(range(len(labels)))
-            if len(labels) != len(positions):
-                return unknown
+    def _row_numbers(self, rows: Sequence[int | None], before: ItemLabels, labels: Tensor) -> Sequence[int]:
+        if before.positions is not None:
+            rows = [rows[position] for position in before.positions]
+        after = labels.flatten().tolist()
+        same = [column for column, values in before.labels.items() if values == after]
+        if same:
+            self._columns = same
+            found: Sequence[int | None] | None = rows
+        elif len(after) != len(labels):  # such as mixed labels
+            found = [None] * len(labels)
         else:
-            after = labels.flatten().tolist()
-            if len(after) != len(labels) or labels.is_floating_point():  # such as mixed labels
-                return unknown
-            same = [column for column, values in before.labels.items() if values == after]
-            if same:
-                self._columns = same
-            elif len(before.labels) > 1:
-                return unknown
-            items = match_labels(before.labels[same[0]] if same else next(iter(before.labels.values())), after)
-        if items is None:
+            found = self._match(rows, before, after)
+        if found is None:
             return [self.num_rows + REORDERED] * len(labels)
-        found = [None if item is None else rows[positions[item]] for item in items]
-        return [unknown[0] if row is None or row >= self.num_rows else row for row in found]
+        return [self.num_rows + UNKNOWN if row is None else row for row in found]
+
+    def _match(self, rows: Sequence[int | None], before: ItemLabels, after: list) -> Sequence[int | None] | None:
+        """The rows of a batch that does not have the labels of its items."""
+        if not before.labels and len(after) == len(rows):  # the items do not show them: their number must do
+            return rows
+        if len(before.labels) != 1:
+            return [None] * len(after)
+        (values,) = before.labels.values()
+        items = match_labels(values, after)
+        return None if items is None else [None if item is None else rows[item] for item in items]
 
 
 def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:
@@ -174,9 +193,8 @@ def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:
     if base is not None:
         inner = vars(numbered)["base_dataloader"] = _shallow_copy(base)
     # A loader of torch refuses another data set. Its workers, if there are any yet, belong to the original.
-    vars(inner).update(
-        dataset=IndexedDataset(inner.dataset), collate_fn=IndexedCollator(inner.collate_fn, num_rows), _iterator=None
-    )
+    collator = IndexedCollator(inner.collate_fn, num_rows)
+    vars(inner).update(dataset=IndexedDataset(inner.dataset, num_rows), collate_fn=collator, _iterator=None)
     return numbered
 
 
@@ -185,12 +203,3 @@ def _shallow_copy(original: Copied) -> Copied:
     duplicate = object.__new__(type(original))
     vars(duplicate).update(vars(original))
     return duplicate
-
-
-def _row_number(index: Any, num_rows: int) -> int | None:
-    try:
-        row = operator.index(index)
-    except TypeError:  # the user's sampler has keys of its own
-        return None
-    row = row + num_rows if row < 0 else row
-    return row if 0 <= row < num_rows else None

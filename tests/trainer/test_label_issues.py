@@ -492,13 +492,13 @@ def test_training_batches_asked_for_by_others_are_those_of_the_trainer(tmp_path)
 
 def test_rows_read_a_batch_at_once_where_the_data_set_can():
     dataset = make_dataset()
-    loader = DataLoader(IndexedDataset(dataset), batch_size=4, collate_fn=tuple)
+    loader = DataLoader(IndexedDataset(dataset, ROWS), batch_size=4, collate_fn=tuple)
     assert next(iter(loader)) == (([0, 1, 2, 3], [dataset[row] for row in range(4)]),)
-    assert IndexedDataset("ab").__getitems__([-1, 0]) == [([1, 0], ["b", "a"])]
-    assert IndexedDataset(dataset).__getitems__([5, 2]) == [([5, 2], [dataset[5], dataset[2]])]
-    assert IndexedDataset("ab").__getitems__([1, 0]) == [([1, 0], ["b", "a"])] and IndexedDataset("ab")[1] == "b"
+    assert IndexedDataset("ab", 2).__getitems__([-1, 0]) == [([1, 0], ["b", "a"])]
+    assert IndexedDataset(dataset, ROWS).__getitems__([5, 2]) == [([5, 2], [dataset[5], dataset[2]])]
+    assert IndexedDataset("ab", 2).__getitems__([1, 0]) == [([1, 0], ["b", "a"])] and IndexedDataset("ab", 2)[1] == "b"
     with pytest.raises(AttributeError, match="nothing"):
-        _ = IndexedDataset(dataset).nothing
+        _ = IndexedDataset(dataset, ROWS).nothing
 
 
 class Columns(torch.utils.data.Dataset):
@@ -574,9 +574,10 @@ def test_what_cannot_be_ranked_trains_and_says_why(tmp_path):
 
 def test_rows_without_a_number_are_not_known():
     collator = IndexedCollator(default_data_collator, num_rows=5)
-    (keyed,) = IndexedDataset({"a": {"label": 1}, "b": {"label": 0}}).__getitems__(["a", "b"])
-    assert collator([keyed])[ROWS_KEY].tolist() == [5, 5]
-    assert collator([IndexedItems([None, 7, 4], [{"label": 1}] * 3)])[ROWS_KEY].tolist() == [5, 5, 4]
+    keyed = IndexedDataset({"a": {"label": 1}, "b": {"label": 0}}, 5).__getitems__(["a", "b"])
+    assert collator(keyed)[ROWS_KEY].tolist() == [5, 5]
+    grown = IndexedDataset([{"label": 1}] * 8, 5).__getitems__([-1, 7, 4, -8])
+    assert collator(grown)[ROWS_KEY].tolist() == [5, 5, 4, 0]
     assert collator([IndexedItems([1, 2], [{"x": 1.0}, {"x": 0.0}])]).keys() == {"x"}
     assert IndexedCollator(list, num_rows=5)([IndexedItems([1], ["a"])]) == ["a"]
 
