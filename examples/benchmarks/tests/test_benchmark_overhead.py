@@ -39,7 +39,7 @@ class CountCalls(TrainerCallback):
             sys.setprofile(None)
 
 
-def test_without_perturbations_a_step_makes_few_more_calls(tmp_path):
+def test_without_perturbations_a_step_makes_a_hundredth_more_calls_at_most(tmp_path):
     counts = []
     for perturbations in (None, []):
         count = CountCalls()
@@ -50,5 +50,5 @@ def test_without_perturbations_a_step_makes_few_more_calls(tmp_path):
     plain, ours = counts
     added = {event: ours[event] - plain[event] for event in ("call", "c_call")}
     assert all(calls > 0 for calls in added.values())
-    # Measured 0.032 of them: most match the rows of a micro-batch with what the collator made of them.
-    assert sum(added.values()) <= 0.04 * (plain["call"] + plain["c_call"])
+    # Measured 0.0083 of them.
+    assert sum(added.values()) <= 0.01 * (plain["call"] + plain["c_call"])
