@@ -171,7 +171,7 @@ def set_up_logging() -> None:
 
 
 def checkpoint_to_resume(arguments: Arguments) -> str | None:
-    """What was asked for, else the newest whole checkpoint in the output folder, if there is one."""
+    """The checkpoint that was asked for, else the newest complete one in the output folder; `None` without any."""
     args = arguments.training
     asked = args.resume_from_checkpoint
     if str(asked).lower() == "true":

@@ -20,11 +20,11 @@ every_precision = pytest.mark.parametrize("precision", ["bf16", pytest.param("fp
 
 
 def gradient_of_a_step(trainer_class, model, batch, path, precision=None, **kwargs):
-    """The parameters' gradient without the factor of the scaler, in float64 on the CPU; and the trainer."""
+    """The parameters' gradient in float64 on the CPU, and the trainer. The Trainer unscales it to log its norm."""
     record = RecordGradients()
     args = {"learning_rate": 0.0} | ({} if precision is None else {precision: True})
     trainer = train(model, [batch], path, trainer_class=trainer_class, args=args, callbacks=[record], **kwargs)
-    return record.gradient.cpu() / gradient_scale(trainer.accelerator), trainer
+    return record.gradient.cpu(), trainer
 
 
 @every_precision
