@@ -236,7 +236,9 @@ class ClassStatistics(nn.Module):
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
         # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + inertia).
-        self._running.addcdiv_(pending[1:].addcmul(counts, self._running, value=-1), counts + self._inertia)
+        move = pending[1:].addcmul(counts, self._running, value=-1)
+        # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
+        self._running.addcdiv_(move.nan_to_num_(0.0, 0.0, 0.0), counts + self._inertia)
         self.steps += 1
         self.seen_counts += counts.long()
         if not self.counts_are_given:

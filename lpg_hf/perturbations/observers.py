@@ -1,8 +1,9 @@
 """What a callback offers that wants to see the perturbations of a training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -44,3 +45,30 @@ class PerturbationObserver(Protocol):
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores the state of a checkpoint; an empty mapping stands for a checkpoint without this observer."""
+
+
+def show_to(
+    observers: Sequence[PerturbationObserver], logits: Tensor, divisor: Tensor | float, loss_scale: float
+) -> Callable[[Tensor], None] | None:
+    """
+    Makes the function that shows the deltas of a micro-batch to the observers.
+
+    Args:
+        observers (`Sequence[PerturbationObserver]`): The observers. Only those that are due look.
+        logits (`torch.Tensor` of shape `[N, C]`): The logits of the micro-batch, with their graph.
+        divisor (`torch.Tensor`, scalar, or `float`): The number by which the loss of a sample is divided.
+        loss_scale (`float`): Factor of a gradient scaler.
+
+    Returns:
+        `Callable`: Takes the sum of all deltas, `[N, C]` in per-sample units; `None` if nobody looks.
+    """
+    due = [observer for observer in observers if observer.is_due]
+    if not due:
+        return None
+
+    def show(delta: Tensor) -> None:
+        gradient = delta / torch.as_tensor(divisor).to(delta)
+        for observer in due:
+            observer.add_perturbation(logits, gradient, loss_scale)
+
+    return show

@@ -1,60 +1,75 @@
-"""How the Trainer divides a loss under gradient accumulation. Since transformers 5.19 it can be told not to."""
+"""Gradient accumulation: how the Trainer divides a loss, and how many labeled samples a step has."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+
+from ..batch import IGNORE_INDEX
+from ..distributed import AsyncAllReduce
 
 
-# The switch that tells the Trainer whether a loss is scaled already.
+# The attribute that tells the Trainer whether a loss is scaled already.
 # https://github.com/huggingface/transformers/issues/43595
 HAS_SWITCH = hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-def divides_loss(trainer: Trainer, num_items_in_batch: Tensor | int | None) -> bool:
-    """Whether `Trainer.training_step` will divide the loss that it gets by the number of micro-batches."""
-    if HAS_SWITCH and trainer.loss_is_scaled_for_ga is not None:
-        return not trainer.loss_is_scaled_for_ga
-    takes_count = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-    return not takes_count and trainer.compute_loss_func is None
+def loss_divisor(trainer: Trainer, num_items_in_batch: Tensor | int | None) -> int:
+    """The number by which `Trainer.training_step` divides the loss that `compute_loss` returns."""
+    is_scaled = trainer.loss_is_scaled_for_ga if HAS_SWITCH else None
+    if is_scaled is None:
+        takes_count = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        is_scaled = takes_count or trainer.compute_loss_func is not None
+    return 1 if is_scaled else trainer.current_gradient_accumulation_steps
 
 
-def as_trainer_expects(
-    trainer: Trainer, loss: Tensor, is_scaled: bool, num_items_in_batch: Tensor | int | None
-) -> Tensor:
+class StepItems:
     """
-    Gets the loss of a micro-batch ready for `Trainer.training_step`, so that a mean over the whole step is not divided
-    again, and a mean over the micro-batch is divided. Call it within [`switch_kept`].
+    Counts the labeled samples in all micro-batches of a step, on all processes.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer. Since transformers 5.19 its switch is set.
-        loss (`torch.Tensor`): The loss of a micro-batch.
-        is_scaled (`bool`): Whether the loss is divided by the number of samples in the whole step.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): The number of samples as the Trainer counted it.
-
-    Returns:
-        `torch.Tensor`: The loss. Before transformers 5.19 it has the factor that undoes the Trainer's division.
+        trainer ([`~transformers.Trainer`]): Its settings and accelerator are used.
     """
-    if HAS_SWITCH:
-        trainer.loss_is_scaled_for_ga = is_scaled
-        return loss
-    divides = divides_loss(trainer, num_items_in_batch)
-    if is_scaled and divides:
-        return loss * trainer.current_gradient_accumulation_steps
-    if not is_scaled and not divides:
-        return loss / trainer.current_gradient_accumulation_steps
-    return loss
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._count: AsyncAllReduce | Tensor | int | None = None
+
+    def begin(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
+        """Begins a step. All processes must call it."""
+        args = self._trainer.args
+        self._count = num_items_in_batch
+        # The Trainer counts for some models and losses alone, and for DataParallel it counts a share.
+        if batches and (num_items_in_batch is None or args.n_gpu > 1):
+            count = count_labeled(batches).to(device)
+            across = args.average_tokens_across_devices
+            self._count = AsyncAllReduce(count, self._trainer.accelerator) if across else count
+
+    def end(self) -> None:
+        """Ends the step."""
+        self._count = None
+
+    def count(self, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
+        """Number of labeled samples in the present step; `num_items_in_batch` outside of one."""
+        if isinstance(self._count, AsyncAllReduce):
+            self._count = self._count.wait()
+        return num_items_in_batch if self._count is None else self._count
 
 
-@contextmanager
-def switch_kept(trainer: Trainer) -> Iterator[None]:
-    """Within it, [`as_trainer_expects`] may set the Trainer's switch. Afterwards the user's value is back."""
-    if not HAS_SWITCH:
-        yield
-        return
-    before = trainer.loss_is_scaled_for_ga
-    try:
-        yield
-    finally:
-        trainer.loss_is_scaled_for_ga = before
+def is_one_per_sample(labels: Tensor) -> bool:
+    """Whether labels are one integer for each sample."""
+    return labels.ndim > 0 and labels.numel() == len(labels) and not labels.is_floating_point()
+
+
+def count_labeled(batches: Sequence[object]) -> Tensor:
+    """The labeled samples of some micro-batches, a scalar. Without one integer label per sample, all of them count."""
+    counts = []
+    for batch in batches:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor) and is_one_per_sample(labels):
+            counts.append((labels != IGNORE_INDEX).sum())
+        else:
+            counts.append(torch.tensor(find_batch_size(batch) or 0))
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum()

@@ -8,6 +8,7 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .batch_shapes import OddBatches, why_not_classifier
 from .loss_scale import LossScale, can_tell_losses_apart, compare_with_cross_entropy
 
 
@@ -36,11 +37,15 @@ class ClassifierCheck:
             The chain, if it names methods that need a classifier. A model that is not one then raises an error.
 
     Attributes:
-        passed (`bool` or `None`): The decision; `None` before the first batch.
+        passed (`bool` or `None`): The decision; `None` before it.
+        num_labels (`int`): Number of classes, once the model has passed.
+        dtype (`torch.dtype`): Of the statistics: float64 if the logits are, else float32.
     """
 
     def __init__(self, trainer: Trainer, has_logit_methods: bool, requested: Sequence[object] | None):
         self.passed: bool | None = None
+        self.num_labels = 0
+        self.dtype = torch.float32
         self._trainer = trainer
         self._has_logit_methods = has_logit_methods
         self._requested = requested
@@ -48,6 +53,7 @@ class ClassifierCheck:
         # The scales that the model's own loss may have: one, as soon as a batch can tell.
         self._scales: list[LossScale] = []
         self._shapes_fit: bool | None = None
+        self._odd_batches = OddBatches(trainer, has_logit_methods, requested is not None, self._loss_is_given)
 
     @property
     def _model(self) -> nn.Module:
@@ -58,10 +64,15 @@ class ClassifierCheck:
         """Whether the Trainer was told which loss to use. The model's own loss does not matter then."""
         return self._trainer.compute_loss_func is not None or self._trainer.label_smoother is not None
 
-    @property
-    def scale(self) -> LossScale:
-        """How the model's own loss weights the samples, once the model has passed."""
-        return self._scales[0]
+    def scale(self, num_items_in_batch: Tensor | int | None) -> LossScale:
+        """
+        How a loss of the model weights the samples, once the model has passed.
+
+        Args:
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                What `compute_loss` got. Without it, the loss is the mean over the micro-batch.
+        """
+        return self._scales[0] if num_items_in_batch is not None else LossScale(is_per_step=False)
 
     def declared_num_labels(self) -> int | None:
         """The number of classes, if the model's own loss takes it from its config."""
@@ -100,20 +111,38 @@ class ClassifierCheck:
         is_first = self.passed is None
         if is_first:
             self._scales = self._possible_scales(num_items_in_batch)
+        is_odd = self._odd_batches.is_odd(loss, self.logits(outputs), labels, is_first)
         fitting, reason = self._fitting_scales(loss, outputs, labels, num_items)
         tells_apart = reason is not None or self._loss_is_given or labels is None or can_tell_losses_apart(labels)
-        fits = [scale in fitting for scale in self._scales]
-        votes = torch.tensor([[reason is None, not tells_apart, *fits]], device=self._trainer.args.device)
-        passed, cannot_tell, *fits = self._trainer.accelerator.gather(votes).all(0).tolist()
+        fits = [is_odd or scale in fitting for scale in self._scales]
+        # An odd batch has nothing to say, so that the others decide.
+        shown = None if is_odd or reason is not None else self.logits(outputs)
+        sizes = [0, 0] if shown is None else [shown.shape[-1], int(shown.dtype == torch.float64)]
+        ballot = [[*sizes, is_odd or reason is None, is_odd or not tells_apart, *fits]]
+        votes = self._trainer.accelerator.gather(torch.tensor(ballot, device=self._trainer.args.device))
+        num_labels, is_double = votes[:, :2].amax(0).tolist()
+        passed, cannot_tell, *fits = votes[:, 2:].all(0).tolist()
         if not passed or not any(fits):
-            self.refuse(reason or "another process saw a batch that does not fit a classifier")
+            if self._requested is None and self._odd_batches.is_announced(self.logits(outputs), labels):
+                self.passed = False
+            else:
+                self.refuse(reason or "another process saw a batch that does not fit a classifier")
+            return False
+        if is_first and num_labels == 0:
+            self._odd_batches.leave_undecided(reason or "its loss is not finite")
             return False
         self._scales = [scale for scale, fit in zip(self._scales, fits, strict=True) if fit]
         accumulation_steps = self._trainer.args.gradient_accumulation_steps
         is_whole_step = accumulation_steps == 1 and self._trainer.accelerator.num_processes == 1
         self._is_final = not cannot_tell and (is_whole_step or len(self._scales) == 1 or self._loss_is_given)
-        self.passed = True
+        if is_first:
+            self.passed, self.num_labels = True, num_labels
+            self.dtype = torch.float64 if is_double else torch.float32
         return is_first
+
+    def fits(self, outputs: Mapping | tuple, labels: object) -> bool:
+        """Whether a batch of a model that has passed can be perturbed: it may differ from the first one."""
+        return self._odd_batches.fits(self.logits(outputs), labels, self.num_labels)
 
     def refuse(self, reason: str) -> None:
         """
@@ -137,6 +166,14 @@ class ClassifierCheck:
             logger.warning(f"{message} Until then it trains exactly as with `Trainer`.")
         self.passed = False
 
+    def refuse_override(self) -> None:
+        """Ends the check, unless it has ended, because an override leaves out LPGTrainer's `compute_loss`."""
+        if self.passed is None:
+            self.refuse(
+                "its loss comes from a `compute_loss` or `training_step` that does not call LPGTrainer's "
+                "`compute_loss`"
+            )
+
     def logits(self, outputs: Mapping | tuple) -> Any:
         """The logits among the outputs of the model, usually a tensor; `None` if there are none."""
         if isinstance(outputs, Mapping):
@@ -146,10 +183,11 @@ class ClassifierCheck:
         return outputs[position] if len(outputs) > position else None
 
     def shapes_fit(self, outputs: Mapping | tuple, labels: Tensor | None) -> bool:
-        """Whether logits and labels look like a classifier's, whatever the loss is. The first batch decides."""
-        if self._shapes_fit is None:  # to unwrap the model would take longer than all else that a batch needs
+        """Whether logits and labels look like a classifier's, whatever the loss is. The first ones that do decide."""
+        # To unwrap the model would take longer than all else that a batch needs.
+        if self._shapes_fit is None and why_not_classifier(self.logits(outputs), labels, problem_type=None) is None:
             self._shapes_fit = self._why_wrong_shape(outputs, labels) is None
-        return self._shapes_fit
+        return bool(self._shapes_fit)
 
     def _why_wrong_shape(self, outputs: Mapping | tuple, labels: Tensor | None) -> str | None:
         model = self._model
@@ -201,38 +239,3 @@ class ClassifierCheck:
         # DataParallel takes the mean over replicas, which undoes the factor for sums. A model may ignore the count.
         per_step = LossScale(is_per_step=True, factor=1 if trainer.args.n_gpu > 1 else factor)
         return [per_step, LossScale(is_per_step=False, factor=factor)]
-
-
-def why_not_classifier(logits: object, labels: object, problem_type: str | None) -> str | None:
-    """
-    Explains why a batch does not come from a single-label classifier.
-
-    Args:
-        logits (`torch.Tensor`, *optional*): The logits of the model, if its outputs have any.
-        labels (`torch.Tensor`, *optional*): The labels of the batch, if it has any.
-        problem_type (`str`, *optional*): The `problem_type` in the model's config.
-
-    Returns:
-        `str`: The reason; `None` if the batch fits.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> why_not_classifier(torch.zeros(2, 3), torch.tensor([0, 2]), problem_type=None)
-    >>> why_not_classifier(torch.zeros(2, 1), torch.tensor([0, 2]), problem_type=None)
-    'its logits have shape [2, 1], not [N, C] with C > 1'
-
-    ```
-    """
-    if problem_type not in (None, "single_label_classification"):
-        return f"its `config.problem_type` is {problem_type!r}"
-    if not isinstance(labels, Tensor) or labels.ndim == 0:
-        return "its batches have no tensor of `labels`, one for each sample"
-    if labels.is_floating_point() or labels.ndim > 2 or labels.numel() != len(labels):
-        return f"its labels have dtype {labels.dtype} and shape {list(labels.shape)}, not one integer per sample"
-    if not isinstance(logits, Tensor):
-        return "its outputs have no tensor of `logits`"
-    if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
-        return f"its logits have shape {list(logits.shape)}, not [N, C] with C > 1"
-    return None

@@ -47,6 +47,8 @@ class ImbalanceWatch:
         self.begins_anew = False
         # Whether other labels are met, whether the loss corrects the imbalance, and whether an epoch has been judged.
         self._verdicts = [UNDECIDED, UNDECIDED if has_custom_loss else NO, NO]
+        # The optimizer step at which it began to look at labels; -1 before.
+        self._start = -1
         # Products of the variables of the fit, summed over samples: 1, rarity, log(1 - p_y), log of the relative pull.
         self._moments = torch.zeros(4, 4, dtype=torch.float64)
 
@@ -65,15 +67,24 @@ class ImbalanceWatch:
         """Whether the user's loss is still to be judged."""
         return self._verdicts[1] == UNDECIDED
 
-    def is_due(self, num_samples: int, epoch: float) -> bool:
+    def begin(self, step: int) -> None:
+        """Begins to watch with optimizer step `step`, unless a checkpoint has told when the watch began."""
+        if self._start < 0:
+            self._start = step
+
+    def is_due(self, step: int, step_size: int, epoch: float) -> bool:
         """
         Whether something is to be judged now: after the first samples, and after the first epoch.
 
         Args:
-            num_samples (`int`): Samples since the watch began, by the settings of the training.
+            step (`int`): Optimizer steps before the present one.
+            step_size (`int`): Samples of a step, by the settings of the training.
             epoch (`float`): Epochs before the present step.
         """
-        window = num_samples >= WINDOW and (self.watches_loss or self._verdicts[0] == UNDECIDED)
+        if self._start < 0:
+            return False
+        is_window = (step - self._start) * step_size >= WINDOW
+        window = is_window and (self.watches_loss or self._verdicts[0] == UNDECIDED)
         return window or (epoch >= 1 and self._verdicts[2] == NO)
 
     def add_pulls(self, batch: LogitBatch, gradient: Tensor, log_rarity: Tensor) -> None:
@@ -133,13 +144,14 @@ class ImbalanceWatch:
         """The verdicts, for a checkpoint."""
         counts = {"counted": self.counted or [], "found": self.found or []}
         tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in counts.items()}
-        return tensors | {"verdicts": torch.tensor(self._verdicts)}
+        return tensors | {"verdicts": torch.tensor(self._verdicts), "start": torch.tensor(self._start)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores the verdicts. On labels of other counts the labels are judged anew, from the first samples on."""
         verdicts = tensors["verdicts"].tolist()
         if tensors["counted"].tolist() == list(self.counted or []):
             self._verdicts, self.found = verdicts, tensors["found"].tolist() or None
+            self._start = int(tensors["start"])
         else:
             self._verdicts, self.begins_anew = [UNDECIDED, verdicts[1], YES], True
 

@@ -8,16 +8,16 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from ..data.training_labels import labels_or_none
 from ..distributed import stack_processes
 from ..perturbations import ClassRelativeDampening
-from ..row_numbers import ROWS_KEY, has_rows, number_rows
+from ..row_numbers import ROWS_KEY, UNKNOWN, has_rows, number_rows
 from ..row_records import DynamicsBuffer, TrainingDynamics
 from .checkpoint import load_rows, save_rows
+from .step_watch import StepWatchMixin
 from .summary import find_class_names
 
 
@@ -45,9 +45,11 @@ class RowTracker:
         self._dataset: object = None
         # The loader whose workers outlive an epoch.
         self._persistent: DataLoader | None = None
-        # The micro-batches of the present step with their rows, and the rows of the present micro-batch.
-        self._step: list[tuple[MutableMapping, Tensor]] = []
-        self._rows: Tensor | None = None
+        # Shapes and types of logits and labels that are recorded.
+        self._kind: tuple | None = None
+        # The micro-batches of the present step with their rows and labels; rows and labels of the present one.
+        self._step: list[tuple[MutableMapping, Tensor, Tensor]] = []
+        self._present: tuple[Tensor, Tensor] | None = None
 
     def note(self, loader: DataLoader) -> None:
         """Notes that the loader reads the rows of the training set, which the Trainer made it for."""
@@ -73,23 +75,47 @@ class RowTracker:
     def take_rows(self, batches: list) -> None:
         """Takes the row numbers out of the micro-batches of a step."""
         if self.buffer is not None:
-            self._step = [(b, b.pop(ROWS_KEY)) for b in batches if isinstance(b, MutableMapping) and ROWS_KEY in b]
+            self._step = [
+                (batch, batch.pop(ROWS_KEY), batch["labels"])
+                for batch in batches
+                if isinstance(batch, MutableMapping) and ROWS_KEY in batch
+            ]
 
-    def follow(self, inputs: object | None) -> None:
-        """Says to which micro-batch of [`RowTracker.take_rows`] the next visit belongs; `None` if to none of them."""
-        self._rows = next((rows for batch, rows in self._step if batch is inputs), None)
+    def follow(self, inputs: object) -> None:
+        """Says to which micro-batch of [`RowTracker.take_rows`] the next visit belongs."""
+        self._present = next(((rows, labels) for batch, rows, labels in self._step if batch is inputs), None)
 
     @property
     def is_following(self) -> bool:
         """Whether the rows of the present micro-batch are known and have not been recorded."""
-        return self._rows is not None
+        return self._present is not None
 
     def record(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
-        """Records the present micro-batch once: SAM looks at it a second time."""
-        rows, self._rows = self._rows, None
-        if rows is not None and self.buffer is not None:
+        """
+        Records the present micro-batch once: SAM looks at it a second time.
+
+        A micro-batch of another kind than the first one, as with soft labels, is left out.
+        """
+        present, self._present = self._present, None
+        if present is None or self.buffer is None or not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
+            return
+        kind = (logits.shape[1:], labels.shape[1:], labels.dtype, labels.shape[0] - logits.shape[0])
+        self._kind = self._kind or kind
+        if kind == self._kind:
+            rows, own_labels = present
+            if labels is not own_labels:
+                rows = self._checked_rows(rows, own_labels, labels)
             # Copies, because a compiled model may write its next results into the same memory.
             self.buffer.add(rows, logits.detach().clone(), labels, None if weight is None else weight.clone())
+
+    def _checked_rows(self, rows: Tensor, own_labels: Tensor, labels: Tensor) -> Tensor:
+        """The rows of a micro-batch; all unknown if an override has changed its labels."""
+        assert self.buffer is not None
+        unknown = torch.full((labels.numel(),), self.buffer.records.num_rows + UNKNOWN, device=labels.device)
+        if own_labels.shape != labels.shape:
+            return unknown
+        is_same = (own_labels.to(labels.device) == labels).all()
+        return torch.where(is_same, rows.to(labels.device), unknown)
 
     def end_epoch(self) -> None:
         """Adds up all visits and lets go of the last batches."""
@@ -105,7 +131,7 @@ class RowTracker:
         return self.buffer.records.merged(partial(stack_processes, accelerator=self._accelerator))
 
 
-class LabelIssuesMixin(Trainer):
+class LabelIssuesMixin(StepWatchMixin):
     """Adds `label_issues` to a [`~transformers.Trainer`] that calls `_record_rows` for its training batches."""
 
     # `None` before training.
@@ -144,17 +170,10 @@ class LabelIssuesMixin(Trainer):
             self._row_tracker.take_rows(batch_samples)
         return batch_samples, num_items_in_batch
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Trains on a micro-batch whose rows are followed."""
-        if self._row_tracker is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self._row_tracker.follow(inputs)
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._row_tracker.follow(None)
+    def _begin_micro_batch(self, inputs: Any) -> None:
+        super()._begin_micro_batch(inputs)
+        if self._row_tracker is not None:
+            self._row_tracker.follow(inputs)
 
     def _record_rows(self, logits: Tensor, labels: Tensor) -> None:
         dampening = self._dampening()
@@ -292,8 +311,9 @@ class LabelIssuesMixin(Trainer):
                 "Let it keep its items as they come."
             )
         cause = (
-            "`data_collator` drops or repeats items or changes their labels, the label of a row changes during the "
-            f"training, or the sampler draws other numbers than 0 to {records.num_rows - 1}"
+            "`data_collator`, `training_step` or `compute_loss` drops or repeats items or changes their labels, the "
+            "label of a row changes during the training, or the sampler draws other numbers than 0 to "
+            f"{records.num_rows - 1}"
         )
         if unknown >= MAX_UNKNOWN_SHARE * (known + unknown):
             raise ValueError(

@@ -21,25 +21,41 @@ def warn_of_missing_classes(class_counts: Sequence[int]) -> None:
         logger.warning(f"{len(missing)} of {len(class_counts)} classes have no training rows ({shown}): {result}.")
 
 
-def warn_of_unknown_counts(dataset: object, num_labels: int) -> None:
-    """Warns of a training set whose labels can only be counted as they come."""
+def warn_of_unknown_counts(dataset: object, num_labels: int, disagreement: ValueError | None) -> None:
+    """
+    Warns of a training set whose labels can only be counted as they come.
+
+    Args:
+        dataset (`object`): The training set.
+        num_labels (`int`): Number of classes.
+        disagreement (`ValueError`, *optional*): What is wrong with the labels that it shows.
+    """
+    cause: object = disagreement or (
+        f"it is of the type {type(dataset).__name__}, whose labels cannot be read without loading its rows (looked "
+        "for a column of integer labels and an attribute `labels` or `targets`)."
+    )
     logger.warning(
-        f"The class counts of `train_dataset` are not known: it is of the type {type(dataset).__name__}, whose labels "
-        "cannot be read without loading its rows (looked for a column of integer labels and an attribute `labels` "
-        f"or `targets`). Until training has seen all rows, or {min_counted_samples(num_labels)} samples, all classes "
-        "count as equally frequent. Pass `class_counts=[...]`, one number per class, to LPGTrainer."
+        f"The class counts of `train_dataset` are not known: {cause} Until training has seen all rows, or "
+        f"{min_counted_samples(num_labels)} samples, all classes count as equally frequent. Pass "
+        "`class_counts=[...]`, one number per class, to LPGTrainer."
     )
 
 
 @contextmanager
-def explain_label_errors() -> Iterator[None]:
-    """Within it, the error of a label that is out of range says what to check."""
+def explain_label_errors(disagreement: ValueError | None) -> Iterator[None]:
+    """
+    Within it, the error of a label that is out of range says what to check.
+
+    Args:
+        disagreement (`ValueError`, *optional*): What is known to be wrong with the labels.
+    """
     try:
         yield
-    except IndexError as error:
-        if "out of bounds" not in str(error):
+    except (IndexError, RuntimeError) as error:
+        is_label_error = isinstance(error, IndexError) and "out of bounds" in str(error)
+        if not (is_label_error or "device-side assert" in str(error)):
             raise
-        raise ValueError(
-            f"The loss failed with: {error}. If a label is out of range, check the label column and the `num_labels` "
-            "of the model."
-        ) from error
+        hint = disagreement or (
+            "If a label is out of range, check the label column and the `num_labels` of the model."
+        )
+        raise ValueError(f"The loss failed with: {error}. {hint}") from error

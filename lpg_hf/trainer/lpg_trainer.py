@@ -1,7 +1,6 @@
 """LPGTrainer: where in a training step the perturbations act, what is logged, and what a checkpoint holds."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import datasets
@@ -23,7 +22,6 @@ from ..config import LPGConfig
 from ..loss import LPGLoss
 from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver
-from .accumulation import as_trainer_expects, switch_kept
 from .checkpoint import STATE_FILE, SavedState, Stateful, load_state, save_state
 from .classifier import ClassifierCheck
 from .label_issues import LabelIssuesMixin, RowTracker
@@ -34,6 +32,7 @@ from .perturbation_log import PerturbationLog
 from .reports import ReportsMixin
 from .resumable import ResumableTrainer
 from .sam_step import SAMStepMixin
+from .step_watch import StepWatch
 
 
 logger = get_logger(__name__)
@@ -41,7 +40,6 @@ logger = get_logger(__name__)
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
 
-# SAMStepMixin stands after LabelIssuesMixin, so that both passes of SAM belong to one micro-batch of the rows.
 class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer):
     r"""
     A [`~transformers.Trainer`] that perturbs the gradient at the logits of a classification model.
@@ -167,13 +165,14 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         self._parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, self.args)
         for observer in self._observers:
             observer.start(self.accelerator)
+        self._step_watch = StepWatch()
         self._row_tracker = None
         self._perturbation_log = PerturbationLog(isinstance(self.args, LPGConfig) and self.args.log_perturbations)
         # The state of a checkpoint, until the first batch decides whether there is a loss to load it into.
         self._saved_state: SavedState | None = None
         num_labels = self._classifier.declared_num_labels()
         if num_labels is not None:
-            self._managed_loss.build(num_labels)
+            self._managed_loss.build_early(num_labels)
 
     @property
     def lpg_loss(self) -> LPGLoss | None:
@@ -208,29 +207,26 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
         self._prepare_perturbations()
         self._row_tracker = RowTracker(self.accelerator)
-        return super()._inner_training_loop(*args, **kwargs)
+        with self._watched_steps():
+            return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Takes the micro-batches of a step from the loader, and counts their labeled samples."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._managed_loss.is_needed:
+        if self._managed_loss.is_needed and self._classifier.passed is not False:
             self._managed_loss.begin_step(batch_samples, num_items_in_batch, device)
         return batch_samples, num_items_in_batch
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Trains on a micro-batch, and ends the step after its last one."""
-        with switch_kept(self):  # `compute_loss` sets it for the losses that it replaces
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._managed_loss.has_methods and self._classifier.passed is None:
-            self._classifier.refuse("its loss comes from a `compute_loss` that does not call LPGTrainer's")
+    def _end_micro_batch(self) -> None:
+        if not self._step_watch.is_reached and self._managed_loss.has_methods:
+            self._classifier.refuse_override()
         if self.accelerator.sync_gradients:
             self._managed_loss.end_step(learns=self._perturbs_logits)
+            if not self._step_watch.was_own:
+                self._parameter_methods.warn_without_sam(type(self))
             self._parameter_methods.perturb_(cast(nn.Module, self.model))
-        return loss
 
     def compute_loss(
         self,
@@ -240,28 +236,31 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the loss of a micro-batch as the Trainer does. In a training step, its gradient is perturbed."""
+        watch, managed = self._step_watch, self._managed_loss
         labels: Any = inputs.get("labels")
-        is_training = model.training and torch.is_grad_enabled()
-        replaces_loss = is_training and self._managed_loss.is_needed
-        with explain_label_errors() if replaces_loss else nullcontext():
+        is_training = watch.is_running and torch.is_grad_enabled()
+        # Whoever calls this without LPGTrainer's `training_step` gets a loss of Trainer's scale, and divides it alike.
+        replaces_loss = is_training and (managed.has_methods or (managed.is_needed and watch.divisor is not None))
+        if not replaces_loss:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if replaces_loss:
-            num_items = self._managed_loss.num_items(num_items_in_batch)
-            logits = self._classifier.logits(outputs)
-            if self._classifier.update(loss, outputs, labels, num_items, num_items_in_batch):
-                self._managed_loss.begin(logits.shape[-1], self._saved_state)
-            if self._classifier.passed:
+        else:
+            # On a GPU, the first reading of a result raises what the loss has found.
+            with explain_label_errors(managed.disagreement):
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+                watch.is_reached = True
+                num_items = num_items_in_batch if watch.divisor is None else managed.items.count(num_items_in_batch)
+                logits = self._classifier.logits(outputs)
+                has_passed = self._classifier.update(loss, outputs, labels, num_items, num_items_in_batch)
+            if has_passed:
+                managed.begin(self._classifier.num_labels, self._classifier.dtype, self._saved_state)
+            if self._classifier.passed and self._classifier.fits(outputs, labels):
+                scale, learns = self._classifier.scale(num_items_in_batch), watch.is_first_look(len(logits))
                 is_observed = not self._parameter_methods.is_ascending
-                scale = self._classifier.scale
-                loss = self._managed_loss.perturbed(loss, logits, labels, num_items, scale, is_observed)
-                loss = as_trainer_expects(self, loss, num_items is not None, num_items_in_batch)
+                loss = managed.perturbed(loss, logits, labels, num_items, scale, watch.divisor, learns, is_observed)
         is_followed = is_training and self._row_tracker is not None and self._row_tracker.is_following
         if is_followed and self._classifier.shapes_fit(outputs, labels):
             self._record_rows(self._classifier.logits(outputs), labels)
         return (loss, outputs) if return_outputs else loss
-
-    def _freeze_statistics(self) -> AbstractContextManager[None]:
-        return self._managed_loss.frozen() if self._classifier.passed else nullcontext()
 
     def _num_classes(self) -> int | None:
         loss = self._built_loss()
@@ -282,11 +281,11 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # A run that ends between two logs must not hide bad values. `on_train_end` of callbacks would come after the
         # Trainer has loaded the best model. https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24
-        self._gather_telemetry()
+        self._gather_telemetry(is_last=True)
         return super()._finalize_training(*args, **kwargs)
 
-    def _gather_telemetry(self) -> None:
-        telemetry = self._managed_loss.telemetry() if self._perturbs_logits else {}
+    def _gather_telemetry(self, is_last: bool = False) -> None:
+        telemetry = self._managed_loss.telemetry(is_last) if self._perturbs_logits else {}
         telemetry |= self._parameter_methods.telemetry()
         observed = {key: value for observer in self._observers for key, value in observer.report().items()}
         self._perturbation_log.prepare(telemetry, observed)

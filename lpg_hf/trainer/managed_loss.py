@@ -1,35 +1,28 @@
 """ManagedLoss: the LPGLoss of one training, which the trainer builds, calls and steps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import Trainer
 
 from ..batch import IGNORE_INDEX, LogitBatch
 from ..data.training_labels import class_counts_or_none
 from ..distributed import AsyncAllReduce, stack_processes
 from ..loss import LPGLoss
-from ..perturbations import (
-    ClassRelativeDampening,
-    ClassWeighting,
-    LabelSmoothing,
-    LogitPerturbation,
-    Perturbation,
-    build_chain,
-)
-from ..perturbations.observers import PerturbationObserver
+from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbation, build_chain
+from ..perturbations.observers import PerturbationObserver, show_to
+from .accumulation import StepItems
+from .build_loss import build_loss, logit_methods
 from .checkpoint import SavedState
 from .imbalance_watch import ImbalanceWatch, describe_difference
 from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
 from .loss_scale import LossScale
 from .parameter_methods import gradient_scale
+from .skipped_steps import SkippedSteps
 from .start_line import source_of_counts, start_line
 
 
@@ -55,6 +48,8 @@ class ManagedLoss:
         has_methods (`bool`): Whether the chain has methods at the logits.
         is_needed (`bool`): Whether this loss takes the place of the Trainer's.
         requested (`list[str]`): The methods at the logits as the user asked for them: `"auto"`, or a `repr`.
+        items ([`StepItems`]): Number of labeled samples in the present step.
+        disagreement (`ValueError` or `None`): Why labels or class counts do not fit the number of classes.
     """
 
     def __init__(
@@ -72,81 +67,83 @@ class ManagedLoss:
         self.requested = [
             text
             for entry in chain
-            for text in (["auto"] if entry == "auto" else map(repr, _logit_methods(build_chain([entry]))))
+            for text in (["auto"] if entry == "auto" else map(repr, logit_methods(build_chain([entry]))))
         ]
         self._trainer = trainer
         self._chain = chain
         self._class_counts = class_counts
         self._observers = observers
         self._loss: LPGLoss | None = None
+        self.items = StepItems(trainer)
+        self.disagreement: ValueError | None = None
         self.watch = ImbalanceWatch(None, False)
-        # The optimizer step at which it begins to look at labels.
-        self._watch_start = 0
+        self._skipped_steps = SkippedSteps(trainer)
         self._start_line = ""
-        # Number of labeled samples in the present step, if the Trainer did not count them.
-        self._step_items: AsyncAllReduce | Tensor | int | None = None
         # The class statistics of the last step, between its end and their first use.
         self._pending_statistics: AsyncAllReduce | None = None
+
+    def build_early(self, num_labels: int) -> None:
+        """
+        Builds the loss for the number of classes that the model declares, if `class_counts` fits it.
+
+        A model with a head of its own may declare another number than its head has: the first batch decides.
+        """
+        try:
+            self.build(num_labels)
+        except ValueError as error:
+            self.disagreement = error
 
     def build(self, num_labels: int) -> None:
         """Builds the loss for a number of classes, with new statistics."""
         trainer, counts, counted = self._trainer, self._class_counts, None
+        self.disagreement = None
         if counts is None and self.has_methods:
-            counts = counted = class_counts_or_none(trainer.train_dataset, num_labels)
+            try:
+                counts = counted = class_counts_or_none(trainer.train_dataset, num_labels)
+            except ValueError as error:  # a transform or a collator may put them right
+                self.disagreement = error
         has_custom_loss = trainer.compute_loss_func is not None and counts is not None and "auto" in self._chain
         self.watch = ImbalanceWatch(counted, has_custom_loss)
         self._build(num_labels, counts)
 
     def _build(self, num_labels: int, counts: Sequence[int] | None) -> None:
-        trainer = self._trainer
-        base_loss: Callable[[Tensor, Tensor], Tensor] | None = None
-        outside: list[LogitPerturbation] = []
-        if trainer.label_smoother is not None:
-            epsilon = trainer.label_smoother.epsilon
-            base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=epsilon)
-            # With a factor of 1 no label is left to learn, and `auto` has nothing to take into account.
-            outside = [LabelSmoothing(epsilon)] if epsilon < 1 else []
-        if self.watch.loss_corrects:
-            outside.append(ClassWeighting())
-        methods = build_chain(self._chain, counts, outside)
-        chain = _logit_methods(methods)
-        source = source_of_counts(trainer.train_dataset, self._class_counts is not None, self.watch.found is not None)
+        dataset, is_given = self._trainer.train_dataset, self._class_counts is not None
+        self._loss, methods = build_loss(self._trainer, self._chain, num_labels, counts, self.watch.loss_corrects)
+        source = source_of_counts(dataset, is_given, self.watch.found is not None)
         self._start_line = start_line(self._chain, methods, counts, source)
-        config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
-        for method in chain:
-            method.use_label_names(getattr(config, "label2id", None) or {})
-        self._loss = LPGLoss(num_labels, chain, counts, base_loss, managed=True)
-        dynamo = trainer.accelerator.state.dynamo_plugin
-        # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
-        if dynamo.backend != DynamoBackend.NO and base_loss is None:
-            self._loss.compile(**dynamo.to_kwargs())
 
-    def begin(self, num_labels: int, saved: SavedState | None) -> None:
-        """Gets the loss ready, once the first batch has shown a classifier."""
+    def begin(self, num_labels: int, dtype: torch.dtype, saved: SavedState | None) -> None:
+        """
+        Gets the loss ready, once the first batch has shown a classifier. All processes must call it.
+
+        Args:
+            num_labels (`int`): Number of classes.
+            dtype (`torch.dtype`): Of the statistics, which are summed over processes.
+            saved ([`SavedState`], *optional*): The state of a checkpoint.
+        """
         if self._loss is None or self._loss.num_labels != num_labels:
             self.build(num_labels)
         if not self.has_methods:
             return
-        loss = self.loss
+        # A process whose batches are odd does not reach the place where the loss takes after its logits.
+        self.loss.to(device=self._trainer.args.device, dtype=dtype)
         if saved is not None and saved.has("imbalance"):
             saved.restore(self.watch, "imbalance")
             # The chain and the counts follow from what the first run found.
             self._rebuild(self.watch.found or self._own_counts())
-            loss = self.loss
+        loss = self.loss
         logger.info(self._start_line)
         if saved is not None:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
-            # The state is float64 if the logits were.
-            loss.to(device=self._trainer.args.device, dtype=saved.tensors["loss.statistics._running"].dtype)
             self.load_state_dict(saved.renumbered(self.methods))
             if self.watch.begins_anew:  # the samples of the first run had other labels
                 self.loss.statistics.seen_counts.zero_()
-                self._watch_start = self._trainer.state.global_step
+        self.watch.begin(self._trainer.state.global_step)
         if loss.statistics.counts_are_given:
             warn_of_missing_classes(loss.statistics.class_counts.tolist())
         else:
-            warn_of_unknown_counts(self._trainer.train_dataset, loss.num_labels)
+            warn_of_unknown_counts(self._trainer.train_dataset, loss.num_labels, self.disagreement)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the loss. Counts that were given or read are not part of it: they belong to the data."""
@@ -190,8 +187,7 @@ class ManagedLoss:
         trainer, watch = self._trainer, self.watch
         args, state = trainer.args, trainer.state
         step_size = args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
-        epoch = state.epoch or 0.0
-        if self._loss is None or not watch.is_due((state.global_step - self._watch_start) * step_size, epoch):
+        if self._loss is None or not watch.is_due(state.global_step, step_size, state.epoch or 0.0):
             return
         if watch.watches_loss:
             if watch.judge_loss(trainer.accelerator):
@@ -202,7 +198,7 @@ class ManagedLoss:
             else:
                 self._rebuild(self._own_counts())
         seen, had_met_others = self.loss.statistics.seen_counts.tolist(), watch.met_other_labels
-        if watch.judge_labels(seen, is_epoch=epoch >= 1) and watch.found is not None:
+        if watch.judge_labels(seen, is_epoch=(state.epoch or 0.0) >= 1) and watch.found is not None:
             self._rebuild(watch.found)
             if not had_met_others and watch.counted is not None:
                 logger.warning(describe_difference(seen, watch.counted))
@@ -228,31 +224,16 @@ class ManagedLoss:
     def methods(self) -> list[LogitPerturbation]:
         """The methods of the loss, in their order."""
         loss = self.loss_or_none
-        return [] if loss is None else [m for m in loss.perturbations if isinstance(m, LogitPerturbation)]
+        return [] if loss is None else logit_methods(loss.perturbations)
 
     def dampening(self) -> ClassRelativeDampening | None:
         """The first class-relative dampening of the chain."""
         return next((method for method in self.methods if isinstance(method, ClassRelativeDampening)), None)
 
     def begin_step(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
-        """Counts the labeled samples in all micro-batches of a step. All processes must call it."""
-        args = self._trainer.args
+        """Begins a step of some micro-batches. All processes must call it."""
         self._watch_imbalance()
-        self._step_items = num_items_in_batch
-        # The Trainer counts for some models and losses alone, and for DataParallel it counts a share.
-        if num_items_in_batch is None or args.n_gpu > 1:
-            labels: list[Any] = [batch.get("labels") if isinstance(batch, Mapping) else None for batch in batches]
-            self._step_items = None
-            if labels and all(isinstance(label, Tensor) for label in labels):
-                count = torch.stack([(label != IGNORE_INDEX).sum() for label in labels]).sum().to(device)
-                across = args.average_tokens_across_devices
-                self._step_items = AsyncAllReduce(count, self._trainer.accelerator) if across else count
-
-    def num_items(self, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
-        """Number of labeled samples in the present step; `num_items_in_batch` outside of one."""
-        if isinstance(self._step_items, AsyncAllReduce):
-            self._step_items = self._step_items.wait()
-        return num_items_in_batch if self._step_items is None else self._step_items
+        self.items.begin(batches, num_items_in_batch, device)
 
     def perturbed(
         self,
@@ -261,6 +242,8 @@ class ManagedLoss:
         labels: Tensor,
         num_items: Tensor | int | None,
         scale: LossScale,
+        divisor: int | None,
+        learns: bool,
         is_observed: bool,
     ) -> Tensor:
         """
@@ -271,58 +254,70 @@ class ManagedLoss:
             logits (`torch.Tensor` of shape `[N, C]`): The logits of the model, with their graph.
             labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices, -100 for ignored samples.
             num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the whole step.
-            scale ([`LossScale`]): The scale of the model's own loss.
+            scale ([`LossScale`]): The scale of `loss`.
+            divisor (`int`, *optional*):
+                The number by which the Trainer will divide the loss. `None` if a user's `training_step` takes its
+                place: the loss then keeps the scale that the Trainer's `compute_loss` gives it.
+            learns (`bool`): Whether statistics and telemetry count these samples.
             is_observed (`bool`): Whether the observers may see the perturbation.
 
         Returns:
-            `torch.Tensor`: A loss of the same value, scaled to the step, with the perturbed gradient.
+            `torch.Tensor`: A loss with the perturbed gradient. Divided, it has the scale of the step.
         """
         trainer, lpg_loss = self._trainer, self.loss
         if trainer.state.epoch is not None and trainer.state.epoch >= 1:
             lpg_loss.end_epoch()
-        num_copies = 1
-        if num_items is None:
-            num_items = (labels != IGNORE_INDEX).sum()
-        elif trainer.args.average_tokens_across_devices:
-            # The number counts all processes, and their gradients will be averaged.
-            num_copies = trainer.accelerator.num_processes // trainer.get_tp_size()
-        observer = self._observer(logits, num_items, num_copies) if is_observed else None
-        if trainer.compute_loss_func is not None:
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long())
-            divisor = scale.divisor(batch.labels, num_items).to(dtype).clamp(min=1 / scale.factor)
-            if self.watch.watches_loss and not lpg_loss.is_frozen:
-                (gradient,) = torch.autograd.grad(loss.mean(), logits, retain_graph=True, allow_unused=True)
-                if gradient is not None:
-                    self.watch.add_pulls(batch, gradient, lpg_loss.statistics.prior_terms.log_rarity)
-            return lpg_loss.perturb_loss(loss.mean(), logits, batch, divisor, observer)
-        model_loss = None
-        if trainer.label_smoother is None:
-            accumulation_steps = trainer.current_gradient_accumulation_steps
-            is_whole_step = accumulation_steps == 1 and trainer.accelerator.num_processes == 1
-            model_loss = scale.to_step(loss.mean(), labels, num_items, is_whole_step=is_whole_step)
-        perturbed_loss = lpg_loss(logits, labels, num_items, model_loss, observer)
-        return perturbed_loss if num_copies == 1 else perturbed_loss * num_copies
+        with nullcontext() if learns else lpg_loss.frozen():
+            if trainer.compute_loss_func is not None:
+                return self._perturbed_custom(loss.mean(), logits, labels, num_items, scale, is_observed)
+            num_copies = scale.factor
+            if divisor is None and not scale.is_per_step:
+                num_items = None
+            elif divisor is not None:
+                # The number counts all processes, and their gradients will be averaged.
+                across = num_items is not None and trainer.args.average_tokens_across_devices
+                num_copies = trainer.accelerator.num_processes // trainer.get_tp_size() if across else 1
+            is_step_mean = num_items is not None
+            items = (labels != IGNORE_INDEX).sum() if num_items is None else num_items
+            is_alone = trainer.current_gradient_accumulation_steps == trainer.accelerator.num_processes == 1
+            model_loss = None
+            if trainer.label_smoother is None:
+                model_loss = scale.to_step(loss.mean(), labels, items, is_whole_step=is_alone or divisor is None)
+            observer = None
+            if is_observed and self._observers:
+                observer = self._observer(logits, torch.as_tensor(items).clamp(min=1) / num_copies)
+            perturbed_loss = lpg_loss(logits, labels, items, model_loss, observer)
+        # An override may add terms of its own to this loss, which the Trainer then divides as well.
+        factor = num_copies * (divisor if divisor is not None and is_step_mean else 1)
+        return perturbed_loss if factor == 1 else perturbed_loss * factor
 
-    def _observer(self, logits: Tensor, num_items: Tensor | int, num_copies: int) -> Callable[[Tensor], None] | None:
-        due = [observer for observer in self._observers if observer.is_due]
-        if not due:
-            return None
+    def _perturbed_custom(
+        self,
+        loss: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        scale: LossScale,
+        is_observed: bool,
+    ) -> Tensor:
+        """Perturbs what a `compute_loss_func` returned, on the scale that it has."""
+        lpg_loss = self.loss
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long())
+        divisor = scale.divisor(batch.labels, num_items).to(dtype).clamp(min=1 / scale.factor)
+        if self.watch.watches_loss and not lpg_loss.is_frozen:
+            (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+            if gradient is not None:
+                self.watch.add_pulls(batch, gradient, lpg_loss.statistics.prior_terms.log_rarity)
+        observer = self._observer(logits, divisor) if is_observed else None
+        return lpg_loss.perturb_loss(loss, logits, batch, divisor, observer)
 
-        def observe(delta: Tensor) -> None:
-            gradient = num_copies / torch.as_tensor(num_items).to(delta).clamp(min=1) * delta
-            for observer in due:
-                observer.add_perturbation(logits, gradient, gradient_scale(self._trainer.accelerator))
-
-        return observe
-
-    def frozen(self) -> AbstractContextManager[None]:
-        """Within it, the loss perturbs but does not learn, as for SAM's second look at a batch."""
-        return nullcontext() if self._loss is None else self.loss.frozen()
+    def _observer(self, logits: Tensor, divisor: Tensor) -> Callable[[Tensor], None] | None:
+        return show_to(self._observers, logits, divisor, gradient_scale(self._trainer.accelerator))
 
     def end_step(self, learns: bool) -> None:
         """Ends an optimizer step. If the loss `learns`, it moves the statistics and the methods with state."""
-        self._step_items = None
+        self.items.end()
         if not learns:
             return
         # Looked up first: afterwards, it would wait for the statistics.
@@ -335,10 +330,20 @@ class ManagedLoss:
         for method in methods:
             method.step(lambda tensor: AsyncAllReduce(tensor, accelerator).wait())
 
-    def telemetry(self) -> dict[str, float]:
-        """The means over the samples since the last call. All processes must call it."""
-        return self.loss.telemetry(partial(stack_processes, accelerator=self._trainer.accelerator))
+    def telemetry(self, is_last: bool = False) -> dict[str, float]:
+        """
+        The means over the samples since the last call. All processes must call it.
 
+        Args:
+            is_last (`bool`, *optional*, defaults to `False`): Whether the training ends.
 
-def _logit_methods(chain: Sequence[Perturbation]) -> list[LogitPerturbation]:
-    return [method for method in chain if isinstance(method, LogitPerturbation)]
+        Raises:
+            FloatingPointError: If a gradient was not finite and the weights are not finite.
+        """
+        report: dict[str, float] = {}
+        try:
+            report = self.loss.telemetry(partial(stack_processes, accelerator=self._trainer.accelerator))
+        except FloatingPointError as error:
+            self._skipped_steps.add(error)
+        self._skipped_steps.warn(is_last)
+        return report

@@ -6,11 +6,15 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..perturbations import SAM, GradientPerturbation, ParameterPerturbation, Perturbation
 from ..telemetry import unique_names
+
+
+logger = get_logger(__name__)
 
 
 def gradient_scale(accelerator: Accelerator) -> float:
@@ -39,6 +43,7 @@ class ParameterMethods(nn.ModuleList):
     def __init__(self, chain: Iterable[Perturbation], accelerator: Accelerator, args: TrainingArguments):
         super().__init__([copy.deepcopy(method) for method in chain if isinstance(method, ParameterPerturbation)])
         self.is_ascending = False
+        self._has_warned = False
         self._sams = [method for method in self if isinstance(method, SAM)]
         self._gradient_methods = [method for method in self if isinstance(method, GradientPerturbation)]
         self._accelerator = accelerator
@@ -80,6 +85,16 @@ class ParameterMethods(nn.ModuleList):
             yield
         finally:
             self.is_ascending = False
+
+    def warn_without_sam(self, trainer_class: type) -> None:
+        """Warns once that SAM cannot act, as the `training_step` of a trainer does not call LPGTrainer's."""
+        if self._sams and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"{self._sams[0]!r} does not act: `{trainer_class.__name__}.training_step` does not call "
+                "LPGTrainer's, which makes SAM's two passes. Call `super().training_step(model, inputs, "
+                "num_items_in_batch)` in it, or leave SAM out of `perturbations`."
+            )
 
     def perturb_(self, model: nn.Module) -> None:
         """Perturbs the finished gradients of an optimizer step in place."""

@@ -1,5 +1,6 @@
 """ResumableTrainer: works around what stops transformers' Trainer from resuming exactly. It does not know of LPG."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,12 @@ class ResumableTrainer(Trainer):
 
 def reload_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """
-    Loads the weights of a checkpoint with `from_pretrained` if its file has other names than the model's parameters.
+    Loads the weights of a checkpoint that are not found under the names of the model's parameters.
 
     transformers 5.24 saves some models (ViT among them) under older names. Its Trainer looks for the names of the
-    parameters, warns, and continues with fresh weights. https://github.com/huggingface/transformers/issues/43701 and
-    issues/48805 are open.
+    parameters, warns, and continues with fresh weights. `from_pretrained` finds them, but it makes only models whose
+    constructor needs no more than a config. Others stay as the Trainer left them.
+    https://github.com/huggingface/transformers/issues/43701 and issues/48805 are open.
 
     Args:
         model (`torch.nn.Module`): The model, unwrapped.
@@ -100,8 +102,23 @@ def reload_renamed_weights(model: nn.Module, checkpoint: str | Path) -> None:
     path = Path(checkpoint) / SAFE_WEIGHTS_NAME
     if not isinstance(model, PreTrainedModel) or not path.is_file():
         return
+    try:
+        inspect.signature(type(model)).bind(model.config)
+    except TypeError:  # the constructor needs more than a config
+        return
     with safe_open(path, framework="pt") as file:
         saved = set(file.keys())
-    if not saved.issuperset(model.state_dict()):
-        saved_model = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
-        model.load_state_dict(saved_model.state_dict())
+    state = model.state_dict(keep_vars=True)
+    # A tied weight is saved once, under one of its names.
+    found = {id(tensor) for name, tensor in state.items() if name in saved}
+    missing = [name for name, tensor in state.items() if name not in saved and id(tensor) not in found]
+    if not missing or saved.issubset(state):
+        return
+    found_model: Any = type(model).from_pretrained(
+        checkpoint, config=model.config, dtype=model.dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    saved_model, info = found_model
+    loaded = saved_model.state_dict()
+    not_loaded = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    renamed = {name: loaded[name] for name in missing if name in loaded and name not in not_loaded}
+    model.load_state_dict(renamed, strict=False)

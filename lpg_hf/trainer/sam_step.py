@@ -1,47 +1,51 @@
-"""SAMStepMixin: the training step of SAM, two passes over one micro-batch."""
+"""SAMStepMixin: LPGTrainer's own training step, which is two passes over one micro-batch under SAM."""
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from transformers import Trainer
 
-from .accumulation import divides_loss
+from ..perturbations import SAM
+from .accumulation import loss_divisor
 from .parameter_methods import ParameterMethods, gradient_scale
+from .step_watch import StepWatchMixin
 
 
-class SAMStepMixin(Trainer):
-    """
-    Adds SAM's second pass to the training step of a [`~transformers.Trainer`].
-
-    Other mixins that act once per micro-batch must come before this one in the bases, so that both passes are inside
-    of their `training_step`.
-    """
+class SAMStepMixin(StepWatchMixin):
+    """Adds SAM's second pass to the training step of a [`~transformers.Trainer`]."""
 
     _parameter_methods: ParameterMethods
-
-    def _freeze_statistics(self) -> AbstractContextManager[None]:
-        """Within it, a second look at the same batch does not change any statistics."""
-        return nullcontext()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Trains on a micro-batch. Under SAM, the second pass makes the gradient, and the first the returned loss."""
-        methods = self._parameter_methods
-        sam = methods.sam(self.state.global_step)
-        if sam is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        watch = self._step_watch
+        if not watch.is_running:  # called by hand
+            own = partial(SAMStepMixin.training_step, self)
+            return self._watched_step(own, model, inputs, num_items_in_batch)
+        watch.was_own, watch.divisor = True, loss_divisor(self, num_items_in_batch)
+        try:
+            sam = self._parameter_methods.sam(self.state.global_step)
+            if sam is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._sam_step(sam, model, inputs, num_items_in_batch)
+        finally:
+            watch.divisor = None
 
+    def _sam_step(
+        self, sam: SAM, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        methods = self._parameter_methods
         loss, parameters, gradients = self._first_pass(model, inputs, num_items_in_batch)
-        with self._freeze_statistics(), sam.shifted(cast(nn.Module, self.model), parameters, gradients):
+        with sam.shifted(cast(nn.Module, self.model), parameters, gradients):
             super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1:
             # Elsewhere this process lacks a part of the second gradient, and to get it would cost a reduction.
             methods.record(sam, _delta_norm(parameters, gradients) / gradient_scale(self.accelerator))
-        return self._scaled_for_logging(loss.detach(), num_items_in_batch)
+        return loss.detach() / loss_divisor(self, num_items_in_batch)
 
     def _first_pass(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
@@ -60,11 +64,6 @@ class SAMStepMixin(Trainer):
         # SAM needs only the direction, but under fp16 the unscaled gradient would underflow.
         scaled = loss * gradient_scale(self.accelerator)
         return loss, parameters, torch.autograd.grad(scaled, parameters, allow_unused=True)
-
-    def _scaled_for_logging(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Divides the loss as `Trainer.training_step` does."""
-        divides = divides_loss(self, num_items_in_batch)
-        return loss / self.current_gradient_accumulation_steps if divides else loss
 
 
 def _delta_norm(parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from clients import (
     Perceptron,
+    balanced_accuracy,
     exact_bert,
     long_tailed_digits,
     losses_of,
@@ -17,6 +18,7 @@ from clients import (
     weights_of,
 )
 from datasets import Dataset
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import Trainer
 
@@ -150,3 +152,58 @@ def test_a_balancing_sampler_without_perturbations_is_that_of_trainer(override, 
         for base, kwargs in ((Trainer, {}), (LPGTrainer, {"perturbations": []}))
     )
     assert torch.equal(weights_of(ours), weights_of(plain)) and losses_of(ours) == losses_of(plain)
+
+
+@pytest.mark.parametrize(("override", "noise"), [(by_sampler, 0.2), (by_loader, 0.0)])
+def test_a_balancing_sampler_is_not_balanced_a_second_time(override, noise, tmp_path, caplog):
+    """Long tail of 20 : 1, three seeds: not below Trainer with the same sampler by more than a standard error."""
+    differences = []
+    for seed in range(3):
+        train, test = long_tailed_digits(seed, noise=noise)
+        caplog.clear()
+        scores = [
+            balanced_accuracy(run(override(base), Perceptron(seed), tmp_path, train, args=LONG | {"seed": seed}), test)
+            for base in (LPGTrainer, Trainer)
+        ]
+        assert len(warnings_of(caplog)) <= 1
+        differences.append(scores[0] - scores[1])
+    error = np.std(differences, ddof=1) / 3**0.5
+    assert np.mean(differences) > -max(error, 0.005)
+
+
+def weighted_loss(counts):
+    weights = torch.tensor(sum(counts) / (len(counts) * np.array(counts)), dtype=torch.float32)
+
+    def compute(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"], labels, weight=weights)
+
+    return compute
+
+
+def weighted_focal_loss(counts):
+    weights = torch.tensor(sum(counts) / (len(counts) * np.array(counts)), dtype=torch.float32)
+
+    def compute(outputs, labels, num_items_in_batch=None):
+        log_prob = F.log_softmax(outputs["logits"], -1).gather(-1, labels[:, None]).squeeze(-1)
+        return -(weights[labels] * (1 - log_prob.exp()) ** 2 * log_prob).mean()
+
+    return compute
+
+
+@pytest.mark.parametrize("loss", [weighted_loss, weighted_focal_loss])
+def test_class_weights_in_a_loss_func_are_not_corrected_a_second_time(loss, tmp_path, caplog):
+    """Long tail of 20 : 1, three seeds, 20 % noise: as for the samplers, and told once."""
+    differences = []
+    for seed in range(3):
+        train, test = long_tailed_digits(seed, noise=0.2)
+        func = loss(np.bincount(train["labels"][:], minlength=10))
+        caplog.clear()
+        options = {"args": LONG | {"seed": seed}, "compute_loss_func": func}
+        scores = [
+            balanced_accuracy(run(base, Perceptron(seed), tmp_path, train, **options), test)
+            for base in (LPGTrainer, Trainer)
+        ]
+        assert len(warnings_of(caplog)) == 1
+        differences.append(scores[0] - scores[1])
+    error = np.std(differences, ddof=1) / 3**0.5
+    assert np.mean(differences) > -max(error, 0.005)

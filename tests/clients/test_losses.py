@@ -196,6 +196,23 @@ def test_r_drop_without_dropout_is_training_without_it(tmp_path):
     assert distance(single, run(Trainer, exact_bert(), tmp_path)) > 1e-3
 
 
+OPEN_GATES = ["class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+
+
+def test_statistics_see_each_sample_of_r_drop_once(tmp_path):
+    """They decide what the dampening does, and they count the labels that training meets."""
+    rows = list(token_rows())
+    single, double = (
+        run(trainer_class, exact_bert(), tmp_path, rows, args={"learning_rate": 0.5}, perturbations=OPEN_GATES)
+        for trainer_class in (LPGTrainer, with_r_drop(LPGTrainer))
+    )
+    assert double.lpg_loss.statistics.seen_counts.sum() == 24
+    assert torch.equal(double.lpg_loss.statistics.seen_counts, single.lpg_loss.statistics.seen_counts)
+    running = [trainer.lpg_loss.statistics._running for trainer in (double, single)]
+    torch.testing.assert_close(*running, rtol=0, atol=1e-9)
+    assert sum(double.label_issues()["visits"]) == 24
+
+
 # Two tasks
 
 

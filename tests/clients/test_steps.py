@@ -9,6 +9,8 @@ from lpg_hf import LPGTrainer
 
 
 CHAIN = ["logit_adjustment", "logit_clipping(max_norm=0.3)"]
+# It reads the running statistics, so a sample that is counted twice shows in the weights.
+OPEN_GATES = ["class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
 
 
 class FGM:
@@ -71,14 +73,46 @@ def fgm_anew(base, epsilon, divides=True):
     return FGMTrainer
 
 
-@pytest.mark.parametrize("script", [fgm_on_top, fgm_anew])
-def test_fgm_without_perturbations_is_that_of_trainer(script, tmp_path, caplog):
-    plain = run(script(Trainer, 0.5), exact_bert(), tmp_path)
-    ours = run(script(LPGTrainer, 0.5), exact_bert(), tmp_path, perturbations=[])
+ACCUMULATIONS = pytest.mark.parametrize("accumulation", [1, 2])
+
+
+def settings(accumulation):
+    # The sixth step would have one micro-batch alone, which the scripts divide all the same.
+    return {"max_steps": 5} | {
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 8 // accumulation,
+    }
+
+
+# `fgm_on_top` calls LPGTrainer's step, which under accumulation takes the mean that Trainer's misses for BERT.
+@pytest.mark.parametrize(("script", "accumulation"), [(fgm_on_top, 1), (fgm_anew, 1), (fgm_anew, 2)])
+def test_fgm_without_perturbations_is_that_of_trainer(script, accumulation, tmp_path, caplog):
+    args = settings(accumulation)
+    plain = run(script(Trainer, 0.5), exact_bert(), tmp_path, args=args)
+    ours = run(script(LPGTrainer, 0.5), exact_bert(), tmp_path, args=args, perturbations=[])
     assert torch.equal(weights_of(ours), weights_of(plain))
     assert losses_of(ours) == pytest.approx(losses_of(plain), abs=1e-6)
     assert not warnings_of(caplog)
-    assert distance(plain, run(Trainer, exact_bert(), tmp_path)) > 1e-3
+    assert distance(plain, run(Trainer, exact_bert(), tmp_path, args=args)) > 1e-3
+
+
+@ACCUMULATIONS
+@pytest.mark.parametrize("chain", [CHAIN, OPEN_GATES], ids=["fixed", "running"])
+def test_a_step_written_anew_is_perturbed_or_told_that_it_is_not(chain, accumulation, tmp_path, caplog):
+    """With noise of size zero and one pass, it is the step of the base class."""
+    args = settings(accumulation)
+    script = run(fgm_anew(LPGTrainer, 0.0), exact_bert(), tmp_path, args=args, perturbations=chain)
+    messages = warnings_of(caplog)
+    expected = run(LPGTrainer, exact_bert(), tmp_path, args=args, perturbations=chain)
+    plain = run(Trainer, exact_bert(), tmp_path, args=args)
+    if messages:
+        assert len(messages) == 1 and "training_step" in messages[0]
+        assert distance(script, plain) < 1e-9
+    else:
+        assert distance(script, expected) < 1e-9
+        torch.testing.assert_close(
+            script.lpg_loss.statistics._running, expected.lpg_loss.statistics._running, rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("script", [fgm_on_top, fgm_anew])
@@ -92,3 +126,29 @@ def test_both_passes_of_fgm_are_perturbed(script, tmp_path, caplog):
         assert len(messages) == 1 and "training_step" in messages[0]
         double = run(Trainer, exact_bert(), tmp_path, args={"learning_rate": 0.2})
     assert distance(ours, double) < 1e-9
+
+
+@pytest.mark.parametrize("script", [fgm_on_top, fgm_anew])
+def test_statistics_see_each_sample_of_fgm_once(script, tmp_path):
+    """The running means are those of the clean passes alone."""
+    ours = run(script(LPGTrainer, 1e-30), exact_bert(), tmp_path, perturbations=CHAIN)
+    double = run(LPGTrainer, exact_bert(), tmp_path, args={"learning_rate": 0.2}, perturbations=CHAIN)
+    assert ours.lpg_loss.statistics.steps == 6
+    torch.testing.assert_close(
+        ours.lpg_loss.statistics._running, double.lpg_loss.statistics._running, rtol=0, atol=1e-9
+    )
+    assert sum(ours.label_issues()["visits"]) == sum(double.label_issues()["visits"])
+
+
+@pytest.mark.parametrize("method", ["gradient_clipping(max_norm=0.01)", "sam(rho=0.5)"])
+def test_methods_of_the_parameters_act_in_a_step_written_anew_or_it_is_told_that_they_do_not(method, tmp_path, caplog):
+    script = run(fgm_anew(LPGTrainer, 0.0), exact_bert(), tmp_path, perturbations=[method])
+    messages = warnings_of(caplog)
+    expected = run(LPGTrainer, exact_bert(), tmp_path, perturbations=[method])
+    plain = run(Trainer, exact_bert(), tmp_path)
+    assert distance(expected, plain) > 1e-4
+    if messages:
+        assert len(messages) == 1 and "training_step" in messages[0]
+        assert torch.equal(weights_of(script), weights_of(plain))
+    else:
+        assert distance(script, expected) < 1e-9

@@ -93,7 +93,7 @@ def test_ignored_labels_alone_give_a_loss_and_a_gradient_of_zero():
         assert loss == 0 and (logits.grad == 0).all()
 
 
-def test_labels_changed_on_the_way_to_the_model(tmp_path):
+def test_labels_changed_on_the_way_to_the_model(tmp_path, caplog):
     """The stored labels are 1..4, a transform makes them 0..3."""
     dataset = text_dataset([1, 2, 3, 4] * 2)
     dataset.set_transform(
@@ -101,9 +101,12 @@ def test_labels_changed_on_the_way_to_the_model(tmp_path):
     )
     args = plain_args(tmp_path, remove_unused_columns=False)
     LPGTrainer(model=bert(), args=args, train_dataset=dataset, perturbations=[]).train()
-    with pytest.raises(ValueError, match="pass `class_counts` to LPGTrainer"):
-        LPGTrainer(model=bert(), args=args, train_dataset=dataset)
     LPGTrainer(model=bert(), args=args, train_dataset=dataset, class_counts=[2] * 4).train()
+    assert not caplog.records
+    trainer = LPGTrainer(model=bert(), args=args, train_dataset=dataset)
+    trainer.train()
+    assert "pass `class_counts` to LPGTrainer" in caplog.text and caplog.text.count("are not known") == 1
+    assert trainer.lpg_loss.statistics.class_counts.tolist() == [4, 4, 4, 4]  # of two epochs
 
 
 def test_a_label_out_of_range_that_no_column_shows_is_explained(tmp_path):
@@ -234,11 +237,11 @@ def test_an_override_with_a_loss_of_its_own_is_not_silently_unperturbed(tmp_path
             return model(**inputs).loss
 
     batches = split(make_batch("bert", 32), [8] * 4)
-    with pytest.raises(ValueError, match="`compute_loss` that does not call LPGTrainer's"):
+    with pytest.raises(ValueError, match="`compute_loss` or `training_step` that does not call"):
         make_trainer(Own, make_model("bert"), batches, tmp_path, perturbations=["lpg"]).train()
     with caplog.at_level(logging.WARNING, logger="lpg_hf"):
         make_trainer(Own, make_model("bert"), batches, tmp_path).train()
-    assert caplog.text.count("`compute_loss` that does not call") == 1
+    assert caplog.text.count("`compute_loss` or `training_step` that does not call") == 1
 
 
 def test_a_loss_computed_by_hand_in_eval_mode_is_plain(tmp_path):

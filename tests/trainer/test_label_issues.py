@@ -267,7 +267,10 @@ def test_names_are_those_of_the_data_set_or_of_the_model(tmp_path):
             lambda items: pad(sorted(items, key=lambda item: -len(item["input_ids"]))),
             r"hands out \d+ of 78 samples in",
         ),
-        (lambda items: pad(items + items), r"The rows of 156 of 156 samples are not known: `data_collator` drops or"),
+        (
+            lambda items: pad(items + items),
+            r"The rows of 156 of 156 samples are not known: `data_collator`, `training_step`",
+        ),
         (lambda items: pad([item | {"label": (item["label"] + 1) % NUM_LABELS} for item in items]), "changes their"),
     ],
     ids=["reorders", "doubles", "changes labels"],

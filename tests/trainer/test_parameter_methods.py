@@ -917,10 +917,14 @@ def test_two_sams_are_refused(second, tmp_path):
 
 
 def test_unknown_label_names_and_weights_of_the_wrong_length_are_refused_by_the_trainer(tmp_path):
-    model = make_model("bert")
+    model, batches = make_model("bert"), split(make_batch("bert", 8), [8])
     model.config.label2id = {"ant": 0, "bee": 1, "cow": 2, "doe": 3}
-    make_trainer(LPGTrainer, model, [], tmp_path, perturbations=["class_weighting(weights={'doe': 3.0})"])
+    make_trainer(LPGTrainer, model, batches, tmp_path, perturbations=["class_weighting(weights={'doe': 3.0})"]).train()
     with pytest.raises(ValueError, match=r"the key 'elk', which does not name a class.*'ant', 'bee', 'cow', 'doe'"):
-        make_trainer(LPGTrainer, model, [], tmp_path, perturbations=["class_weighting(weights={'elk': 3.0})"])
+        make_trainer(
+            LPGTrainer, model, batches, tmp_path, perturbations=["class_weighting(weights={'elk': 3.0})"]
+        ).train()
     with pytest.raises(ValueError, match=r"one weight for each of 4 classes; found \[1\.0, 2\.0\]"):
-        make_trainer(LPGTrainer, model, [], tmp_path, perturbations=["class_weighting(weights=[1.0, 2.0])"])
+        make_trainer(
+            LPGTrainer, model, batches, tmp_path, perturbations=["class_weighting(weights=[1.0, 2.0])"]
+        ).train()

@@ -610,9 +610,9 @@ def test_bad_input_raises_early(tmp_path):
     with pytest.raises(ValueError, match=r"`lpg_epsilon=0.5` would have no effect: `perturbations` is \['auto'\]"):
         LPGConfig(str(tmp_path), lpg_epsilon=0.5)
     with pytest.raises(ValueError, match=r"`class_counts` has shape \[3\], but there are 4 classes"):
-        LPGTrainer(model=bert(), args=args, class_counts=[1, 2, 3])
+        LPGTrainer(model=bert(), args=args, train_dataset=text_dataset([0]), class_counts=[1, 2, 3]).train()
     with pytest.raises(ValueError, match="7"):
-        LPGTrainer(model=bert(), args=args, train_dataset=text_dataset([0, 1, 7]))
+        LPGTrainer(model=bert(), args=args, train_dataset=text_dataset([0, 1, 7])).train()
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         LPGTrainer(model=bert(), args=args, train_dataset=text_dataset([0]).select([])).train()
     with pytest.raises(ValueError, match="`signs` has 2 entries, but there are 4 classes"):
@@ -628,7 +628,7 @@ def test_more_names_in_the_data_than_classes_in_the_model(tmp_path):
     features = Features({"input_ids": ListOf(Value("int64")), "label": ClassLabel(names=[str(i) for i in range(6)])})
     dataset = Dataset.from_dict({"input_ids": [[1]] * 3, "label": [0, 5, 1]}, features=features)
     with pytest.raises(ValueError, match="5"):
-        LPGTrainer(model=bert(), args=plain_args(tmp_path), train_dataset=dataset)
+        LPGTrainer(model=bert(), args=plain_args(tmp_path), train_dataset=dataset).train()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Builds the LPGLoss of a training from the settings of its Trainer."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from accelerate.utils import DynamoBackend
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
+
+from ..loss import LPGLoss
+from ..perturbations import ClassWeighting, LabelSmoothing, LogitPerturbation, Perturbation, build_chain
+
+
+def build_loss(
+    trainer: Trainer,
+    chain: Sequence[str | Perturbation],
+    num_labels: int,
+    class_counts: Sequence[int] | None,
+    loss_corrects: bool,
+) -> tuple[LPGLoss, list[Perturbation]]:
+    """
+    Builds the perturbed loss of a training.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Its label smoothing, its compilation and its model's names are used.
+        chain (`Sequence[str | Perturbation]`): The chain as the user wrote it.
+        num_labels (`int`): Number of classes.
+        class_counts (`Sequence[int]`, *optional*): Training samples of each class. `None` if they are being counted.
+        loss_corrects (`bool`): Whether the user's loss corrects the class imbalance.
+
+    Returns:
+        `tuple[LPGLoss, list[Perturbation]]`: The loss, and all methods that the chain stands for.
+    """
+    base_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    outside: list[LogitPerturbation] = []
+    if trainer.label_smoother is not None:
+        epsilon = trainer.label_smoother.epsilon
+        base_loss = partial(F.cross_entropy, reduction="none", label_smoothing=epsilon)
+        # With a factor of 1 no label is left to learn, and `auto` has nothing to take into account.
+        outside = [LabelSmoothing(epsilon)] if epsilon < 1 else []
+    if loss_corrects:
+        outside.append(ClassWeighting())
+    methods = build_chain(chain, class_counts, outside)
+    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
+    for method in logit_methods(methods):
+        method.use_label_names(getattr(config, "label2id", None) or {})
+    loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, managed=True)
+    dynamo = trainer.accelerator.state.dynamo_plugin
+    # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
+    if dynamo.backend != DynamoBackend.NO and base_loss is None:
+        loss.compile(**dynamo.to_kwargs())
+    return loss, methods
+
+
+def logit_methods(methods: Iterable[object]) -> list[LogitPerturbation]:
+    """The methods that perturb the gradient at the logits."""
+    return [method for method in methods if isinstance(method, LogitPerturbation)]

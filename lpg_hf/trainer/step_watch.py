@@ -1,0 +1,99 @@
+"""StepWatch: knows whether a training step is running, and whether it is LPGTrainer's own or a user's."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+
+
+class StepWatch:
+    """
+    Follows the training step of one micro-batch.
+
+    A subclass may override `training_step` and call `compute_loss` itself, several times, and divide the loss itself.
+    Callbacks may call `compute_loss` between two steps.
+
+    Attributes:
+        is_running (`bool`): Whether a micro-batch is being trained on.
+        is_reached (`bool`): Whether LPGTrainer's `compute_loss` was called for this micro-batch.
+        inputs: The micro-batch, as the loop has it.
+        was_own (`bool`): Whether LPGTrainer's own `training_step` was called for this micro-batch.
+        divisor (`int` or `None`):
+            The number by which the Trainer will divide the loss. `None` if LPGTrainer's own `training_step` is not
+            running, so that nobody knows what happens to the loss.
+    """
+
+    def __init__(self) -> None:
+        self.is_running = self.is_reached = self.was_own = False
+        self.divisor: int | None = None
+        self.inputs: object = None
+        self._num_seen = 0
+
+    def begin(self, inputs: object) -> None:
+        """Begins the step of a micro-batch."""
+        self.is_running, self.is_reached, self.was_own = True, False, False
+        self.inputs, self._num_seen = inputs, 0
+
+    def is_first_look(self, num_samples: int) -> bool:
+        """
+        Whether these samples of the micro-batch are seen for the first time. Statistics count each sample once.
+
+        SAM, R-Drop and adversarial training look at the whole micro-batch again. A step may also take it in pieces.
+
+        Args:
+            num_samples (`int`): Number of samples in this call of `compute_loss`.
+        """
+        is_first = self._num_seen == 0
+        self._num_seen += num_samples
+        return is_first or self._num_seen <= self._num_samples()
+
+    def _num_samples(self) -> int:
+        labels = self.inputs.get("labels") if isinstance(self.inputs, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim > 0:
+            return len(labels)
+        return find_batch_size(self.inputs) or 0
+
+
+class StepWatchMixin(Trainer):
+    """Knows of every training step of a [`~transformers.Trainer`], whoever wrote `training_step`."""
+
+    _step_watch: StepWatch
+
+    def _end_micro_batch(self) -> None:
+        """Called after every training step."""
+        raise NotImplementedError
+
+    def _begin_micro_batch(self, inputs: Any) -> None:
+        """Called before every training step."""
+        self._step_watch.begin(inputs)
+
+    @contextmanager
+    def _watched_steps(self) -> Iterator[None]:
+        """Within it, the loop of the Trainer calls [`_watched_step`]."""
+        # The loop finds this attribute before the method of any subclass, which may not call ours. A public hook
+        # around the training step does not exist in 5.24.
+        attributes = vars(self)
+        before = {name: attributes[name] for name in ["training_step"] if name in attributes}
+        attributes["training_step"] = partial(self._watched_step, self.training_step)
+        try:
+            yield
+        finally:
+            del attributes["training_step"]
+            attributes.update(before)
+
+    def _watched_step(
+        self, step: Callable[..., Tensor], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if self._step_watch.is_running:
+            return step(model, inputs, *args, **kwargs)
+        self._begin_micro_batch(inputs)
+        try:
+            loss = step(model, inputs, *args, **kwargs)
+        finally:
+            self._step_watch.is_running, self._step_watch.inputs = False, None
+        self._end_micro_batch()
+        return loss
