@@ -107,7 +107,7 @@ def test_class_weights_are_seen_under_cuda_autocast(cuda_autocast, tmp_path):
     model = Weighted(make_family("bert").config)
     trainer = make_trainer(LPGTrainer, cuda_autocast(model), [make_family_batch("bert", 16)], tmp_path)
     trainer.train()
-    assert trainer._classifier.passed is False
+    assert trainer._lpg_classifier.passed is False
 
 
 class Auxiliary(BertForSequenceClassification):

@@ -54,7 +54,7 @@ class SaveAt(TrainerCallback):
 
 
 def all_state(trainer):
-    state = {f"methods.{name}": tensor for name, tensor in trainer._parameter_methods.state_dict().items()}
+    state = {f"methods.{name}": tensor for name, tensor in trainer._lpg_parameter_methods.state_dict().items()}
     return state | {f"loss.{name}": tensor for name, tensor in trainer.lpg_loss.state_dict().items()}
 
 

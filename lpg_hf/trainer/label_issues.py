@@ -132,16 +132,16 @@ class RowTracker:
 
 
 class LabelIssuesMixin(StepWatchMixin):
-    """Adds `label_issues` to a [`~transformers.Trainer`] that calls `_record_rows` for its training batches."""
+    """Adds `label_issues` to a [`~transformers.Trainer`] that calls `_lpg_record_rows` for its training batches."""
 
     # `None` before training.
-    _row_tracker: RowTracker | None = None
+    _lpg_row_tracker: RowTracker | None = None
 
-    def _num_classes(self) -> int | None:
+    def _lpg_num_labels(self) -> int | None:
         """The number of classes, if it is known."""
         raise NotImplementedError
 
-    def _dampening(self) -> ClassRelativeDampening | None:
+    def _lpg_dampening(self) -> ClassRelativeDampening | None:
         """The class-relative dampening of the chain, if it acts."""
         raise NotImplementedError
 
@@ -150,15 +150,15 @@ class LabelIssuesMixin(StepWatchMixin):
     def get_train_dataloader(self) -> DataLoader:
         """The loader of the training batches, as the Trainer makes it."""
         loader = super().get_train_dataloader()
-        if self._row_tracker is not None:
-            self._row_tracker.note(loader)
+        if self._lpg_row_tracker is not None:
+            self._lpg_row_tracker.note(loader)
         return loader
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> tuple:
         # Between the loader and the checkpoint, where no public hook comes. This hook exists since
         # https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24.
-        if self._row_tracker is not None:
-            self._row_tracker.start(train_dataloader, self.train_dataset)
+        if self._lpg_row_tracker is not None:
+            self._lpg_row_tracker.start(train_dataloader, self.train_dataset)
         return super()._prepare_for_training(max_steps, train_dataloader, *args, **kwargs)
 
     def get_batch_samples(
@@ -166,42 +166,42 @@ class LabelIssuesMixin(StepWatchMixin):
     ) -> tuple[list, Tensor | int | None]:
         """Takes the micro-batches of a step from the loader, and the row numbers out of them."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._row_tracker is not None:
-            self._row_tracker.take_rows(batch_samples)
+        if self._lpg_row_tracker is not None:
+            self._lpg_row_tracker.take_rows(batch_samples)
         return batch_samples, num_items_in_batch
 
-    def _begin_micro_batch(self, inputs: Any) -> None:
-        super()._begin_micro_batch(inputs)
-        if self._row_tracker is not None:
-            self._row_tracker.follow(inputs)
+    def _lpg_begin_micro_batch(self, inputs: Any) -> None:
+        super()._lpg_begin_micro_batch(inputs)
+        if self._lpg_row_tracker is not None:
+            self._lpg_row_tracker.follow(inputs)
 
-    def _record_rows(self, logits: Tensor, labels: Tensor) -> None:
-        dampening = self._dampening()
-        if self._row_tracker is not None:
-            self._row_tracker.record(logits, labels, None if dampening is None else dampening.last_weight)
+    def _lpg_record_rows(self, logits: Tensor, labels: Tensor) -> None:
+        dampening = self._lpg_dampening()
+        if self._lpg_row_tracker is not None:
+            self._lpg_row_tracker.record(logits, labels, None if dampening is None else dampening.last_weight)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The loop alone gets the row numbers: callbacks see the loader as the Trainer makes it. The hook exists since
         # https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24. No public hook begins or ends an
         # epoch but those of callbacks, and a callback of ours would appear in the user's list.
-        if self._row_tracker is not None:
-            kwargs["train_dataloader"] = self._row_tracker.numbered(kwargs["train_dataloader"])
+        if self._lpg_row_tracker is not None:
+            kwargs["train_dataloader"] = self._lpg_row_tracker.numbered(kwargs["train_dataloader"])
         super()._run_epoch(*args, **kwargs)
-        if self._row_tracker is not None:
-            self._row_tracker.end_epoch()
+        if self._lpg_row_tracker is not None:
+            self._lpg_row_tracker.end_epoch()
 
     # Checkpoints
 
-    def _save_rows(self, output_dir: str) -> None:
-        records = None if self._row_tracker is None else self._row_tracker.merged()
+    def _lpg_save_rows(self, output_dir: str) -> None:
+        records = None if self._lpg_row_tracker is None else self._lpg_row_tracker.merged()
         if records is not None and records.has_visits and self.args.should_save:
             save_rows(output_dir, records)
 
-    def _load_rows(self, checkpoint: str) -> None:
+    def _lpg_load_rows(self, checkpoint: str) -> None:
         saved = load_rows(checkpoint)
-        if saved is None or self._row_tracker is None or self._row_tracker.buffer is None:
+        if saved is None or self._lpg_row_tracker is None or self._lpg_row_tracker.buffer is None:
             return
-        num_rows, records = TrainingDynamics.num_rows_of(saved), self._row_tracker.buffer.records
+        num_rows, records = TrainingDynamics.num_rows_of(saved), self._lpg_row_tracker.buffer.records
         if num_rows != records.num_rows:
             logger.warning(
                 f"The checkpoint was written with a `train_dataset` of {num_rows} rows and this run has "
@@ -209,9 +209,9 @@ class LabelIssuesMixin(StepWatchMixin):
             )
         elif self.accelerator.is_main_process:  # the saved sums are over all processes
             records.load_state_dict(saved)
-            self._forget_relabeled(records)
+            self._lpg_forget_relabeled(records)
 
-    def _forget_relabeled(self, records: TrainingDynamics) -> None:
+    def _lpg_forget_relabeled(self, records: TrainingDynamics) -> None:
         # Labels that cannot be read are compared when their rows are visited.
         labels = labels_or_none(self.train_dataset)
         if labels is None:
@@ -274,19 +274,19 @@ class LabelIssuesMixin(StepWatchMixin):
 
         ```
         """
-        return self._ranked_rows()
+        return self._lpg_ranked_rows()
 
-    def _ranked_rows(self) -> datasets.Dataset:
+    def _lpg_ranked_rows(self) -> datasets.Dataset:
         if not has_rows(self.train_dataset):
             raise ValueError(
                 f"`train_dataset` is of the type {type(self.train_dataset).__name__}, whose rows have no index to "
                 "rank them by. Use a map-style data set."
             )
-        records = None if self._row_tracker is None else self._row_tracker.merged()
+        records = None if self._lpg_row_tracker is None else self._lpg_row_tracker.merged()
         if records is None:
             cause = (
                 "there was no training yet: call `train()` first"
-                if self._row_tracker is None
+                if self._lpg_row_tracker is None
                 else "`get_train_dataloader` is overridden and does not return a `DataLoader` of the rows of "
                 "`train_dataset`, so the batches carry no row numbers: return `super().get_train_dataloader()`"
             )
@@ -297,12 +297,12 @@ class LabelIssuesMixin(StepWatchMixin):
                 "`training_step` are overridden without a call of LPGTrainer's, or they pass on another batch than "
                 "they get."
             )
-        self._check_known(records)
-        num_labels = self._num_classes() or records.largest_label + 1
+        self._lpg_check_known(records)
+        num_labels = self._lpg_num_labels() or records.largest_label + 1
         names = find_class_names(num_labels, self.train_dataset, self.accelerator.unwrap_model(self.model))
-        return records.ranked(names, with_weight=self._dampening() is not None)
+        return records.ranked(names, with_weight=self._lpg_dampening() is not None)
 
-    def _check_known(self, records: TrainingDynamics) -> None:
+    def _lpg_check_known(self, records: TrainingDynamics) -> None:
         known, unknown, reordered = records.num_samples
         if reordered > 0:
             raise ValueError(

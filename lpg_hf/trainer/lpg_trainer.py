@@ -51,7 +51,11 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
     A model counts as a classifier if it has one integer label per sample, logits `[N, C]` with C > 1, and a loss that
     contains the cross-entropy of its logits. The first training batch that can show this decides. For any other model
     `auto` warns and trains exactly as `Trainer` does, and logit perturbations that were asked for raise an error.
-    Methods for the parameters do not need a classifier. SAM acts first among them.
+    Single batches with soft labels or without labels train as with `Trainer`, and one warning says so. Methods for the
+    parameters do not need a classifier. SAM acts first among them.
+
+    Subclasses may override `training_step` and `compute_loss`. Every loss that a training step takes from LPGTrainer's
+    `compute_loss` is perturbed. SAM also needs LPGTrainer's `training_step`.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `torch.nn.Module`, *optional*):
@@ -121,9 +125,9 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         perturbations: str | Perturbation | Sequence[str | Perturbation] | None = None,
         class_counts: Sequence[int] | None = None,
     ):
-        self._perturbations = [perturbations] if isinstance(perturbations, str | Perturbation) else perturbations
-        self._class_counts = class_counts
-        build_chain(self._chain(args))
+        self._lpg_perturbations = [perturbations] if isinstance(perturbations, str | Perturbation) else perturbations
+        self._lpg_class_counts = class_counts
+        build_chain(self._lpg_chain(args))
         super().__init__(
             model=model,
             args=args,
@@ -144,35 +148,35 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
                 "`compute_loss_func` is an LPGLoss. Give its methods to `LPGTrainer(perturbations=...)`, or keep it "
                 "and use the plain Trainer."
             )
-        self._prepare_perturbations()
+        self._lpg_prepare()
 
     # Set-up
 
-    def _chain(self, args: TrainingArguments | None) -> Sequence[str | Perturbation]:
+    def _lpg_chain(self, args: TrainingArguments | None) -> Sequence[str | Perturbation]:
         if isinstance(args, LPGConfig):
-            return args.chain(self._perturbations)
-        return ["auto"] if self._perturbations is None else self._perturbations
+            return args.chain(self._lpg_perturbations)
+        return ["auto"] if self._lpg_perturbations is None else self._lpg_perturbations
 
-    def _prepare_perturbations(self) -> None:
+    def _lpg_prepare(self) -> None:
         """Reads all settings anew: `hyperparameter_search` changes arguments and model between two trainings."""
-        chain = self._chain(self.args)
+        chain = self._lpg_chain(self.args)
         callbacks = self.callback_handler.callbacks
-        self._observers = [callback for callback in callbacks if isinstance(callback, PerturbationObserver)]
-        self._managed_loss = ManagedLoss(self, chain, self._class_counts, self._observers)
+        self._lpg_observers = [callback for callback in callbacks if isinstance(callback, PerturbationObserver)]
+        self._lpg_managed = ManagedLoss(self, chain, self._lpg_class_counts, self._lpg_observers)
         named = build_chain([entry for entry in chain if entry != "auto"])
         is_requested = any(isinstance(method, LogitPerturbation) for method in named)
-        self._classifier = ClassifierCheck(self, self._managed_loss.has_methods, chain if is_requested else None)
-        self._parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, self.args)
-        for observer in self._observers:
+        self._lpg_classifier = ClassifierCheck(self, self._lpg_managed.has_methods, chain if is_requested else None)
+        self._lpg_parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, self.args)
+        for observer in self._lpg_observers:
             observer.start(self.accelerator)
-        self._step_watch = StepWatch()
-        self._row_tracker = None
-        self._perturbation_log = PerturbationLog(isinstance(self.args, LPGConfig) and self.args.log_perturbations)
+        self._lpg_step_watch = StepWatch()
+        self._lpg_row_tracker = None
+        self._lpg_perturbation_log = PerturbationLog(isinstance(self.args, LPGConfig) and self.args.log_perturbations)
         # The state of a checkpoint, until the first batch decides whether there is a loss to load it into.
-        self._saved_state: SavedState | None = None
-        num_labels = self._classifier.declared_num_labels()
+        self._lpg_saved_state: SavedState | None = None
+        num_labels = self._lpg_classifier.declared_num_labels()
         if num_labels is not None:
-            self._managed_loss.build_early(num_labels)
+            self._lpg_managed.build_early(num_labels)
 
     @property
     def lpg_loss(self) -> LPGLoss | None:
@@ -181,21 +185,21 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         before a training if only the first batch can tell the number of classes. With several processes it is brought
         up to date whenever it is looked up here, so do not keep it.
         """
-        return self._built_loss()
+        return self._lpg_built_loss()
 
-    def _built_loss(self) -> LPGLoss | None:
-        return self._managed_loss.loss_or_none
+    def _lpg_built_loss(self) -> LPGLoss | None:
+        return self._lpg_managed.loss_or_none
 
     @property
-    def _perturbs_logits(self) -> bool:
-        return bool(self._classifier.passed) and self._managed_loss.has_methods
+    def _lpg_perturbs_logits(self) -> bool:
+        return bool(self._lpg_classifier.passed) and self._lpg_managed.has_methods
 
-    def _active_perturbations(self) -> list[Perturbation]:
-        logit_methods = [] if self._classifier.passed is False else self._managed_loss.methods
-        return [*logit_methods, *self._parameter_methods.methods]
+    def _lpg_active_methods(self) -> list[Perturbation]:
+        logit_methods = [] if self._lpg_classifier.passed is False else self._lpg_managed.methods
+        return [*logit_methods, *self._lpg_parameter_methods.methods]
 
-    def _norms(self) -> list[dict[str, float]]:
-        return self._perturbation_log.norms
+    def _lpg_norms(self) -> list[dict[str, float]]:
+        return self._lpg_perturbation_log.norms
 
     # Training
 
@@ -203,11 +207,11 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         # Under `auto_find_batch_size`, `train` calls this hook anew for each batch size it tries. No public hook is
         # called then. https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24
         dataset = self.train_dataset
-        if self._managed_loss.has_methods and isinstance(dataset, Sized) and len(dataset) == 0:
+        if self._lpg_managed.has_methods and isinstance(dataset, Sized) and len(dataset) == 0:
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
-        self._prepare_perturbations()
-        self._row_tracker = RowTracker(self.accelerator)
-        with self._watched_steps():
+        self._lpg_prepare()
+        self._lpg_row_tracker = RowTracker(self.accelerator)
+        with self._lpg_watched_steps():
             return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(
@@ -215,18 +219,18 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
     ) -> tuple[list, Tensor | int | None]:
         """Takes the micro-batches of a step from the loader, and counts their labeled samples."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._managed_loss.is_needed and self._classifier.passed is not False:
-            self._managed_loss.begin_step(batch_samples, num_items_in_batch, device)
+        if self._lpg_managed.is_needed and self._lpg_classifier.passed is not False:
+            self._lpg_managed.begin_step(batch_samples, num_items_in_batch, device)
         return batch_samples, num_items_in_batch
 
-    def _end_micro_batch(self) -> None:
-        if not self._step_watch.is_reached and self._managed_loss.has_methods:
-            self._classifier.refuse_override()
+    def _lpg_end_micro_batch(self) -> None:
+        if not self._lpg_step_watch.is_reached and self._lpg_managed.has_methods:
+            self._lpg_classifier.refuse_override()
         if self.accelerator.sync_gradients:
-            self._managed_loss.end_step(learns=self._perturbs_logits)
-            if not self._step_watch.was_own:
-                self._parameter_methods.warn_without_sam(type(self))
-            self._parameter_methods.perturb_(cast(nn.Module, self.model))
+            self._lpg_managed.end_step(learns=self._lpg_perturbs_logits)
+            if not self._lpg_step_watch.was_own:
+                self._lpg_parameter_methods.warn_without_sam(type(self))
+            self._lpg_parameter_methods.perturb_(cast(nn.Module, self.model))
 
     def compute_loss(
         self,
@@ -236,7 +240,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the loss of a micro-batch as the Trainer does. In a training step, its gradient is perturbed."""
-        watch, managed = self._step_watch, self._managed_loss
+        watch, managed = self._lpg_step_watch, self._lpg_managed
         labels: Any = inputs.get("labels")
         is_training = watch.is_running and torch.is_grad_enabled()
         # Whoever calls this without LPGTrainer's `training_step` gets a loss of Trainer's scale, and divides it alike.
@@ -249,25 +253,25 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 watch.is_reached = True
                 num_items = num_items_in_batch if watch.divisor is None else managed.items.count(num_items_in_batch)
-                logits = self._classifier.logits(outputs)
-                has_passed = self._classifier.update(loss, outputs, labels, num_items, num_items_in_batch)
+                logits = self._lpg_classifier.logits(outputs)
+                has_passed = self._lpg_classifier.update(loss, outputs, labels, num_items, num_items_in_batch)
             if has_passed:
-                managed.begin(self._classifier.num_labels, self._classifier.dtype, self._saved_state)
-            if self._classifier.passed and self._classifier.fits(outputs, labels):
-                scale, learns = self._classifier.scale(num_items_in_batch), watch.is_first_look(len(logits))
-                is_observed = not self._parameter_methods.is_ascending
+                managed.begin(self._lpg_classifier.num_labels, self._lpg_classifier.dtype, self._lpg_saved_state)
+            if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels):
+                scale, learns = self._lpg_classifier.scale(num_items_in_batch), watch.is_first_look(len(logits))
+                is_observed = not self._lpg_parameter_methods.is_ascending
                 loss = managed.perturbed(loss, logits, labels, num_items, scale, watch.divisor, learns, is_observed)
-        is_followed = is_training and self._row_tracker is not None and self._row_tracker.is_following
-        if is_followed and self._classifier.shapes_fit(outputs, labels):
-            self._record_rows(self._classifier.logits(outputs), labels)
+        is_followed = is_training and self._lpg_row_tracker is not None and self._lpg_row_tracker.is_following
+        if is_followed and self._lpg_classifier.shapes_fit(outputs, labels):
+            self._lpg_record_rows(self._lpg_classifier.logits(outputs), labels)
         return (loss, outputs) if return_outputs else loss
 
-    def _num_classes(self) -> int | None:
-        loss = self._built_loss()
+    def _lpg_num_labels(self) -> int | None:
+        loss = self._lpg_built_loss()
         return None if loss is None else loss.num_labels
 
-    def _dampening(self) -> ClassRelativeDampening | None:
-        return self._managed_loss.dampening() if self._classifier.passed else None
+    def _lpg_dampening(self) -> ClassRelativeDampening | None:
+        return self._lpg_managed.dampening() if self._lpg_classifier.passed else None
 
     # Logging
 
@@ -275,71 +279,72 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         # Gathers where the Trainer gathers its loss: `log` may be called by one process alone, and no public hook
         # comes before it. https://github.com/huggingface/transformers/issues/43599, open in 5.24
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._gather_telemetry()
+            self._lpg_gather_telemetry()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # A run that ends between two logs must not hide bad values. `on_train_end` of callbacks would come after the
         # Trainer has loaded the best model. https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24
-        self._gather_telemetry(is_last=True)
+        self._lpg_gather_telemetry(is_last=True)
         return super()._finalize_training(*args, **kwargs)
 
-    def _gather_telemetry(self, is_last: bool = False) -> None:
-        telemetry = self._managed_loss.telemetry(is_last) if self._perturbs_logits else {}
-        telemetry |= self._parameter_methods.telemetry()
-        observed = {key: value for observer in self._observers for key, value in observer.report().items()}
-        self._perturbation_log.prepare(telemetry, observed)
+    def _lpg_gather_telemetry(self, is_last: bool = False) -> None:
+        telemetry = self._lpg_managed.telemetry(is_last) if self._lpg_perturbs_logits else {}
+        telemetry |= self._lpg_parameter_methods.telemetry()
+        observed = {key: value for observer in self._lpg_observers for key, value in observer.report().items()}
+        self._lpg_perturbation_log.prepare(telemetry, observed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as the Trainer does, with the telemetry of the perturbations next to each training loss."""
         if "loss" in logs:
-            logs |= self._perturbation_log.take(self.state.global_step, self.state.epoch)
+            logs |= self._lpg_perturbation_log.take(self.state.global_step, self.state.epoch)
         super().log(logs, start_time)
 
     # Checkpoints
 
-    def _observers_by_prefix(self) -> dict[str, Stateful]:
-        names = [type(observer).__name__ for observer in self._observers]
+    def _lpg_observers_by_prefix(self) -> dict[str, Stateful]:
+        names = [type(observer).__name__ for observer in self._lpg_observers]
         numbers = [names[:position].count(name) for position, name in enumerate(names)]
         prefixes = [f"observer.{name}.{number}" for name, number in zip(names, numbers, strict=True)]
-        return dict(zip(prefixes, self._observers, strict=True))
+        return dict(zip(prefixes, self._lpg_observers, strict=True))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Stateful callbacks have a JSON state, which cannot hold tensors, and `on_save` comes when the checkpoint is
         # complete already. https://github.com/huggingface/transformers/pull/29666, unchanged in 5.24
         super()._save_optimizer_and_scheduler(output_dir)
-        parts = self._observers_by_prefix()
+        parts = self._lpg_observers_by_prefix()
         chains: dict[str, Sequence[Perturbation]] = {}
-        if self._perturbs_logits:
-            parts["loss"], chains["loss"] = self._managed_loss, self._managed_loss.methods
-            parts["imbalance"] = self._managed_loss.watch
-        if len(self._parameter_methods) > 0:
-            parts["parameters"], chains["parameters"] = self._parameter_methods, self._parameter_methods.methods
-        if self._perturbation_log.norms:
-            parts["log"] = self._perturbation_log
+        if self._lpg_perturbs_logits:
+            parts["loss"], chains["loss"] = self._lpg_managed, self._lpg_managed.methods
+            parts["imbalance"] = self._lpg_managed.watch
+        if len(self._lpg_parameter_methods) > 0:
+            parts["parameters"] = self._lpg_parameter_methods
+            chains["parameters"] = self._lpg_parameter_methods.methods
+        if self._lpg_perturbation_log.norms:
+            parts["log"] = self._lpg_perturbation_log
         if parts and self.args.should_save:
-            requested = {"loss": self._managed_loss.requested} if self._perturbs_logits else {}
+            requested = {"loss": self._lpg_managed.requested} if self._lpg_perturbs_logits else {}
             save_state(output_dir, parts, chains, requested, self.accelerator.num_processes)
-        self._save_rows(output_dir)
+        self._lpg_save_rows(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # The counterpart of `_save_optimizer_and_scheduler`.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._load_rows(checkpoint)
-        saved = self._saved_state = load_state(checkpoint)
+        self._lpg_load_rows(checkpoint)
+        saved = self._lpg_saved_state = load_state(checkpoint)
         if saved is None:
-            if self._managed_loss.has_methods or len(self._parameter_methods) > 0 or self._observers:
+            if self._lpg_managed.has_methods or len(self._lpg_parameter_methods) > 0 or self._lpg_observers:
                 logger.warning(
                     f"{checkpoint} has no {STATE_FILE}: it was written with `save_only_model`, or without "
                     "perturbations. Their state (class statistics, counters, lengths) starts anew."
                 )
             return
-        for prefix, observer in self._observers_by_prefix().items():
+        for prefix, observer in self._lpg_observers_by_prefix().items():
             saved.restore(observer, prefix)
-        saved.restore(self._perturbation_log, "log")
-        saved.check_chain("parameters", self._parameter_methods.methods, self.accelerator.num_processes)
-        saved.restore(self._parameter_methods, "parameters")
-        if not self._managed_loss.has_methods:
+        saved.restore(self._lpg_perturbation_log, "log")
+        saved.check_chain("parameters", self._lpg_parameter_methods.methods, self.accelerator.num_processes)
+        saved.restore(self._lpg_parameter_methods, "parameters")
+        if not self._lpg_managed.has_methods:
             saved.check_chain("loss", [], self.accelerator.num_processes)

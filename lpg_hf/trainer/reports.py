@@ -15,19 +15,19 @@ from .summary import summarize_for_report, summarize_training
 class ReportsMixin(Trainer):
     """Adds `report` to a [`~transformers.Trainer`], and a section on the perturbations to its model card."""
 
-    def _built_loss(self) -> LPGLoss | None:
+    def _lpg_built_loss(self) -> LPGLoss | None:
         """The perturbed loss, if it is built."""
         raise NotImplementedError
 
-    def _active_perturbations(self) -> list[Perturbation]:
+    def _lpg_active_methods(self) -> list[Perturbation]:
         """The methods of the chain that act on this model, in their order."""
         raise NotImplementedError
 
-    def _norms(self) -> list[dict[str, float]]:
+    def _lpg_norms(self) -> list[dict[str, float]]:
         """The mean norms of the gradient and of the deltas at each log."""
         raise NotImplementedError
 
-    def _ranked_rows(self) -> Dataset:
+    def _lpg_ranked_rows(self) -> Dataset:
         """The table of label issues."""
         raise NotImplementedError
 
@@ -53,8 +53,8 @@ class ReportsMixin(Trainer):
         from ..report import check_installed, write_report
 
         check_installed()
-        methods = self._active_perturbations()
-        summary = summarize_for_report(self, self._built_loss(), methods, self._norms(), self._ranked_rows)
+        methods = self._lpg_active_methods()
+        summary = summarize_for_report(self, self._lpg_built_loss(), methods, self._lpg_norms(), self._lpg_ranked_rows)
         folder = Path(summary.output_dir) / "report" if output_dir is None else Path(output_dir)
         if self.is_world_process_zero():
             write_report(summary, folder, self.train_dataset, self.processing_class)
@@ -67,5 +67,5 @@ class ReportsMixin(Trainer):
         """
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            methods = self._active_perturbations()
-            add_section(summarize_training(self, self._built_loss(), methods, self._norms()))
+            methods = self._lpg_active_methods()
+            add_section(summarize_training(self, self._lpg_built_loss(), methods, self._lpg_norms()))

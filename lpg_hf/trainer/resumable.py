@@ -75,13 +75,13 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._reload_renamed_weights(resume_from_checkpoint)
+        self._lpg_reload_renamed_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._reload_renamed_weights(self.state.best_model_checkpoint)
+        self._lpg_reload_renamed_weights(self.state.best_model_checkpoint)
 
-    def _reload_renamed_weights(self, checkpoint: str | None) -> None:
+    def _lpg_reload_renamed_weights(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             reload_renamed_weights(self.accelerator.unwrap_model(self.model), checkpoint)
 

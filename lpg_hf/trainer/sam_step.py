@@ -16,30 +16,30 @@ from .step_watch import StepWatchMixin
 class SAMStepMixin(StepWatchMixin):
     """Adds SAM's second pass to the training step of a [`~transformers.Trainer`]."""
 
-    _parameter_methods: ParameterMethods
+    _lpg_parameter_methods: ParameterMethods
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Trains on a micro-batch. Under SAM, the second pass makes the gradient, and the first the returned loss."""
-        watch = self._step_watch
+        watch = self._lpg_step_watch
         if not watch.is_running:  # called by hand
             own = partial(SAMStepMixin.training_step, self)
-            return self._watched_step(own, model, inputs, num_items_in_batch)
+            return self._lpg_watched_step(own, model, inputs, num_items_in_batch)
         watch.was_own, watch.divisor = True, loss_divisor(self, num_items_in_batch)
         try:
-            sam = self._parameter_methods.sam(self.state.global_step)
+            sam = self._lpg_parameter_methods.sam(self.state.global_step)
             if sam is None:
                 return super().training_step(model, inputs, num_items_in_batch)
-            return self._sam_step(sam, model, inputs, num_items_in_batch)
+            return self._lpg_sam_step(sam, model, inputs, num_items_in_batch)
         finally:
             watch.divisor = None
 
-    def _sam_step(
+    def _lpg_sam_step(
         self, sam: SAM, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        methods = self._parameter_methods
-        loss, parameters, gradients = self._first_pass(model, inputs, num_items_in_batch)
+        methods = self._lpg_parameter_methods
+        loss, parameters, gradients = self._lpg_first_pass(model, inputs, num_items_in_batch)
         with sam.shifted(cast(nn.Module, self.model), parameters, gradients):
             super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1:
@@ -47,7 +47,7 @@ class SAMStepMixin(StepWatchMixin):
             methods.record(sam, _delta_norm(parameters, gradients) / gradient_scale(self.accelerator))
         return loss.detach() / loss_divisor(self, num_items_in_batch)
 
-    def _first_pass(
+    def _lpg_first_pass(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, list[nn.Parameter], tuple[Tensor | None, ...]]:
         """Returns the loss, the parameters that train, and their gradients (`None` for unused parameters)."""
@@ -56,7 +56,11 @@ class SAMStepMixin(StepWatchMixin):
         switch_to_training = getattr(self.optimizer, "train", None)
         if callable(switch_to_training):
             switch_to_training()
-        with self.accelerator.no_sync(model), self.compute_loss_context_manager(), self._parameter_methods.ascending():
+        with (
+            self.accelerator.no_sync(model),
+            self.compute_loss_context_manager(),
+            self._lpg_parameter_methods.ascending(),
+        ):
             outcome = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
         loss = cast(Tensor, outcome).mean()
         all_parameters = cast(nn.Module, self.model).parameters()

@@ -61,39 +61,39 @@ class StepWatch:
 class StepWatchMixin(Trainer):
     """Knows of every training step of a [`~transformers.Trainer`], whoever wrote `training_step`."""
 
-    _step_watch: StepWatch
+    _lpg_step_watch: StepWatch
 
-    def _end_micro_batch(self) -> None:
+    def _lpg_end_micro_batch(self) -> None:
         """Called after every training step."""
         raise NotImplementedError
 
-    def _begin_micro_batch(self, inputs: Any) -> None:
+    def _lpg_begin_micro_batch(self, inputs: Any) -> None:
         """Called before every training step."""
-        self._step_watch.begin(inputs)
+        self._lpg_step_watch.begin(inputs)
 
     @contextmanager
-    def _watched_steps(self) -> Iterator[None]:
-        """Within it, the loop of the Trainer calls [`_watched_step`]."""
+    def _lpg_watched_steps(self) -> Iterator[None]:
+        """Within it, the loop of the Trainer calls [`_lpg_watched_step`]."""
         # The loop finds this attribute before the method of any subclass, which may not call ours. A public hook
         # around the training step does not exist in 5.24.
         attributes = vars(self)
         before = {name: attributes[name] for name in ["training_step"] if name in attributes}
-        attributes["training_step"] = partial(self._watched_step, self.training_step)
+        attributes["training_step"] = partial(self._lpg_watched_step, self.training_step)
         try:
             yield
         finally:
             del attributes["training_step"]
             attributes.update(before)
 
-    def _watched_step(
+    def _lpg_watched_step(
         self, step: Callable[..., Tensor], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if self._step_watch.is_running:
+        if self._lpg_step_watch.is_running:
             return step(model, inputs, *args, **kwargs)
-        self._begin_micro_batch(inputs)
+        self._lpg_begin_micro_batch(inputs)
         try:
             loss = step(model, inputs, *args, **kwargs)
         finally:
-            self._step_watch.is_running, self._step_watch.inputs = False, None
-        self._end_micro_batch()
+            self._lpg_step_watch.is_running, self._lpg_step_watch.inputs = False, None
+        self._lpg_end_micro_batch()
         return loss

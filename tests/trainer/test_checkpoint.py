@@ -51,7 +51,7 @@ def state_of(trainer):
     return {
         "parameters": flat_parameters(trainer.model),
         **{f"loss.{name}": value for name, value in trainer.lpg_loss.state_dict().items()},
-        **{f"parameter.{name}": value for name, value in trainer._parameter_methods.state_dict().items()},
+        **{f"parameter.{name}": value for name, value in trainer._lpg_parameter_methods.state_dict().items()},
         **{f"adam.{i}": row["exp_avg"] for i, row in enumerate(trainer.optimizer.state_dict()["state"].values())},
     }
 

@@ -187,7 +187,7 @@ def test_training_is_bit_for_bit_what_it_is_without_row_numbers(perturbations, a
     assert followed.label_issues().num_rows == ROWS
     monkeypatch.setattr(lpg_hf.trainer.label_issues, "has_rows", lambda dataset: False)
     alone = train(tmp_path, perturbations=perturbations, **args)
-    assert alone._row_tracker.buffer is None
+    assert alone._lpg_row_tracker.buffer is None
     assert torch.equal(flat_parameters(followed.model), flat_parameters(alone.model))
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (followed, alone)]
     assert losses[0] == losses[1]
@@ -783,7 +783,7 @@ def test_a_collator_that_a_callback_replaces_is_used_from_the_next_epoch_on(tmp_
 
 
 def test_no_batch_outlives_the_training(tmp_path):
-    assert train(tmp_path)._row_tracker._step == []
+    assert train(tmp_path)._lpg_row_tracker._step == []
 
 
 def test_the_weight_of_a_subclass_is_the_one_that_is_booked(tmp_path):

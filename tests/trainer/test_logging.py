@@ -55,7 +55,7 @@ def test_three_numbers_are_logged_by_default(tmp_path):
 def test_the_table_of_the_docs_has_the_keys_that_are_logged(tmp_path):
     chain = ["auto", "logit_clipping(max_norm=0.5)", "lpg", "lpg(epsilon=0.05)", "sam", "gradient_clipping"]
     trainer = train(tmp_path, logs_all=True, perturbations=chain, callbacks=[PathLength(1)])
-    names = [method.name for method in [*trainer.lpg_loss.perturbations, *trainer._parameter_methods]]
+    names = [method.name for method in [*trainer.lpg_loss.perturbations, *trainer._lpg_parameter_methods]]
     assert len(names) == 8
     for keys in logged_keys(trainer):
         assert {key.split("/")[1].removesuffix("_2") for key in keys if key.count("/") == 2} == set(names)
@@ -104,7 +104,7 @@ def test_the_norms_of_the_report_survive_a_resumption(logs_all, tmp_path):
         del line["grad_norm"]  # the Trainer's
     assert [line["step"] for line in norms] == [2, 4, 6, 8]
     assert ["lpg/sam/delta_norm" in line for line in norms] == [True, False, True, False]
-    assert whole._norms() == resumed._norms() == norms
+    assert whole._lpg_norms() == resumed._lpg_norms() == norms
 
 
 class LogsByHand(TrainerCallback):

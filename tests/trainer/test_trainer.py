@@ -440,7 +440,7 @@ def test_streams_count_and_use_the_prior_after_the_first_epoch(tmp_path):
     )
     trainer.train()
     assert trainer.lpg_loss.statistics.class_counts.tolist() == [180, 6, 3, 3]
-    norms = [line["lpg/logit_adjustment/delta_norm"] for line in trainer._norms()]
+    norms = [line["lpg/logit_adjustment/delta_norm"] for line in trainer._lpg_norms()]
     assert norms[:4] == [0.0] * 4  # four steps are an epoch
     assert min(norms[5:]) > 0
 

@@ -137,7 +137,7 @@ def test_a_stream_that_is_read_once_gets_its_prior_on_the_way(tmp_path, warnings
         logging_steps=1,
     )
     assert UNKNOWN_COUNTS in warnings()[0] and "or 1000 samples" in warnings()[0]
-    norms = [entry["lpg/logit_adjustment/delta_norm"] for entry in trainer._norms()]
+    norms = [entry["lpg/logit_adjustment/delta_norm"] for entry in trainer._lpg_norms()]
     assert max(norms[:32]) == 0 and min(norms[32:]) > 0
     seen = torch.tensor(counts_of(trainer)) + 10
     assert trainer.lpg_loss.statistics.prior.tolist() == pytest.approx((seen / seen.sum()).tolist())
@@ -199,14 +199,14 @@ def test_methods_in_both_chains_keep_their_state(tmp_path):
     trainer = make_trainer(tmp_path, make_rows(LONG_TAIL), perturbations=chain, epochs=2)
     assert len(trainer.lpg_loss.perturbations) == len(first.lpg_loss.perturbations) + 1
     states = []
-    begin = type(trainer._managed_loss).begin
+    begin = type(trainer._lpg_managed).begin
 
     def spy(self, *args):
         begin(self, *args)
         states.append([copy.deepcopy(method.state_dict()) for method in self.methods])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(trainer._managed_loss), "begin", spy)
+        patch.setattr(type(trainer._lpg_managed), "begin", spy)
         trainer.train(resume_from_checkpoint=True)
     for old, new in zip(list(first.lpg_loss.perturbations)[-2:], states[0][-2:], strict=True):
         assert old.state_dict() and all(torch.equal(value, new[name]) for name, value in old.state_dict().items())
