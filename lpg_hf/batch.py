@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 
 IGNORE_INDEX = -100
+# A label whose probability is below this share of the largest is contradicted by the model.
+CONFIDENT_ERROR = 0.1
 
 
 class LogitBatch:
@@ -17,6 +19,8 @@ class LogitBatch:
     Args:
         logits (`torch.Tensor` of shape `[N, C]`): The logits of the model, detached, float32 or float64.
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        judged_offset (`torch.Tensor` of shape `[C]`, *optional*):
+            Added to the logits where the labels are judged, see [`ClassStatistics.judged_offset`]. Left out, it is 0.
 
     Attributes:
         valid_mask (`torch.Tensor` of shape `[N]`): Whether a sample has a label.
@@ -27,9 +31,10 @@ class LogitBatch:
         label_prob (`torch.Tensor` of shape `[N]`): `p_y`; 1 for ignored samples.
         is_correct (`torch.Tensor` of shape `[N]`):
             Whether no logit is larger than that of the label. Arbitrary for ignored samples, like the next two.
-        confidence_ratio (`torch.Tensor` of shape `[N]`): `p_y / max_j p_j`, in [0, 1].
+        confidence_ratio (`torch.Tensor` of shape `[N]`):
+            `q_y / max_j q_j` with `q = softmax(z + judged_offset)`, in [0, 1].
         is_confident_error (`torch.Tensor` of shape `[N]`):
-            Whether the model confidently contradicts the label: `p_y < max_j p_j / 10` and `max_j p_j > 0.3`.
+            Whether the model contradicts the label: a confidence ratio below 1/10.
         gradient (`torch.Tensor` of shape `[N, C]`):
             Gradient of the summed cross-entropy at the logits, see [`logit_gradient`]. Read-only.
 
@@ -49,22 +54,23 @@ class LogitBatch:
     ```
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor):
+    def __init__(self, logits: Tensor, labels: Tensor, judged_offset: Tensor | None = None):
         self.logits = logits
         self.labels = labels
         self.valid_mask = labels != IGNORE_INDEX
         self.ignore_mask = labels == IGNORE_INDEX
         self.valid_bits = _bits(logits, self.valid_mask)
         self.classes = labels.clamp(min=0)
-        margin = _label_logit(logits, labels) - logits.amax(-1)
+        margin = label_margin(logits, labels)
         self.is_correct = margin == 0
-        self.confidence_ratio = margin.exp()
+        judged = margin if judged_offset is None else label_margin(logits + judged_offset.to(logits), labels)
+        self.confidence_ratio = judged.exp()
+        self.is_confident_error = self.confidence_ratio < CONFIDENT_ERROR
         probabilities = logits.softmax(-1)
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         largest = probabilities.amax(-1)
         self.label_log_prob = (margin + largest.log()).masked_fill(self.ignore_mask, 0.0)
         self.label_prob = self.label_log_prob.exp()
-        self.is_confident_error = (self.confidence_ratio < 0.1) & (largest > 0.3)
         self.gradient = zero_ignored_(balance_label_entry_(probabilities, self.classes), labels, self.valid_bits)
 
 
@@ -136,8 +142,9 @@ def _bits(matrix: Tensor, valid_mask: Tensor) -> Tensor:
     return -valid_mask.to(integer)[:, None]
 
 
-def _label_logit(logits: Tensor, labels: Tensor) -> Tensor:
-    return -_checked(F.nll_loss, logits, labels)
+def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of each label minus the largest logit, `[N]`, at most 0; arbitrary for ignored samples."""
+    return -_checked(F.nll_loss, logits, labels) - logits.amax(-1)
 
 
 def _checked(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ class LPGConfig(TrainingArguments):
         log_perturbations (`bool`, *optional*, defaults to `False`):
             Whether all numbers of the perturbations are logged with each training loss, and not only the three that
             `docs/logged_keys.md` marks.
+        eval_shares (`str`, *optional*, defaults to `"eval_dataset"`):
+            The class shares of the data that the model will meet: `"eval_dataset"`, `"train"`, `"uniform"`, or one
+            number per class with commas between them, such as `"0.9,0.1"`.
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
             The measure that decides sign and radius of each class: `"frequency"` or `"accuracy"`.
         lpg_epsilon (`float`, *optional*, defaults to `0.1`):
@@ -69,6 +72,13 @@ class LPGConfig(TrainingArguments):
     log_perturbations: bool = field(
         default=False,
         metadata={"help": "Whether norms, ratios and weights of every method are logged with each training loss."},
+    )
+    eval_shares: str = field(
+        default="eval_dataset",
+        metadata={
+            "help": "Class shares of the data that the model will meet: eval_dataset, train, uniform, or numbers with "
+            "commas between them."
+        },
     )
     lpg_strategy: str = field(
         default="frequency",

@@ -34,11 +34,15 @@ class LPGLoss(nn.Module):
     Args:
         num_labels (`int`): Number of classes C.
         perturbations (`str`, [`LogitPerturbation`] or a sequence of them, *optional*, defaults to `"auto"`):
-            The chain, as objects (which are copied) or strings; `[]` for none. `"auto"` looks at `class_counts`.
+            The chain, as objects (which are copied) or strings; `[]` for none.
         class_counts (`Sequence[int]`, *optional*):
-            Training samples of each class. Left out, the samples that training sees are counted.
+            Training samples of each class. Left out, the samples that training sees are counted. Class-relative
+            dampening then waits for a call of [`~LPGLoss.end_epoch`], since nobody else knows when all were seen.
         base_loss (`Callable[[Tensor, Tensor], Tensor]`, *optional*):
             Maps logits `[N, C]` and labels `[N]` to one loss per sample, `[N]`; cross-entropy when left out.
+        eval_shares (`Sequence[float]`, *optional*):
+            Share of each class in the data that the model will meet, up to a factor. Left out, it is the one in the
+            training set. `"auto"` trains the logits for shares halfway from these to all classes alike.
 
         managed (`bool`, *optional*, defaults to `False`):
             Whether the caller ends each optimizer step with [`~LPGLoss.step`], over all micro-batches and processes,
@@ -49,7 +53,8 @@ class LPGLoss(nn.Module):
         perturbations (`torch.nn.ModuleList`): The methods of the chain, copies of the objects given.
 
     Raises:
-        ValueError: If `num_labels` is below 2, a perturbation is unknown, or `class_counts` does not fit.
+        ValueError: If `num_labels` is below 2, a perturbation is unknown, or `class_counts` or `eval_shares` does not
+            fit.
 
     Example:
 
@@ -73,15 +78,16 @@ class LPGLoss(nn.Module):
         perturbations: str | LogitPerturbation | Sequence[str | LogitPerturbation] = "auto",
         class_counts: Sequence[int] | None = None,
         base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        eval_shares: Sequence[float] | None = None,
         *,
         managed: bool = False,
     ):
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"`num_labels` must be at least 2; found {num_labels}. Pass the number of classes.")
-        self.statistics = ClassStatistics(num_labels, class_counts, waits_for_epoch=managed)
+        self.statistics = ClassStatistics(num_labels, class_counts, managed, eval_shares)
         # Copies: the state of a method belongs to one loss.
-        self.perturbations = nn.ModuleList(copy.deepcopy(build_chain(perturbations, class_counts)))
+        self.perturbations = nn.ModuleList(copy.deepcopy(build_chain(perturbations)))
         for method in self.perturbations:
             if not isinstance(method, LogitPerturbation):
                 raise ValueError(
@@ -89,6 +95,7 @@ class LPGLoss(nn.Module):
                     "`LPGTrainer(perturbations=...)`."
                 )
             method.setup(num_labels)
+            self.statistics.add_correction(method.log_correction)
         self.base_loss = base_loss
         self.managed = managed
         self._is_frozen = False
@@ -150,7 +157,7 @@ class LPGLoss(nn.Module):
         if not perturbs:
             return self._values(z, labels).sum() / divisor if model_loss is None else model_loss
 
-        batch = LogitBatch(z.detach(), labels)
+        batch = LogitBatch(z.detach(), labels, self.statistics.judged_offset)
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
             return self.perturb_loss(self._values(z, labels).sum() / divisor, z, batch, divisor, observer)
@@ -214,7 +221,8 @@ class LPGLoss(nn.Module):
         perturbed, rows = self._run_chain(gradient, batch)
         if not self._is_frozen:
             self._telemetry.record(torch.stack(rows).masked_fill_(batch.ignore_mask, 0.0), self.statistics.steps)
-            self.statistics.update(batch)
+            kept = (m.uncompensated_weight for m in self._methods if isinstance(m, SampleReweighting))
+            self.statistics.update(batch, next((weight for weight in kept if weight is not None), None))
             if not self.managed:
                 self.step()
         if observer is not None:
@@ -272,7 +280,7 @@ class LPGLoss(nn.Module):
             method.step(reduce)
 
     def end_epoch(self) -> None:
-        """Ends an epoch. After the first one, classes that are being counted have a prior."""
+        """Ends an epoch. From then on dampening may act, and classes that are being counted have a prior."""
         self.statistics.end_epoch()
 
     def telemetry(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:

@@ -10,8 +10,7 @@ from .batch import LogitBatch
 
 
 # Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
-MEAN_INERTIA = 20
-CONFIDENT_ERROR_INERTIA = 40
+INERTIA = 20
 # Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
 # Samples, in total and per class, after which a prior that is being counted is used before the epoch has ended.
@@ -30,16 +29,16 @@ class PriorTerms(NamedTuple):
         log_rarity:
             Minus the logarithm of the share, relative to the largest; a class without samples counts as the rarest
             class that has some.
+        log_eval: Logarithm of the shares of the evaluation, up to a constant.
         present_mean: Weights of a mean over the classes that have samples.
         onehot_distance: `||onehot(c) - shares||`.
-        smallest_ratio (scalar): Share of the rarest class that has samples, relative to the largest.
     """
 
     shares: Tensor
     log_rarity: Tensor
+    log_eval: Tensor
     present_mean: Tensor
     onehot_distance: Tensor
-    smallest_ratio: Tensor
 
 
 def relative_prior(shares: Tensor) -> Tensor:
@@ -65,16 +64,17 @@ def relative_prior(shares: Tensor) -> Tensor:
     return shares.clamp(min=smallest) / shares.max()
 
 
-def prior_terms(shares: Tensor) -> PriorTerms:
-    """The [`PriorTerms`] of class shares `[C]`."""
+def prior_terms(shares: Tensor, eval_shares: Tensor | None = None) -> PriorTerms:
+    """The [`PriorTerms`] of the class shares of training and evaluation, `[C]` each. By default they are the same."""
     relative = relative_prior(shares)
+    log_eval = (relative if eval_shares is None else relative_prior(eval_shares)).log()
     present = (shares > 0).to(shares)
     squares = shares.square()
     # Where a share is nearly 1, the difference to the sum of all would leave nothing of the others.
     largest = squares.argmax(keepdim=True)
     others = (squares.sum() - squares).scatter(0, largest, squares.scatter(0, largest, 0.0).sum(0, keepdim=True))
     distance = ((1 - shares).square() + others).sqrt()
-    return PriorTerms(shares, -relative.log(), present / present.sum(), distance, relative.min())
+    return PriorTerms(shares, -relative.log(), log_eval, present / present.sum(), distance)
 
 
 def min_counted_samples(num_labels: int) -> int:
@@ -84,29 +84,38 @@ def min_counted_samples(num_labels: int) -> int:
 
 class ClassStatistics(nn.Module):
     """
-    Class prior, and running means per class of what the model makes of its training samples.
+    Class prior, and means per class of what the model makes of its training samples.
 
     A step uses the statistics of the step before. [`~ClassStatistics.update`] only adds the samples of a micro-batch
     to pending sums. [`~ClassStatistics.step`] reduces these over processes and moves the running means, once per
-    optimizer step. The result does not depend on how the batch was split into micro-batches and processes.
+    optimizer step. The result does not depend on how the batch was split into micro-batches and processes. What must
+    not follow single batches is a mean over a whole epoch, and holds through the next one.
 
     Args:
         num_labels (`int`): Number of classes C.
         class_counts (`Sequence[int]`, *optional*):
             Training samples of each class. Left out, the samples that training sees are counted.
         waits_for_epoch (`bool`, *optional*, defaults to `False`):
-            Whether counted classes have a uniform prior until [`~ClassStatistics.end_epoch`], or until
-            [`min_counted_samples`] have been seen, which ends the wait in a stream that is read once. Before that,
-            the order of the data biases a prior.
+            Whether the caller ends every epoch with [`~ClassStatistics.end_epoch`]. Until the first one has ended,
+            counted classes have a uniform prior, since the order of the data would bias another. In a stream that is
+            read once, [`min_counted_samples`] end that wait. Otherwise an epoch ends when as many samples were seen
+            as `class_counts` says, and never without them.
+        eval_shares (`Sequence[float]`, *optional*):
+            Share of each class in the data that the model will meet. Left out, it is the one in the training set.
 
     Attributes:
         class_counts (`torch.Tensor` of shape `[C]`): Samples of each class, in the data set or seen so far.
         seen_counts (`torch.Tensor` of shape `[C]`): Samples of each class that training has met.
         counts_are_given (`bool`): Whether `class_counts` was given.
+        judged_offset (`torch.Tensor` of shape `[C]`):
+            Added to the logits, it makes them fit the class shares of the evaluation. At these, labels are judged: in
+            a long tail, logits that are trained for balanced classes would contradict every head row near the border.
         steps (`torch.Tensor`, scalar): Number of optimizer steps so far.
+        epochs (`torch.Tensor`, scalar): Number of epochs that have ended.
 
     Raises:
-        ValueError: If `class_counts` does not have `num_labels` entries, has a negative one, or no positive one.
+        ValueError: If `class_counts` or `eval_shares` does not have `num_labels` entries, has a negative one, or no
+            positive one.
 
     Example:
 
@@ -126,25 +135,45 @@ class ClassStatistics(nn.Module):
     class_counts: Tensor
     seen_counts: Tensor
     steps: Tensor
+    epochs: Tensor
     _running: Tensor
-    _inertia: Tensor
+    _epoch_sums: Tensor
+    _epoch_means: Tensor
     _pending: Tensor
+    _eval_shares: Tensor | None
 
-    def __init__(self, num_labels: int, class_counts: Sequence[int] | None = None, waits_for_epoch: bool = False):
+    def __init__(
+        self,
+        num_labels: int,
+        class_counts: Sequence[int] | None = None,
+        waits_for_epoch: bool = False,
+        eval_shares: Sequence[float] | None = None,
+    ):
         super().__init__()
         self.counts_are_given = class_counts is not None
+        self._waits_for_epoch = waits_for_epoch
         self._prior_is_ready = not waits_for_epoch
+        # What the methods of a chain add to the logarithm of the class shares that the logits are trained for.
+        self._corrections: list[Callable[[ClassStatistics], Tensor]] = []
         counts = torch.zeros(num_labels, dtype=torch.int64)
         if class_counts is not None:
             counts = _check_class_counts(class_counts, num_labels)
         self.register_buffer("class_counts", counts)
         self.register_buffer("seen_counts", torch.zeros(num_labels, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("_running", torch.zeros(4, num_labels))
-        inertia = [[MEAN_INERTIA]] * 3 + [[CONFIDENT_ERROR_INERTIA]]
-        self.register_buffer("_inertia", torch.tensor(inertia, dtype=torch.float32), persistent=False)
+        # Like the counts it belongs to the data, and not to a checkpoint.
+        shares = None if eval_shares is None else check_shares("eval_shares", eval_shares, num_labels)
+        self.register_buffer("_eval_shares", shares, persistent=False)
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
+        # Accuracy, probability of the label, and weight that dampening takes away.
+        self.register_buffer("_running", torch.zeros(3, num_labels))
+        # Samples, confidence ratios and confident errors of the present epoch.
+        self.register_buffer("_epoch_sums", torch.zeros(3, num_labels))
+        # The last two as means over the epochs before, the last of which makes a half. And the running probability of
+        # the label at the end of the last epoch.
+        self.register_buffer("_epoch_means", torch.zeros(3, num_labels))
         # Zero between optimizer steps, which is when state is saved.
-        self.register_buffer("_pending", torch.zeros(5, num_labels), persistent=False)
+        self.register_buffer("_pending", torch.zeros(6, num_labels), persistent=False)
         self._update_prior()
 
     @property
@@ -153,7 +182,7 @@ class ClassStatistics(nn.Module):
 
     @property
     def pending(self) -> Tensor:
-        """What the next [`~ClassStatistics.step`] sums over processes, `[5, C]`."""
+        """What the next [`~ClassStatistics.step`] sums over processes, `[6, C]`."""
         return self._pending
 
     @property
@@ -169,7 +198,26 @@ class ClassStatistics(nn.Module):
         else:  # decided on the device
             is_enough = self.class_counts.sum() >= min_counted_samples(self.num_labels)
             counts = torch.where(is_enough, self.class_counts + PRIOR_PSEUDO_COUNT, 1)
-        self.prior_terms = prior_terms(counts.to(self._running.dtype) / counts.sum())
+        self.prior_terms = prior_terms(counts.to(self._running.dtype) / counts.sum(), self._eval_shares)
+        self._update_judged_offset()
+
+    def _update_judged_offset(self) -> None:
+        self.judged_offset = self.prior_terms.log_eval - self.log_output_shares
+
+    @property
+    def log_output_shares(self) -> Tensor:
+        """Logarithm of the class shares that the logits are trained for, up to a constant, `[C]`."""
+        return sum((correction(self) for correction in self._corrections), -self.prior_terms.log_rarity)
+
+    def add_correction(self, correction: Callable[["ClassStatistics"], Tensor]) -> None:
+        """
+        Takes into account that a method trains the logits for other class shares than those of the training set.
+
+        Args:
+            correction (`Callable`): Returns what it adds to the logarithm of the shares, `[C]`.
+        """
+        self._corrections.append(correction)
+        self._update_judged_offset()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         module = super()._apply(*args, **kwargs)
@@ -196,31 +244,40 @@ class ClassStatistics(nn.Module):
 
     @property
     def confidence_ratio(self) -> Tensor:
-        """Running mean of `p_{i,c} / max_j p_ij`, `[C]`."""
-        return self._running[2]
+        """
+        Mean of [`LogitBatch.confidence_ratio`] over the samples of class c, `[C]`. Each epoch makes a half of it, and
+        what was before the other half; 0 before the first epoch has ended.
+        """
+        return self._epoch_means[0]
 
     @property
     def confident_error_rate(self) -> Tensor:
-        """Running share of samples with `p_{i,c} < max_j p_ij / 10` and `max_j p_ij > 0.3`, `[C]`."""
-        return self._running[3]
+        """Share of the samples of class c that the model contradicts, `[C]`, averaged like `confidence_ratio`."""
+        return self._epoch_means[1]
 
     @property
-    def confident_error_share(self) -> Tensor:
-        """
-        Share of the errors on the training set in which the model confidently contradicts the label, a scalar.
+    def last_label_prob(self) -> Tensor:
+        """The [`~ClassStatistics.label_prob`] at the end of the last epoch, `[C]`; 0 before."""
+        return self._epoch_means[2]
 
-        Both rates are weighted by [`~ClassStatistics.prior`]. A model that finds its data hard is mostly unsure where
-        it errs. One that has learned the classes and meets wrong labels is sure of itself.
-        """
-        accuracy, _, _, confident_error_rate = self._running @ self.prior
-        return confident_error_rate / (1 - accuracy).clamp(min=0.01)
+    @property
+    def mean_weight(self) -> Tensor:
+        """Running mean of the weights of the samples of class c under dampening, `[C]`; 1 before."""
+        return 1 - self._running[2]
 
     @torch.no_grad()
-    def update(self, batch: LogitBatch) -> None:
-        """Adds a micro-batch to the pending sums."""
-        rows = torch.stack(
-            [batch.valid_mask, batch.is_correct, batch.label_prob, batch.confidence_ratio, batch.is_confident_error]
-        )
+    def update(self, batch: LogitBatch, weight: Tensor | None = None) -> None:
+        """
+        Adds a micro-batch to the pending sums.
+
+        Args:
+            batch ([`LogitBatch`]): The micro-batch.
+            weight (`torch.Tensor` of shape `[N]`, *optional*):
+                Weight of each sample under class-relative dampening, without its compensation.
+        """
+        lost = torch.zeros_like(batch.label_prob) if weight is None else 1 - weight
+        first = [batch.valid_mask, batch.confidence_ratio, batch.is_confident_error]
+        rows = torch.stack([*first, batch.is_correct, batch.label_prob, lost])
         # Filled and not multiplied: an ignored sample may have logits that are not finite.
         rows.masked_fill_(batch.ignore_mask, 0.0)
         self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
@@ -235,22 +292,52 @@ class ClassStatistics(nn.Module):
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
-        # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + inertia).
-        move = pending[1:].addcmul(counts, self._running, value=-1)
+        # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + INERTIA).
+        move = pending[3:].addcmul(counts, self._running, value=-1)
         # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
-        self._running.addcdiv_(move.nan_to_num_(0.0, 0.0, 0.0), counts + self._inertia)
+        self._running.addcdiv_(move.nan_to_num_(0.0, 0.0, 0.0), counts + INERTIA)
+        self._epoch_sums += pending[:3].nan_to_num(0.0, 0.0, 0.0)
         self.steps += 1
         self.seen_counts += counts.long()
         if not self.counts_are_given:
             self.class_counts.copy_(self.seen_counts)
             self._update_prior()
+        elif not self._waits_for_epoch:  # decided on the device
+            self._roll_over(self._epoch_sums[0].sum() >= self.class_counts.sum())
         self._pending.zero_()
 
+    @torch.no_grad()
     def end_epoch(self) -> None:
-        """Says that all training data has been seen: counted classes have a prior from here on, however few."""
+        """
+        Says that all training data has been seen once more: the means of this epoch hold through the next one, and
+        counted classes have a prior from here on, however few.
+        """
+        self._roll_over(torch.ones_like(self.steps, dtype=torch.bool))
         if not self._prior_is_ready:
             self._prior_is_ready = True
             self._update_prior()
+
+    def _roll_over(self, is_over: Tensor) -> None:
+        counts, before = self._epoch_sums[0], self._epoch_means[:2]
+        means = self._epoch_sums[1:] / counts.clamp(min=1)
+        means = torch.where(before[0] > 0, (means + before) / 2, means)
+        means = torch.cat([means, self.label_prob[None]])
+        # A class that the epoch did not have keeps its means.
+        torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
+        self._epoch_sums.masked_fill_(is_over, 0.0)
+        self.epochs += is_over
+
+
+def check_shares(name: str, shares: Sequence[float], num_labels: int) -> Tensor:
+    """Class shares as a tensor that sums to 1, `[C]`."""
+    values = torch.as_tensor(shares, dtype=torch.float32)
+    is_valid = values.shape == (num_labels,) and values.isfinite().all() and (values >= 0).all() and (values > 0).any()
+    if not is_valid:
+        raise ValueError(
+            f"`{name}` must be {num_labels} numbers, one per class, not negative and at least one positive; found "
+            f"{shares!r}. Pass counts or shares in the order of the classes."
+        )
+    return values / values.sum()
 
 
 def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:

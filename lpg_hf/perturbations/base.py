@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -123,6 +124,13 @@ class LogitPerturbation(Perturbation):
         perturbed = gradient.add_(delta) if in_place else gradient + delta
         return zero_ignored_(perturbed, batch.labels, batch.valid_bits), norm
 
+    def log_correction(self, statistics: ClassStatistics) -> Tensor:
+        """
+        For methods that correct an imbalance: what they add to the logarithm of the class shares that the logits are
+        trained for, `[C]`, up to a constant.
+        """
+        return torch.zeros_like(statistics.prior)
+
     def update(self, gradient: Tensor, batch: LogitBatch) -> None:
         """
         For methods that learn: adds up sums over each micro-batch. It is called before `delta`, with the same
@@ -141,6 +149,8 @@ class SampleReweighting(LogitPerturbation):
 
     Attributes:
         last_weight (`torch.Tensor` of shape `[N]` or `None`): The weights of the last micro-batch of a training.
+        uncompensated_weight (`torch.Tensor` of shape `[N]` or `None`):
+            The same before a compensation that depends on their mean per class, which the statistics keep.
 
     Example:
 
@@ -159,6 +169,7 @@ class SampleReweighting(LogitPerturbation):
     """
 
     last_weight: Tensor | None = None
+    uncompensated_weight: Tensor | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -12,52 +12,48 @@ from .checks import check_interval, check_not_negative
 from .ops import ramp
 
 
-# The power that `rising` begins with.
-FIRST_POWER = 2.0
-
-
-def dampening_weight(batch: LogitBatch, confidence_ratio: Tensor, gate: Tensor, power: float | Tensor = 2.0) -> Tensor:
+def dampening_weight(batch: LogitBatch, confidence_ratio: Tensor, gate: Tensor, power: float = 4.0) -> Tensor:
     r"""
-    Weight of each sample under class-relative dampening: `min(1, rho_i / rhobar_c) ^ (power gamma_c)`.
+    Weight of each sample under class-relative dampening: `min(1, rho_i / rhobar_c^2) ^ (power gamma_c)`.
 
-    `rho_i = p_{i,c} / max_j p_ij` says how far the model believes the label of sample i, `rhobar_c` how far it
-    believes that class as a whole. A sample that reaches the mean of its class has weight 1, and so has every sample
-    of a class with a closed gate.
+    `rho_i` says how far the model believes the label of sample i ([`LogitBatch.confidence_ratio`]), `rhobar_c` how far
+    it believes that class as a whole. The square asks little of a class that is hard: one that is believed by 0.9 asks
+    0.81 of a sample, one that is believed by 0.45 asks 0.2. Every sample of a class with a closed gate has weight 1.
 
     Source: ours.
 
     Args:
         batch ([`LogitBatch`]): The micro-batch.
-        confidence_ratio (`torch.Tensor` of shape `[C]`): Running mean of `rho_i`, `rhobar_c`.
+        confidence_ratio (`torch.Tensor` of shape `[C]`): Mean of `rho_i` over class c, `rhobar_c`.
         gate (`torch.Tensor` of shape `[C]`): How far dampening acts on each class, `gamma_c` in [0, 1].
-        power (`float` or scalar `torch.Tensor`, *optional*, defaults to 2.0): Strength, at least 0.
+        power (`float`, *optional*, defaults to 4.0): Strength, at least 0.
 
     Returns:
         `torch.Tensor` of shape `[N]`: In [0, 1]; arbitrary for ignored samples.
     """
     tiny = torch.finfo(batch.confidence_ratio.dtype).tiny
-    class_confidence = confidence_ratio[batch.classes].clamp(min=tiny)
-    return (batch.confidence_ratio / class_confidence).clamp(max=1) ** (power * gate[batch.classes])
+    reference = confidence_ratio.square().clamp(min=tiny)
+    return (batch.confidence_ratio / reference[batch.classes]).clamp(max=1) ** (power * gate[batch.classes])
 
 
 def dampening_gate(
     label_prob: Tensor,
     confident_error_rate: Tensor,
-    learned: Sequence[float] = (0.1, 0.5),
-    contradicted: Sequence[float] = (0.02, 0.08),
+    learned: Sequence[float] = (0.05, 0.3),
+    contradicted: Sequence[float] = (0.05, 0.15),
 ) -> Tensor:
     """
-    How far class-relative dampening acts on each class, `gamma_c`: on classes that have been learned, and of which the
-    model confidently contradicts a share.
+    How far class-relative dampening acts on each class: on classes that have been learned, and of which the model
+    contradicts a share.
 
     Source: ours.
 
     Args:
-        label_prob (`torch.Tensor` of shape `[C]`): Running mean of `p_{i,c}` over the samples of class c.
-        confident_error_rate (`torch.Tensor` of shape `[C]`): Running share of samples that the model contradicts.
-        learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`):
+        label_prob (`torch.Tensor` of shape `[C]`): Mean of `p_{i,c}` over the samples of class c.
+        confident_error_rate (`torch.Tensor` of shape `[C]`): Share of samples that the model contradicts.
+        learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
             Values of `label_prob` where the first gate starts to open, and where it is open.
-        contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`):
+        contradicted (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.15)`):
             Values of `confident_error_rate` where the second gate starts to open, and where it is open.
 
     Returns:
@@ -66,18 +62,14 @@ def dampening_gate(
     return ramp(label_prob, *learned) * ramp(confident_error_rate, *contradicted)
 
 
-def dampening_compensation(confident_error_rate: Tensor, gate: Tensor) -> Tensor:
+def dampening_compensation(mean_weight: Tensor) -> Tensor:
     """
-    Factor on the weights of a class that restores its share of the gradient, `1 / max(1 - gamma_c k_c, 1/2)`.
-
-    The rest of the class gets the part that its contradicted share `k_c` loses.
+    Factor on the weights of a class that restores its share of the gradient, `1 / max(mean weight, 1/2)`.
 
     Source: ours.
 
     Args:
-        confident_error_rate (`torch.Tensor` of shape `[C]`):
-            Running share of samples that the model contradicts, `k_c`.
-        gate (`torch.Tensor` of shape `[C]`): How far dampening acts on the class, `gamma_c`.
+        mean_weight (`torch.Tensor` of shape `[C]`): Running mean of the weights of each class, in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `[C]`: Factors in [1, 2]. A class that is contradicted as a whole is left dampened.
@@ -86,12 +78,12 @@ def dampening_compensation(confident_error_rate: Tensor, gate: Tensor) -> Tensor
 
     ```python
     >>> import torch
-    >>> dampening_compensation(torch.tensor([0.0, 0.2, 0.9]), gate=torch.ones(3))
+    >>> dampening_compensation(torch.tensor([1.0, 0.8, 0.1]))
     tensor([1.0000, 1.2500, 2.0000])
 
     ```
     """
-    return (1 - gate * confident_error_rate).clamp(min=0.5).reciprocal()
+    return mean_weight.clamp(min=0.5).reciprocal()
 
 
 class ClassRelativeDampening(SampleReweighting):
@@ -99,31 +91,29 @@ class ClassRelativeDampening(SampleReweighting):
     Dampens the samples that the model believes far less than it believes their class, once that class is learned.
 
     It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient. A
-    class that is not learned yet, or that the model never contradicts, is left alone. See
-    [`dampening_gate`] for the two gates, whose product is `gamma_c`.
+    class that is not learned yet, or that the model never contradicts, is left alone. Three things keep it from doing
+    harm:
+
+    - In the first epoch it does not act. Nothing can be memorized before a second visit.
+    - Its gate `gamma_c`, see [`dampening_gate`], never closes again. A model that has memorized its wrong labels
+      contradicts none of them any more.
+    - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
+
+    Labels are judged at the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
-    Formula: `delta = (w - 1) g` with `w = min(1, rho / rhobar_c) ^ (power gamma_c)`, `rho = p_y / max_j p_j`.
+    Formula: `delta = (w - 1) g` with `w = min(1, rho / rhobar_c^2) ^ (power gamma_c)`, `rho = q_y / max_j q_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorize.
-    Hurts: clean data that is hard for the model, by some points, unless `decided` keeps it away from there.
+    Hurts: data that is hard for the model and has right labels, a little.
     Cost: O(NC).
     Source: ours.
 
     Args:
-        power (`float`, *optional*, defaults to 2.0): Strength, at least 0; 0 switches the method off.
-        learned (`tuple[float, float]`, *optional*, defaults to `(0.1, 0.5)`):
+        power (`float`, *optional*, defaults to 4.0): Strength, at least 0; 0 switches the method off.
+        learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
             Running mean probability of a class at which its gate starts to open, and at which it is open.
-        contradicted (`tuple[float, float]`, *optional*, defaults to `(0.02, 0.08)`):
-            Share of a class that the model confidently contradicts: where the second gate starts to open, and is open.
-        decided (`tuple[float, float]`, *optional*):
-            Share of the errors on the training set that are confident contradictions: where a third gate starts to
-            open, and is open. Left out, there is no third gate.
-        rising (`tuple[float, float]`, *optional*):
-            The same share, where the power begins to change from 2, and where it is `power`. A high power sets wrong
-            labels apart, but would set hard samples aside while the model is unsure. Left out, it is always `power`.
-        compensated (`bool`, *optional*, defaults to `False`):
-            Whether the other samples of a class get the part that dampening takes from its contradicted share, so
-            that the class keeps its share of the gradient; see [`dampening_compensation`].
+        contradicted (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.15)`):
+            Share of a class that the model contradicts: where the second gate starts to open, and is open.
 
     Raises:
         ValueError: If `power` is negative or infinite, or an interval is not increasing within [0, 1].
@@ -138,40 +128,31 @@ class ClassRelativeDampening(SampleReweighting):
     """
 
     name = "class_relative_dampening"
+    _gate: Tensor
 
     def __init__(
         self,
-        power: float = 2.0,
-        learned: Sequence[float] = (0.1, 0.5),
-        contradicted: Sequence[float] = (0.02, 0.08),
-        decided: Sequence[float] | None = None,
-        rising: Sequence[float] | None = None,
-        compensated: bool = False,
+        power: float = 4.0,
+        learned: Sequence[float] = (0.05, 0.3),
+        contradicted: Sequence[float] = (0.05, 0.15),
     ):
         super().__init__()
         check_not_negative("power", power)
-        intervals = {"learned": learned, "contradicted": contradicted, "decided": decided, "rising": rising}
-        for argument, interval in intervals.items():
-            if interval is not None:
-                check_interval(argument, interval)
+        check_interval("learned", learned)
+        check_interval("contradicted", contradicted)
         self.power = power
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
-        self.decided = None if decided is None else tuple(decided)
-        self.rising = None if rising is None else tuple(rising)
-        self.compensated = compensated
+
+    def setup(self, num_labels: int) -> None:
+        self.register_buffer("_gate", torch.zeros(num_labels))
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        error_rate = statistics.confident_error_rate
-        gate = dampening_gate(statistics.label_prob, error_rate, self.learned, self.contradicted)
-        power: float | Tensor = self.power
-        if self.decided is not None or self.rising is not None:
-            share = statistics.confident_error_share
-            if self.decided is not None:
-                gate = gate * ramp(share, *self.decided)
-            if self.rising is not None:
-                power = FIRST_POWER + (power - FIRST_POWER) * ramp(share, *self.rising)
-        weight = dampening_weight(batch, statistics.confidence_ratio, gate, power)
-        if self.compensated:
-            weight = weight * dampening_compensation(error_rate, gate)[batch.classes]
+        # The means of an epoch give the same gate at each of the next steps. In the first epoch it is closed.
+        label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
+        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted)
+        torch.maximum(self._gate, gate, out=self._gate)
+        weight = dampening_weight(batch, statistics.confidence_ratio, self._gate, self.power)
+        self.uncompensated_weight = weight
+        weight = weight * dampening_compensation(statistics.mean_weight)[batch.classes]
         return weight.masked_fill(batch.ignore_mask, 1.0)

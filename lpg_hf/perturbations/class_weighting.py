@@ -98,6 +98,10 @@ class ClassWeighting(SampleReweighting):
         weights = torch.where(present, -1 / torch.expm1(counts * log_beta), 0.0)
         return weights * present.sum() / weights.sum()
 
+    def log_correction(self, statistics: ClassStatistics) -> Tensor:
+        weights = self.class_weights(statistics).to(statistics.prior)
+        return weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+
     def _class_index(self, key: str | int, num_labels: int) -> int:
         index = self._label_names.get(key, key) if isinstance(key, str) else key
         if not isinstance(index, int) or not 0 <= index < num_labels:

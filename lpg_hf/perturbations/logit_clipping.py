@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import LogitBatch
-from ..statistics import MEAN_INERTIA, ClassStatistics
+from ..statistics import INERTIA, ClassStatistics
 from .base import SampleReweighting
 from .checks import check
 
@@ -101,6 +101,6 @@ class LogitClipping(SampleReweighting):
         if self.quantile is not None:
             counts, within = self._pending if reduce is None else reduce(self._pending)
             share = within / counts.clamp(min=1)
-            step = counts / (counts + MEAN_INERTIA) * (self.quantile - share)
+            step = counts / (counts + INERTIA) * (self.quantile - share)
             self.bounds.mul_(step.exp()).clamp_(1e-3, math.sqrt(2))
             self._pending.zero_()

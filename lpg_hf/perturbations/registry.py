@@ -44,22 +44,19 @@ METHODS: dict[str, type[Perturbation]] = {
 
 def build_chain(
     perturbations: str | Perturbation | Sequence[str | Perturbation],
-    class_counts: Sequence[int] | None = None,
     others: Sequence[Perturbation] = (),
 ) -> list[Perturbation]:
     """
     Turns names, strings and objects into the list of methods of a chain.
 
     In a longer chain `"auto"` adds only the methods that are missing: no adjustment next to `logit_adjustment` or
-    `class_weighting`, no dampening next to `class_relative_dampening`. It smooths labels towards the class shares
-    where the imbalance is corrected (by itself or another method), and towards all classes alike elsewhere. Where it
-    adjusts logits itself, it turns a `label_smoothing` towards all classes into one towards the class shares.
+    `class_weighting`, no dampening next to `class_relative_dampening`. Where it adjusts logits itself, it turns a
+    `label_smoothing` toward all classes into one toward the class shares.
 
     Args:
         perturbations (`str`, [`Perturbation`] or a sequence of them):
             Objects; strings in the form of a `repr` (`"lpg"`, `"lpg(epsilon=0.3)"`); `"auto"` for the default preset;
             `"none"` for an empty chain.
-        class_counts (`Sequence[int]`, *optional*): Training samples of each class, for `auto`.
         others (`Sequence[Perturbation]`, *optional*): Methods that act outside of the chain, for `auto`.
 
     Returns:
@@ -74,10 +71,10 @@ def build_chain(
     ```python
     >>> build_chain(["logit_adjustment(tau=0.5)", "logit_clipping"])
     [logit_adjustment(tau=0.5), logit_clipping()]
-    >>> [method.name for method in build_chain("auto", class_counts=[900, 100])]
-    ['logit_adjustment', 'label_smoothing', 'class_relative_dampening']
-    >>> [method.name for method in build_chain(["class_weighting", "auto"], class_counts=[900, 100])]
-    ['class_weighting', 'label_smoothing', 'class_relative_dampening']
+    >>> [method.name for method in build_chain("auto")]
+    ['logit_adjustment', 'class_relative_dampening']
+    >>> [method.name for method in build_chain(["class_weighting", "auto"])]
+    ['class_weighting', 'class_relative_dampening']
 
     ```
     """
@@ -98,7 +95,7 @@ def build_chain(
     # `None` keeps the place of `auto`.
     entries = [None if entry == "auto" else _read(entry) for entry in perturbations]
     named = [entry for entry in entries if entry is not None]
-    auto = auto_chain(class_counts, [*others, *named])
+    auto = auto_chain([*others, *named])
     return [method for entry in entries for method in (auto if entry is None else [entry])]
 
 

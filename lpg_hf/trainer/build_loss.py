@@ -17,6 +17,7 @@ def build_loss(
     chain: Sequence[str | Perturbation],
     num_labels: int,
     class_counts: Sequence[int] | None,
+    eval_shares: Sequence[float] | None,
     loss_corrects: bool,
 ) -> tuple[LPGLoss, list[Perturbation]]:
     """
@@ -27,6 +28,7 @@ def build_loss(
         chain (`Sequence[str | Perturbation]`): The chain as the user wrote it.
         num_labels (`int`): Number of classes.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class. `None` if they are being counted.
+        eval_shares (`Sequence[float]`, *optional*): Class shares of the evaluation. `None` for those of the training.
         loss_corrects (`bool`): Whether the user's loss corrects the class imbalance.
 
     Returns:
@@ -41,11 +43,13 @@ def build_loss(
         outside = [LabelSmoothing(epsilon)] if epsilon < 1 else []
     if loss_corrects:
         outside.append(ClassWeighting())
-    methods = build_chain(chain, class_counts, outside)
+    methods = build_chain(chain, outside)
     config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
     for method in logit_methods(methods):
         method.use_label_names(getattr(config, "label2id", None) or {})
-    loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, managed=True)
+    loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, eval_shares, managed=True)
+    if loss_corrects:
+        loss.statistics.add_correction(ClassWeighting().log_correction)
     dynamo = trainer.accelerator.state.dynamo_plugin
     # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
     if dynamo.backend != DynamoBackend.NO and base_loss is None:

@@ -24,6 +24,7 @@ from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbat
 from ..perturbations.observers import PerturbationObserver
 from .checkpoint import STATE_FILE, SavedState, Stateful, load_state, save_state
 from .classifier import ClassifierCheck
+from .eval_shares import EVAL_DATASET, read_eval_shares
 from .label_issues import LabelIssuesMixin, RowTracker
 from .label_messages import explain_label_errors
 from .managed_loss import ManagedLoss
@@ -82,6 +83,9 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
             Number of training samples of each class. Defaults to the counts of the labels of `train_dataset`: of its
             label column, its attribute `labels` or `targets`, or the dicts in a list. Where there are none to read,
             a warning says so, and the samples are counted until the first epoch or 1000 of them are over.
+        eval_shares (`str` or `Sequence[float]`, *optional*, defaults to `"eval_dataset"`):
+            The class shares of the data that the model will meet: `"eval_dataset"` takes those of its labels, and
+            those of the training set where there are none to read; `"train"`, `"uniform"`, or one number per class.
 
     Raises:
         ValueError: If a perturbation is unknown or an argument is out of range. When the training starts, also if the
@@ -100,8 +104,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
     >>> model = ResNetForImageClassification(ResNetConfig(num_labels=3, hidden_sizes=[8], depths=[1]))
     >>> args = TrainingArguments(mkdtemp(), report_to=[], use_cpu=True, disable_tqdm=True, max_steps=1)
     >>> trainer = LPGTrainer(model=model, args=args, train_dataset=dataset)
-    >>> [method.name for method in trainer.lpg_loss.perturbations]  # the data is imbalanced
-    ['logit_adjustment', 'label_smoothing', 'class_relative_dampening']
+    >>> [method.name for method in trainer.lpg_loss.perturbations]
+    ['logit_adjustment', 'class_relative_dampening']
 
     ```
     """
@@ -124,9 +128,11 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         *,
         perturbations: str | Perturbation | Sequence[str | Perturbation] | None = None,
         class_counts: Sequence[int] | None = None,
+        eval_shares: str | Sequence[float] | None = None,
     ):
         self._lpg_perturbations = [perturbations] if isinstance(perturbations, str | Perturbation) else perturbations
         self._lpg_class_counts = class_counts
+        self._lpg_eval_shares = eval_shares
         build_chain(self._lpg_chain(args))
         super().__init__(
             model=model,
@@ -162,7 +168,12 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         chain = self._lpg_chain(self.args)
         callbacks = self.callback_handler.callbacks
         self._lpg_observers = [callback for callback in callbacks if isinstance(callback, PerturbationObserver)]
-        self._lpg_managed = ManagedLoss(self, chain, self._lpg_class_counts, self._lpg_observers)
+        eval_shares = self._lpg_eval_shares
+        if eval_shares is None:
+            eval_shares = self.args.eval_shares if isinstance(self.args, LPGConfig) else EVAL_DATASET
+        if isinstance(eval_shares, str):
+            eval_shares = read_eval_shares(eval_shares)
+        self._lpg_managed = ManagedLoss(self, chain, self._lpg_class_counts, eval_shares, self._lpg_observers)
         named = build_chain([entry for entry in chain if entry != "auto"])
         is_requested = any(isinstance(method, LogitPerturbation) for method in named)
         self._lpg_classifier = ClassifierCheck(self, self._lpg_managed.has_methods, chain if is_requested else None)

@@ -18,6 +18,7 @@ from ..perturbations.observers import PerturbationObserver, show_to
 from .accumulation import StepItems
 from .build_loss import build_loss, logit_methods
 from .checkpoint import SavedState
+from .eval_shares import EvalShares, find_eval_shares
 from .imbalance_watch import ImbalanceWatch, describe_difference
 from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
 from .loss_scale import LossScale
@@ -42,6 +43,7 @@ class ManagedLoss:
         trainer ([`~transformers.Trainer`]): The trainer whose model, accelerator and settings count.
         chain (`Sequence[str | Perturbation]`): The chain, from which the methods at the logits are taken.
         class_counts (`Sequence[int]`, *optional*): Number of training samples of each class, as the user gave it.
+        eval_shares (`str` or `Sequence[float]`): The class shares of the evaluation, as the user gave them.
         observers (`Sequence[PerturbationObserver]`): The observers that see the perturbations.
 
     Attributes:
@@ -57,6 +59,7 @@ class ManagedLoss:
         trainer: Trainer,
         chain: Sequence[str | Perturbation],
         class_counts: Sequence[int] | None,
+        eval_shares: EvalShares,
         observers: Sequence[PerturbationObserver],
     ):
         self.has_methods = any(isinstance(method, LogitPerturbation) for method in build_chain(chain))
@@ -72,12 +75,15 @@ class ManagedLoss:
         self._trainer = trainer
         self._chain = chain
         self._class_counts = class_counts
+        self._eval_shares = eval_shares
         self._observers = observers
         self._loss: LPGLoss | None = None
         self.items = StepItems(trainer)
         self.disagreement: ValueError | None = None
         self.watch = ImbalanceWatch(None, False)
         self._skipped_steps = SkippedSteps(trainer)
+        # Epochs that the statistics have been told of.
+        self._num_epochs = 0
         self._start_line = ""
         # The class statistics of the last step, between its end and their first use.
         self._pending_statistics: AsyncAllReduce | None = None
@@ -108,9 +114,11 @@ class ManagedLoss:
 
     def _build(self, num_labels: int, counts: Sequence[int] | None) -> None:
         dataset, is_given = self._trainer.train_dataset, self._class_counts is not None
-        self._loss, methods = build_loss(self._trainer, self._chain, num_labels, counts, self.watch.loss_corrects)
+        shares, shares_source = find_eval_shares(self._eval_shares, self._trainer.eval_dataset, num_labels)
+        corrects = self.watch.loss_corrects
+        self._loss, methods = build_loss(self._trainer, self._chain, num_labels, counts, shares, corrects)
         source = source_of_counts(dataset, is_given, self.watch.found is not None)
-        self._start_line = start_line(self._chain, methods, counts, source)
+        self._start_line = start_line(self._chain, methods, counts, source, shares_source)
 
     def begin(self, num_labels: int, dtype: torch.dtype, saved: SavedState | None) -> None:
         """
@@ -137,6 +145,7 @@ class ManagedLoss:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
             self.load_state_dict(saved.renumbered(self.methods))
+            self._num_epochs = int(loss.statistics.epochs)
             if self.watch.begins_anew:  # the samples of the first run had other labels
                 self.loss.statistics.seen_counts.zero_()
         self.watch.begin(self._trainer.state.global_step)
@@ -232,6 +241,9 @@ class ManagedLoss:
 
     def begin_step(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
         """Begins a step of some micro-batches. All processes must call it."""
+        if self._loss is not None and int(self._trainer.state.epoch or 0) > self._num_epochs:
+            self._num_epochs += 1
+            self.loss.end_epoch()
         self._watch_imbalance()
         self.items.begin(batches, num_items_in_batch, device)
 
@@ -265,8 +277,6 @@ class ManagedLoss:
             `torch.Tensor`: A loss with the perturbed gradient. Divided, it has the scale of the step.
         """
         trainer, lpg_loss = self._trainer, self.loss
-        if trainer.state.epoch is not None and trainer.state.epoch >= 1:
-            lpg_loss.end_epoch()
         with nullcontext() if learns else lpg_loss.frozen():
             if trainer.compute_loss_func is not None:
                 return self._perturbed_custom(loss.mean(), logits, labels, num_items, scale, is_observed)
@@ -303,7 +313,8 @@ class ManagedLoss:
         """Perturbs what a `compute_loss_func` returned, on the scale that it has."""
         lpg_loss = self.loss
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long())
+        offset = lpg_loss.statistics.judged_offset
+        batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long(), offset)
         divisor = scale.divisor(batch.labels, num_items).to(dtype).clamp(min=1 / scale.factor)
         if self.watch.watches_loss and not lpg_loss.is_frozen:
             (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)

@@ -17,6 +17,7 @@ def start_line(
     methods: Sequence[Perturbation],
     class_counts: Sequence[int] | None,
     source: str,
+    shares_source: str,
 ) -> str:
     """
     Says what the chain of a training means for its data.
@@ -26,15 +27,17 @@ def start_line(
         methods (`Sequence[Perturbation]`): The methods that it stands for.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class. `None` if they are being counted.
         source (`str`): Where the counts come from.
+        shares_source (`str`): Where the class shares of the evaluation come from.
 
     Example:
 
     ```python
-    >>> from lpg_hf import LogitClipping
-    >>> start_line(["logit_clipping"], [LogitClipping()], [90, 10], "`class_counts`")
-    "Perturbations ['logit_clipping']: [logit_clipping()]. Class counts from `class_counts`: [90, 10]."
-    >>> start_line(["logit_clipping"], [LogitClipping()], None, "")
-    "Perturbations ['logit_clipping']: [logit_clipping()]. Class counts: unknown, counted while training."
+    >>> from lpg_hf import FocalLoss
+    >>> line = start_line(["focal_loss"], [FocalLoss()], [90, 10], "`class_counts`", "`eval_dataset`")
+    >>> print(line.replace(". ", "\\n"))
+    Perturbations ['focal_loss']: [focal_loss()]
+    Class counts from `class_counts`: [90, 10]
+    Evaluation shares from `eval_dataset`.
 
     ```
     """
@@ -42,7 +45,7 @@ def start_line(
         counts = "Class counts: unknown, counted while training"
     else:
         counts = f"Class counts from {source}: {_shortened(class_counts)}"
-    return f"Perturbations {list(chain)}: {list(methods)}. {counts}."
+    return f"Perturbations {list(chain)}: {list(methods)}. {counts}. Evaluation shares from {shares_source}."
 
 
 def _shortened(class_counts: Sequence[int]) -> str:
