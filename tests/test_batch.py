@@ -111,4 +111,16 @@ def test_what_a_batch_says_of_its_samples_equals_the_reference(drawn):
             assert batch.classes[i] == label
             assert batch.is_correct[i] == (drawn.logits[i, label] == drawn.logits[i].max())
             assert math.isclose(batch.confidence_ratio[i], p[label] / p.max(), rel_tol=1e-9)
-            assert batch.is_confident_error[i] == (p[label] < p.max() / 10 and p.max() > 0.3)
+            assert batch.is_confident_error[i] == (p[label] < p.max() / 10)
+
+
+@few_examples
+@given(drawn_batches())
+def test_an_offset_moves_the_judgment_and_nothing_else(drawn):
+    offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
+    plain, moved = drawn.batch, LogitBatch(drawn.logits, drawn.labels, offset)
+    judged = LogitBatch(drawn.logits + offset, drawn.labels)
+    for name in ("confidence_ratio", "is_confident_error"):
+        assert torch.equal(getattr(moved, name), getattr(judged, name))
+    for name in ("is_correct", "label_prob", "label_log_prob", "gradient"):
+        assert torch.equal(getattr(moved, name), getattr(plain, name))

@@ -87,27 +87,52 @@ def test_a_chain_hands_on_what_is_left_and_adds_up():
     np.testing.assert_allclose(logits.grad.numpy(), g / 12, rtol=0, atol=1e-12)
 
 
-def test_dampening_uses_the_statistics_of_the_step_before():
+def test_dampening_uses_the_means_of_the_epochs_before():
+    """Of as many samples as the counts say. The labels are judged at the shares of the evaluation."""
     dampening = ClassRelativeDampening(learned=(0.0, 0.05), contradicted=(0.0, 0.01))
-    loss_fn = LPGLoss(C, dampening, COUNTS)
-    statistics = reference.RunningStatistics(C)
-    for step in range(4):
+    shares = [1.0, 2.0, 3.0, 4.0][:C] + [1.0] * max(C - 4, 0)
+    counts = [10 * (c + 1) for c in range(C)]
+    loss_fn = LPGLoss(C, dampening, counts, eval_shares=shares)
+    statistics, gate = reference.RunningStatistics(C), np.zeros(C)
+    log_prior = np.log(np.array(counts) / sum(counts))
+    offset = np.log(np.array(shares) / sum(shares)) - log_prior
+    seen, acted = 0, []
+    for step in range(3 * sum(counts) // 20):
         logits, labels = make_logits(20, seed=step, scale=4.0)
         loss_fn(logits, labels).backward()
         z, y = logits.detach().numpy(), labels.numpy()
-        weight = reference.dampening_weight(
-            z,
-            y,
-            statistics.label_prob,
-            statistics.confidence_ratio,
-            statistics.confident_error_rate,
-            learned=(0.0, 0.05),
-            contradicted=(0.0, 0.01),
-        )
-        assert (weight.min() < 0.9) == (step > 0)
-        expected = weight[:, None] * reference.logit_gradient(z, y) / 20
-        np.testing.assert_allclose(logits.grad.numpy(), expected, rtol=0, atol=1e-12)
-        statistics.update(z, y)
+        means = statistics.last_label_prob, statistics.confidence_ratio, statistics.confident_error_rate
+        options = {"learned": (0.0, 0.05), "contradicted": (0.0, 0.01), "offset": offset, "gate": gate}
+        plain = reference.dampening_weight(z, y, *means, **options)
+        factor = 1 / np.maximum(statistics.mean_weight, 0.5)
+        weight = np.array([w * (factor[c] if c >= 0 else 1) for w, c in zip(plain, y, strict=True)])
+        acted.append(bool(weight.min() < 0.9))
+        expected = weight[:, None] * reference.logit_gradient(z, y) / max((y >= 0).sum(), 1)
+        np.testing.assert_allclose(logits.grad.numpy(), expected, rtol=0, atol=1e-6)
+        statistics.update(z, y, plain, offset)
+        seen += (y >= 0).sum()
+        if seen >= sum(counts):
+            seen = 0
+            statistics.end_epoch()
+            for c in range(C):
+                opened = reference.ramp(statistics.last_label_prob[c], 0.0, 0.05)
+                opened *= reference.ramp(statistics.confident_error_rate[c], 0.0, 0.01)
+                gate[c] = max(gate[c], opened)
+    assert not acted[0] and acted[-1] and statistics.last_label_prob.min() > 0
+
+
+def test_without_counts_the_user_says_when_an_epoch_has_ended():
+    logits, labels = make_logits(40, scale=4.0)
+    loss_fn = LPGLoss(C, ClassRelativeDampening(learned=(0.0, 0.05), contradicted=(0.0, 0.01)))
+    gradients = []
+    for step in range(5):
+        if step == 4:
+            loss_fn.end_epoch()
+        logits.grad = None
+        loss_fn(logits, labels).backward()
+        gradients.append(logits.grad.clone())
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[:4])
+    assert (gradients[4] != gradients[0]).any()
 
 
 class Shift(LogitPerturbation):

@@ -15,7 +15,9 @@ from lpg_hf.statistics import ClassStatistics, min_counted_samples
 
 NUM_CLASSES = 4
 IGNORED = -100
-MEANS = ["accuracy", "label_prob", "confidence_ratio", "confident_error_rate"]
+RUNNING = ["accuracy", "label_prob", "mean_weight"]
+OF_EPOCHS = ["confidence_ratio", "confident_error_rate", "last_label_prob"]
+MEANS = RUNNING + OF_EPOCHS
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 
@@ -39,9 +41,14 @@ def random_steps(count=5, num_samples=12, seed=0):
         yield logits, torch.randint(NUM_CLASSES, (num_samples,), generator=generator)
 
 
+def weights_of(labels):
+    """Some weights, as dampening would give them; not 1 for ignored samples either."""
+    return 1 / (1 + torch.arange(len(labels), dtype=torch.float64) % 3)
+
+
 def train(statistics, batches):
     for logits, labels in batches:
-        statistics.update(LogitBatch(logits, labels))
+        statistics.update(LogitBatch(logits, labels), weights_of(labels).to(logits))
         statistics.step()
     return statistics
 
@@ -49,7 +56,7 @@ def train(statistics, batches):
 def reference_of(batches):
     statistics = reference.RunningStatistics(NUM_CLASSES)
     for logits, labels in batches:
-        statistics.update(logits.numpy(), labels.tolist())
+        statistics.update(logits.numpy(), labels.tolist(), weights_of(labels).tolist())
     return statistics
 
 
@@ -58,7 +65,7 @@ def assert_equal(actual, expected, tolerance):
 
 
 def assert_same_state(statistics, other, tolerance=1e-12):
-    for name in [*MEANS, "class_counts", "prior", "steps"]:
+    for name in [*MEANS, "_epoch_sums", "class_counts", "prior", "steps", "epochs"]:
         assert_equal(getattr(statistics, name), getattr(other, name), tolerance)
 
 
@@ -70,8 +77,11 @@ def assert_same_state(statistics, other, tolerance=1e-12):
 def test_running_means_and_counts_equal_the_reference(batches):
     statistics = train(ClassStatistics(NUM_CLASSES).double(), batches)
     expected = reference_of(batches)
-    for name in MEANS:
-        assert_equal(getattr(statistics, name), getattr(expected, name), 1e-12)
+    for _ in range(2):
+        for name in MEANS:
+            assert_equal(getattr(statistics, name), getattr(expected, name), 1e-12)
+        statistics.end_epoch()
+        expected.end_epoch()
     assert statistics.class_counts.tolist() == expected.counts.tolist()
     assert statistics.steps.item() == len(batches)
 
@@ -79,58 +89,104 @@ def test_running_means_and_counts_equal_the_reference(batches):
 def test_float32_running_means_equal_the_reference_also_for_saturated_logits():
     batches = [(logits.float() * 20, labels) for logits, labels in random_steps()]
     statistics, expected = train(ClassStatistics(NUM_CLASSES), batches), reference_of(batches)
+    statistics.end_epoch()
+    expected.end_epoch()
     for name in MEANS:
         assert getattr(statistics, name).dtype == torch.float32
         assert max(getattr(expected, name)) > 0.01
         np.testing.assert_allclose(getattr(statistics, name), getattr(expected, name), rtol=1e-5)
 
 
-def test_means_of_a_step_have_weight_n_over_n_plus_20_and_contradiction_n_plus_40():
+def test_means_of_a_step_have_weight_n_over_n_plus_20():
     # Class 0 is predicted with certainty; class 1, too, but always as class 0.
     logits = torch.tensor([[30.0, -30.0]]).repeat(15, 1).double()
     labels = torch.tensor([0] * 10 + [1] * 5)
     statistics = train(ClassStatistics(2).double(), [(logits, labels)])
     assert_equal(statistics.accuracy, [10 / 30, 0], 1e-12)
     assert_equal(statistics.label_prob, [10 / 30, 0], 1e-12)
-    assert_equal(statistics.confidence_ratio, [10 / 30, 0], 1e-12)
-    assert_equal(statistics.confident_error_rate, [0, 5 / 45], 1e-12)
     train(statistics, [(logits, labels)])
     assert_equal(statistics.accuracy[0], 10 / 30 + 10 / 30 * (1 - 10 / 30), 1e-12)
-    assert_equal(statistics.confident_error_rate[1], 5 / 45 + 5 / 45 * (1 - 5 / 45), 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("probabilities", "is_contradicted"),
-    [
-        ([0.030, 0.31, 0.22, 0.22, 0.22], True),
-        ([0.032, 0.31, 0.22, 0.22, 0.218], False),  # above a tenth of the largest
-        ([0.010, 0.29, 0.24, 0.23, 0.23], False),  # no class above 0.3
-        ([0.600, 0.20, 0.10, 0.05, 0.05], False),
-    ],
-)
-def test_a_sample_is_contradicted_below_a_tenth_of_a_largest_probability_above_three_tenths(
-    probabilities, is_contradicted
-):
-    logits = torch.tensor([probabilities], dtype=torch.float64).log()
-    statistics = train(ClassStatistics(5).double(), [(logits, torch.tensor([0]))])
-    assert_equal(statistics.confident_error_rate, [is_contradicted / 41, 0, 0, 0, 0], 1e-15)
+@pytest.mark.parametrize("waits_for_epoch", [True, False])
+def test_each_epoch_makes_half_of_the_means_of_epochs(waits_for_epoch):
+    """Given the counts, a loss of its own ends an epoch when as many samples were seen."""
+    statistics = ClassStatistics(2, [2, 2], waits_for_epoch).double()
+    labels = torch.tensor([0, 0, 1, 1])
+    expected, epochs = None, []
+    for probabilities in ([0.9, 0.5, 0.8, 0.04], [0.7, 0.06, 0.5, 0.6], [0.2, 0.1, 0.3, 0.02]):
+        rows = [[p, 1 - p] if label == 0 else [1 - p, p] for p, label in zip(probabilities, [0, 0, 1, 1], strict=True)]
+        logits = torch.tensor(rows, dtype=torch.float64).log()
+        for part in (slice(0, 3), slice(3, 4)):
+            statistics.update(LogitBatch(logits[part], labels[part]))
+            statistics.step()
+        if waits_for_epoch:
+            statistics.end_epoch()
+        ratios = np.array([min(p / (1 - p), 1.0) for p in probabilities]).reshape(2, 2)
+        new = np.stack([ratios.mean(1), (ratios < 0.1).mean(1)])
+        expected = new if expected is None else (expected + new) / 2
+        epochs.append(torch.stack([statistics.confidence_ratio, statistics.confident_error_rate]))
+        assert_equal(epochs[-1], expected, 1e-12)
+        assert torch.equal(statistics.last_label_prob, statistics.label_prob)
+    assert statistics.epochs == 3
+    assert (epochs[0] != epochs[1]).any()
 
 
-def test_the_confident_share_of_the_errors_is_that_of_the_training_set():
-    """Counted sample by sample with the shares that each class has in the training set."""
+def test_a_class_that_an_epoch_did_not_have_keeps_its_means_of_epochs():
     statistics = train(ClassStatistics(NUM_CLASSES).double(), random_steps())
-    prior = statistics.prior.tolist()
-    errors = sum(pi * (1 - right) for pi, right in zip(prior, statistics.accuracy.tolist(), strict=True))
-    confident = sum(pi * u for pi, u in zip(prior, statistics.confident_error_rate.tolist(), strict=True))
-    assert_equal(statistics.confident_error_share, confident / errors, 1e-12)
+    statistics.end_epoch()
+    before = copy.deepcopy(statistics)
+    logits = torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(1)).double()
+    train(statistics, [(logits, torch.tensor([1, 1, 1, 3, 3, IGNORED]))])
+    statistics.end_epoch()
+    for name in OF_EPOCHS:
+        assert torch.equal(getattr(statistics, name)[[0, 2]], getattr(before, name)[[0, 2]])
+        assert (getattr(statistics, name)[[1, 3]] != getattr(before, name)[[1, 3]]).any()
 
 
-def test_the_last_errors_of_a_model_are_not_weighed_against_nothing():
-    statistics = ClassStatistics(2).double()
-    assert statistics.confident_error_share == 0
-    statistics.accuracy.fill_(1 - 1e-6)
-    statistics.confident_error_rate.fill_(1e-6)
-    assert_equal(statistics.confident_error_share, 1e-4, 1e-12)
+def test_without_counts_no_epoch_ends_by_itself():
+    statistics = train(ClassStatistics(NUM_CLASSES), list(random_steps(count=200)))
+    assert statistics.epochs == 0 and (statistics.confidence_ratio == 0).all()
+
+
+# The shares of the evaluation.
+
+
+def test_labels_are_judged_like_the_training_set_by_default():
+    assert_equal(ClassStatistics(3, [6, 3, 1]).judged_offset, [0, 0, 0], 1e-7)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=3, max_size=3), st.lists(st.integers(1, 1000), min_size=3, max_size=3))
+def test_the_offset_leads_from_the_shares_of_the_logits_to_those_of_the_evaluation(counts, shares):
+    """`log pi_eval - log pi_out`, where corrections change `pi_out` from the shares of the training."""
+    statistics = ClassStatistics(3, counts, eval_shares=shares).double()
+    counts, shares = np.array(counts, dtype=float), np.array(shares, dtype=float)
+
+    def centered(values):
+        return np.asarray(values) - np.mean(np.asarray(values))
+
+    assert_equal(centered(statistics.judged_offset), centered(np.log(shares / counts)), 1e-6)
+    statistics.add_correction(lambda statistics: statistics.prior_terms.log_rarity)  # to all classes alike
+    assert_equal(centered(statistics.judged_offset), centered(np.log(shares)), 1e-6)
+    assert_equal(centered(statistics.log_output_shares), np.zeros(3), 1e-6)
+
+
+def test_corrections_follow_a_prior_that_is_being_counted():
+    statistics = ClassStatistics(2, eval_shares=[1.0, 1.0]).double()
+    statistics.add_correction(lambda statistics: 0.5 * statistics.prior_terms.log_rarity)
+    train(statistics, [(torch.zeros(30, 2).double(), torch.zeros(30, dtype=torch.int64))])
+    # Counts of 40 and 10 with the ten more of each; half of their logarithm is corrected.
+    difference = statistics.judged_offset[1] - statistics.judged_offset[0]
+    assert_equal(difference, 0.5 * math.log(4), 1e-12)
+
+
+@pytest.mark.parametrize("shares", [[1.0, 2.0], [1.0, -1.0, 2.0], [0.0, 0.0, 0.0], [1.0, math.nan, 1.0]])
+def test_bad_eval_shares_are_refused(shares):
+    with pytest.raises(ValueError, match="`eval_shares` must be 3 numbers, one per class"):
+        ClassStatistics(3, eval_shares=shares)
+
+
+# Running means, once more.
 
 
 def test_classes_absent_from_a_step_keep_their_means():
@@ -138,7 +194,7 @@ def test_classes_absent_from_a_step_keep_their_means():
     before = copy.deepcopy(statistics)
     logits = torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(1))
     train(statistics, [(logits, torch.tensor([1, 1, 1, 3, 3, IGNORED]))])
-    for name in MEANS:
+    for name in RUNNING:
         assert torch.equal(getattr(statistics, name)[[0, 2]], getattr(before, name)[[0, 2]])
     assert (statistics.label_prob[[1, 3]] != before.label_prob[[1, 3]]).all()
 
@@ -190,8 +246,9 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(batches, data):
     for logits, labels in batches:
         cuts = sorted(data.draw(st.lists(st.integers(0, len(labels)), max_size=3)))
         sizes = np.diff([0, *cuts, len(labels)]).tolist()
-        for part, part_labels in zip(logits.split(sizes), labels.split(sizes), strict=True):
-            split.update(LogitBatch(part, part_labels))
+        parts = zip(logits.split(sizes), labels.split(sizes), weights_of(labels).split(sizes), strict=True)
+        for part, part_labels, weight in parts:
+            split.update(LogitBatch(part, part_labels), weight)
         split.step()
     assert_same_state(split, whole)
 
@@ -214,8 +271,9 @@ def test_two_processes_end_up_with_the_statistics_of_one(batches, data):
     processes = [ClassStatistics(NUM_CLASSES).double() for _ in range(2)]
     for logits, labels in batches:
         cut = data.draw(st.integers(0, len(labels)))
-        processes[0].update(LogitBatch(logits[:cut], labels[:cut]))
-        processes[1].update(LogitBatch(logits[cut:], labels[cut:]))
+        weight = weights_of(labels)
+        processes[0].update(LogitBatch(logits[:cut], labels[:cut]), weight[:cut])
+        processes[1].update(LogitBatch(logits[cut:], labels[cut:]), weight[cut:])
         step_together(processes)
     for process in processes:
         assert_same_state(process, whole)
@@ -225,10 +283,14 @@ def test_a_reduction_in_place_does_not_leak_into_the_next_step():
     batches = list(random_steps())
     doubled = ClassStatistics(NUM_CLASSES).double()
     for logits, labels in batches:
-        doubled.update(LogitBatch(logits, labels))
+        doubled.update(LogitBatch(logits, labels), weights_of(labels))
         doubled.step(reduce=lambda tensor: tensor.mul_(2))
-    twice = [(torch.cat([logits, logits]), torch.cat([labels, labels])) for logits, labels in batches]
-    assert_same_state(doubled, train(ClassStatistics(NUM_CLASSES).double(), twice))
+    twice = ClassStatistics(NUM_CLASSES).double()
+    for logits, labels in batches:
+        weight = weights_of(labels)
+        twice.update(LogitBatch(torch.cat([logits] * 2), torch.cat([labels] * 2)), torch.cat([weight] * 2))
+        twice.step()
+    assert_same_state(doubled, twice)
 
 
 # The prior.

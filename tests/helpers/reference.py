@@ -94,35 +94,28 @@ def dampening_weight(
     label_prob,
     confidence_ratio,
     contradiction,
-    power=2.0,
-    learned=(0.1, 0.5),
-    contradicted=(0.02, 0.08),
-    decided=None,
-    rising=None,
-    confident_error_share=None,
-    compensated=False,
+    power=4.0,
+    learned=(0.05, 0.3),
+    contradicted=(0.05, 0.15),
+    offset=None,
+    gate=None,
 ):
     """
-    `min(1, rho_i / rhobar_c) ^ (power a_c b_c d)`, d a gate that may be missing; 1 for ignored
-    samples and for a class never seen. Compensated, it is divided by `1 - a_c b_c d k_c`, at least by 1/2. A power
-    may rise from 2 on.
+    `min(1, rho_i / R_c^2) ^ (power a_c b_c)`, `rho_i` at the logits plus an offset per class; 1 for ignored samples
+    and for a class never seen. A gate that was open once, `gate`, stays open.
     """
-    if rising is not None:
-        part = ramp(confident_error_share, *rising)
-        power = part * power + (1 - part) * 2
+    offset = [0.0] * len(label_prob) if offset is None else offset
+    gate = [0.0] * len(label_prob) if gate is None else gate
     weights = []
     for row, label in zip(np.asarray(logits, dtype=np.float64), labels, strict=True):
         if label == IGNORED or confidence_ratio[label] == 0:
             weights.append(1.0)
             continue
-        probabilities = softmax([row])[0]
-        rho = math.exp(row[label] - max(row))
-        assert math.isclose(rho, probabilities[label] / max(probabilities), rel_tol=1e-9, abs_tol=1e-300)
-        gate = ramp(label_prob[label], *learned) * ramp(contradiction[label], *contradicted)
-        if decided is not None:
-            gate *= ramp(confident_error_share, *decided)
-        share = max(1 - gate * contradiction[label], 0.5) if compensated else 1.0
-        weights.append(min(1.0, rho / confidence_ratio[label]) ** (power * gate) / share)
+        judged = [z + shift for z, shift in zip(row, offset, strict=True)]
+        rho = math.exp(judged[label] - max(judged))
+        now = ramp(label_prob[label], *learned) * ramp(contradiction[label], *contradicted)
+        reference = confidence_ratio[label] * confidence_ratio[label]
+        weights.append(min(1.0, rho / reference) ** (power * max(gate[label], now)))
     return np.array(weights)
 
 
@@ -148,45 +141,67 @@ def clip_delta(gradient, max_norm):
     return delta
 
 
-def logit_adjustment_delta(logits, labels, prior, tau=1.0, weight_share=0.0):
+def logit_adjustment_delta(logits, labels, prior, tau=1.0, weight_share=0.0, target=None):
     """
-    `w_y (softmax(z + (1 - a) tau log pi) - onehot(y)) - g` for a weight share a, weights of mean 1 over the samples;
-    an absent class has the smallest prior of the classes present.
+    `w_y (softmax(z + (1 - a) b) - onehot(y)) - g` with `b = tau (log pi - log target)` for a weight share a, weights
+    of mean 1 over the samples; an absent class has the smallest prior of the classes present. The default target is
+    uniform.
     """
+    target = [1.0] * len(prior) if target is None else target
     smallest = min(share for share in prior if share > 0)
     filled = [share if share > 0 else smallest for share in prior]
-    offset = [(1 - weight_share) * tau * math.log(share) for share in filled]
-    weights = [share ** (-weight_share * tau) for share in filled]
+    b = [tau * (math.log(share) - math.log(wanted)) for share, wanted in zip(filled, target, strict=True)]
+    weights = [math.exp(-weight_share * value) for value in b]
     mean = sum(weight * share for weight, share in zip(weights, prior, strict=True))
+    offset = [(1 - weight_share) * value for value in b]
     adjusted = np.array([[z + shift for z, shift in zip(row, offset, strict=True)] for row in logits])
     weight = np.array([[weights[label] / mean if label >= 0 else 0.0] for label in labels])
     return weight * logit_gradient(adjusted, labels) - logit_gradient(np.asarray(logits), labels)
 
 
 class RunningStatistics:
-    """Running means per class, moved once by each optimizer step: weight n / (n + 20), contradiction n / (n + 40)."""
+    """Running means per class, moved once by each optimizer step with weight n / (n + 20), and means of epochs."""
 
     def __init__(self, num_classes):
         self.counts = np.zeros(num_classes)
         self.accuracy = np.zeros(num_classes)
         self.label_prob = np.zeros(num_classes)
+        self.mean_weight = np.ones(num_classes)
         self.confidence_ratio = np.zeros(num_classes)
         self.confident_error_rate = np.zeros(num_classes)
+        self.last_label_prob = np.zeros(num_classes)
+        self._epoch = [[] for _ in range(num_classes)]
 
-    def update(self, logits, labels):
+    def update(self, logits, labels, weights=None, offset=None):
         """One whole optimizer step: all its micro-batches, of all processes."""
+        offset = np.zeros(len(self.counts)) if offset is None else np.asarray(offset)
+        weights = [1.0] * len(labels) if weights is None else weights
         for c in range(len(self.counts)):
             members = [softmax([row])[0] for row, label in zip(logits, labels, strict=True) if label == c]
+            judged = [softmax([row + offset])[0] for row, label in zip(logits, labels, strict=True) if label == c]
             n = len(members)
             if n == 0:
                 continue
-            self._move("accuracy", c, n, 20, [int(np.argmax(p)) == c for p in members])
-            self._move("label_prob", c, n, 20, [p[c] for p in members])
-            self._move("confidence_ratio", c, n, 20, [p[c] / max(p) for p in members])
-            self._move("confident_error_rate", c, n, 40, [p[c] / max(p) < 0.1 and max(p) > 0.3 for p in members])
+            self._move("accuracy", c, n, [int(np.argmax(p)) == c for p in members])
+            self._move("label_prob", c, n, [p[c] for p in members])
+            self._move("mean_weight", c, n, [w for w, label in zip(weights, labels, strict=True) if label == c])
+            self._epoch[c] += [p[c] / max(p) for p in judged]
             self.counts[c] += n
 
-    def _move(self, name, c, n, inertia, values):
+    def end_epoch(self):
+        for c, ratios in enumerate(self._epoch):
+            if not ratios:
+                continue
+            new = [sum(ratios) / len(ratios), sum(ratio < 0.1 for ratio in ratios) / len(ratios)]
+            old = [self.confidence_ratio[c], self.confident_error_rate[c]]
+            is_first = old[0] == 0
+            self.confidence_ratio[c], self.confident_error_rate[c] = (
+                value if is_first else (before + value) / 2 for before, value in zip(old, new, strict=True)
+            )
+            self.last_label_prob[c] = self.label_prob[c]
+        self._epoch = [[] for _ in self._epoch]
+
+    def _move(self, name, c, n, values, inertia=20):
         running = getattr(self, name)
         running[c] = (n * (sum(values) / n) + inertia * running[c]) / (n + inertia)
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch
 from lpg_hf.perturbations import LogitAdjustment
 from lpg_hf.perturbations.logit_adjustment import logit_adjustment_delta
-from lpg_hf.statistics import ClassStatistics, prior_terms
+from lpg_hf.statistics import prior_terms
 
 
 # The formula.
@@ -39,6 +39,11 @@ from lpg_hf.statistics import ClassStatistics, prior_terms
 def priors(num_classes, absent=()):
     shares = [0.0 if c in absent else 2.0 ** -(c + 1) for c in range(num_classes)]
     return torch.tensor([share / sum(shares) for share in shares], dtype=torch.float64)
+
+
+def formula(batch, prior, tau=1.0, weight_share=0.0):
+    """The formula for balanced classes as the target."""
+    return logit_adjustment_delta(batch, -tau * prior_terms(prior).log_rarity, prior, weight_share)
 
 
 @few_examples
@@ -50,15 +55,13 @@ def priors(num_classes, absent=()):
 )
 def test_logit_adjustment_delta_equals_the_reference(batch, tau, absent, share):
     prior = priors(batch.num_classes, absent)
-    delta = logit_adjustment_delta(batch.batch, prior_terms(prior), tau, weight_share=share)
+    delta = formula(batch.batch, prior, tau, share)
     expected = reference.logit_adjustment_delta(
         batch.logits.numpy(), batch.labels.tolist(), prior.tolist(), tau, share
     )
     assert_rows_close(delta, expected, 1e-11)
     assert_equal(delta.sum(-1), torch.zeros(len(delta)), 1e-11)
-    tensors = torch.tensor(tau), torch.tensor(share)
-    as_tensors = logit_adjustment_delta(batch.batch, prior_terms(prior), tensors[0], weight_share=tensors[1])
-    assert_rows_close(as_tensors, expected, 1e-6)
+    assert_rows_close(formula(batch.batch, prior, tau, torch.tensor(share)), expected, 1e-6)
 
 
 @given(share=st.floats(0, 1), tau=st.floats(0, 2), seed=st.integers(0, 1000))
@@ -69,7 +72,7 @@ def test_no_share_of_weights_moves_the_logits_that_logit_adjustment_leads_to(sha
     posterior, prior = posterior / posterior.sum(), priors(5)
     logits = (posterior.log() - tau * prior.log()).expand(5, 5)
     batch = LogitBatch(logits, torch.arange(5))
-    delta = logit_adjustment_delta(batch, prior_terms(prior), tau, weight_share=share)
+    delta = formula(batch, prior, tau, share)
     assert_equal(posterior @ (batch.gradient + delta), torch.zeros(5), 1e-11)
 
 
@@ -79,7 +82,7 @@ def test_logit_adjustment_gives_the_gradient_of_cross_entropy_on_shifted_logits(
     prior = priors(batch.num_classes)
     logits = batch.logits.clone().requires_grad_()
     F.cross_entropy(logits + 1.5 * prior.log(), batch.labels, ignore_index=IGNORE_INDEX, reduction="sum").backward()
-    adjusted = batch.gradient + logit_adjustment_delta(batch.batch, prior_terms(prior), 1.5)
+    adjusted = batch.gradient + formula(batch.batch, prior, 1.5)
     assert_equal(adjusted, logits.grad, 1e-12)
 
 
@@ -88,15 +91,15 @@ def test_logit_adjustment_gives_the_gradient_of_cross_entropy_on_shifted_logits(
 def test_logit_adjustment_delta_stays_below_its_bound(batch, tau):
     prior = priors(batch.num_classes)
     spread = tau * math.log(prior.max() / prior.min())
-    delta = logit_adjustment_delta(batch.batch, prior_terms(prior), tau)
+    delta = formula(batch.batch, prior, tau)
     assert (delta.norm(dim=-1) <= math.sqrt(2) * math.tanh(spread / 4) + 1e-9).all()
 
 
 def test_logit_adjustment_is_exactly_zero_at_strength_zero_and_small_for_a_balanced_prior():
     batch = random_batch()
-    assert (logit_adjustment_delta(batch.batch, prior_terms(priors(5)), 0.0) == 0).all()
-    balanced = prior_terms(torch.full((5,), 0.2, dtype=torch.float64))
-    assert_equal(logit_adjustment_delta(batch.batch, balanced), 0, 1e-15)
+    assert (formula(batch.batch, priors(5), 0.0) == 0).all()
+    balanced = torch.full((5,), 0.2, dtype=torch.float64)
+    assert_equal(formula(batch.batch, balanced), 0, 1e-15)
 
 
 def test_float32_logit_adjustment_equals_the_reference_and_keeps_a_saturated_label_entry():
@@ -107,7 +110,7 @@ def test_float32_logit_adjustment_equals_the_reference_and_keeps_a_saturated_lab
     expected = reference.logit_adjustment_delta(
         logits.double().numpy(), batch.labels.tolist(), prior.double().tolist()
     )
-    delta = logit_adjustment_delta(LogitBatch(logits, batch.labels), prior_terms(prior))
+    delta = formula(LogitBatch(logits, batch.labels), prior)
     assert 0 < np.linalg.norm(expected[1]) < 1e-15
     assert_rows_close(delta, expected, 1e-5)
 
@@ -115,7 +118,7 @@ def test_float32_logit_adjustment_equals_the_reference_and_keeps_a_saturated_lab
 def test_logit_adjustment_ignores_samples_whatever_their_logits():
     logits = torch.tensor([[math.nan, 0.0, 0.0], [0.0, 1.0, 2.0]])
     batch = LogitBatch(logits, torch.tensor([IGNORE_INDEX, 1]))
-    delta = logit_adjustment_delta(batch, prior_terms(priors(3).float()))
+    delta = formula(batch, priors(3).float())
     assert (delta[0] == 0).all()
     assert delta[1].isfinite().all()
 
@@ -126,7 +129,7 @@ def test_logit_adjustment_deltas_are_bounded_by_the_imbalance(drawn, seed, tau):
     prior = positive(drawn.num_classes, seed)
     prior = prior / prior.sum()
     bound = math.sqrt(2) * math.tanh(tau * math.log(prior.max() / prior.min()) / 4)
-    assert_zero_sum_within(logit_adjustment_delta(drawn.batch, prior_terms(prior), tau), bound)
+    assert_zero_sum_within(formula(drawn.batch, prior, tau), bound)
 
 
 # The method.
@@ -147,29 +150,35 @@ def test_logit_adjustment_equals_the_reference(counts, tau):
     assert_equal(delta[batch.ignore_mask], 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("counts", "min_imbalance", "acts"),
-    [
-        ([200, 100], 2.0, False),
-        ([201, 100], 2.0, True),
-        ([199, 100], 2.0, False),
-        ([100, 100], 1.0, False),
-        ([101, 100], 1.0, True),
-        ([100, 0], 1.0, False),
-        ([400, 0, 100], 4.0, False),
-        ([401, 0, 100], 4.0, True),
-    ],
-)
-def test_logit_adjustment_acts_only_above_min_imbalance_over_the_classes_present(counts, min_imbalance, acts):
-    batch = LogitBatch(torch.linspace(-1, 1, len(counts), dtype=torch.float64)[None], torch.tensor([0]))
-    statistics = ClassStatistics(len(counts), counts).double()
-    delta = delta_of(LogitAdjustment(min_imbalance=min_imbalance), batch, statistics)
+@pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT])
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+@pytest.mark.parametrize("level", [0.05, 0.2, 0.6])
+def test_the_target_lies_halfway_from_the_evaluation_to_all_classes_alike(counts, tau, level):
+    """Proportional to the square root of the shares; with weights and with offsets."""
+    shares = [3.0, 1.0, 4.0, 1.0, 5.0]
+    statistics = make_statistics(counts, eval_shares=shares)
+    statistics.label_prob[:] = level
+    method, batch = LogitAdjustment(tau, learned=(0.1, 0.5), target="evaluation"), make_batch()
     prior = [count / sum(counts) for count in counts]
-    expected = (
-        reference.logit_adjustment_delta(batch.logits.numpy(), [0], prior) if acts else np.zeros((1, len(counts)))
+    share = float(method.weight_share(statistics))
+    expected = reference.logit_adjustment_delta(
+        batch.logits.numpy(), batch.labels.tolist(), prior, tau, share, target=np.sqrt(shares).tolist()
     )
-    assert_equal(delta, expected, 1e-12)
-    assert (delta != 0).any() == acts
+    np.testing.assert_allclose(delta_of(method, batch, statistics), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_where_training_and_target_agree_the_delta_is_zero():
+    for counts, shares in (([100] * 5, [1.0] * 5), ([100, 10, 10, 10, 10], [100.0, 1, 1, 1, 1])):
+        statistics = make_statistics(counts, eval_shares=shares)
+        method = LogitAdjustment(learned=(0.1, 0.5), target="evaluation")
+        assert_equal(delta_of(method, make_batch(), statistics), 0, 1e-7)
+
+
+def test_by_default_the_evaluation_is_like_the_training():
+    """So the target is the square root of the training's own shares, half of the usual adjustment."""
+    statistics, batch = make_statistics(COUNTS), make_batch()
+    half = delta_of(LogitAdjustment(0.5), batch, statistics)
+    assert_equal(delta_of(LogitAdjustment(target="evaluation"), batch, statistics), half, 1e-12)
 
 
 @pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT])
@@ -227,7 +236,7 @@ TestOriginalForm = original_form_tests(
         ({"tau": 6.0}, r"`tau` must be from 0 to 4; found 6\.0"),
         ({"tau": math.inf}, r"`tau` must be from 0 to 4; found inf"),
         ({"learned": (0.3, 0.3)}, r"`learned` must be two increasing .*found \(0\.3, 0\.3\)"),
-        ({"min_imbalance": 0.9}, r"`min_imbalance` must be at least 1; found 0\.9"),
+        ({"target": "eval"}, r"`target` must be 'uniform' or 'evaluation'; found 'eval'"),
     ],
 )
 def test_arguments_out_of_range_are_refused_with_name_value_and_range(options, message):
@@ -236,5 +245,5 @@ def test_arguments_out_of_range_are_refused_with_name_value_and_range(options, m
 
 
 def test_the_ends_of_the_ranges_are_accepted():
-    assert repr(LogitAdjustment(tau=0, min_imbalance=1)) == "logit_adjustment(tau=0)"
+    assert repr(LogitAdjustment(tau=0, target="uniform")) == "logit_adjustment(tau=0)"
     assert LogitAdjustment(tau=4).tau == 4
