@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, zero_ignored_
 from .perturbations import LogitPerturbation, SampleReweighting, build_chain
+from .perturbations.base import uncompensated_weight
 from .perturbations.checks import check_shape
 from .statistics import ClassStatistics
 from .telemetry import Telemetry, head_and_tail_accuracy, mean_norms_and_weights
@@ -51,10 +52,10 @@ class LPGLoss(nn.Module):
     Attributes:
         statistics ([`ClassStatistics`]): What training has seen of each class.
         perturbations (`torch.nn.ModuleList`): The methods of the chain, copies of the objects given.
+        is_frozen (`bool`): Whether the loss perturbs without learning, see [`~LPGLoss.frozen`].
 
     Raises:
-        ValueError: If `num_labels` is below 2, a perturbation is unknown, or `class_counts` or `eval_shares` does not
-            fit.
+        ValueError: If `num_labels` is below 2, a perturbation is unknown, or counts or shares do not fit.
 
     Example:
 
@@ -98,17 +99,12 @@ class LPGLoss(nn.Module):
             self.statistics.add_correction(method.log_correction)
         self.base_loss = base_loss
         self.managed = managed
-        self._is_frozen = False
+        self.is_frozen = False
         self._telemetry = Telemetry(len(self.perturbations))
 
     @property
     def num_labels(self) -> int:
         return self.statistics.num_labels
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the loss perturbs without learning, see [`~LPGLoss.frozen`]."""
-        return self._is_frozen
 
     @property
     def _methods(self) -> Sequence[LogitPerturbation]:
@@ -219,10 +215,9 @@ class LPGLoss(nn.Module):
         """
         self._match(batch.logits)
         perturbed, rows = self._run_chain(gradient, batch)
-        if not self._is_frozen:
+        if not self.is_frozen:
             self._telemetry.record(torch.stack(rows).masked_fill_(batch.ignore_mask, 0.0), self.statistics.steps)
-            kept = (m.uncompensated_weight for m in self._methods if isinstance(m, SampleReweighting))
-            self.statistics.update(batch, next((weight for weight in kept if weight is not None), None))
+            self.statistics.update(batch, uncompensated_weight(self._methods))
             if not self.managed:
                 self.step()
         if observer is not None:
@@ -237,7 +232,7 @@ class LPGLoss(nn.Module):
         rows = [batch.valid_mask, base_norm]
         total_weight: Tensor | None = None
         for method in self._methods:
-            if not self._is_frozen:
+            if not self.is_frozen:
                 method.update(gradient, batch)
             # The first gradient belongs to the caller, those after it do not: new memory costs more than arithmetic.
             in_place = gradient is not unperturbed
@@ -262,11 +257,11 @@ class LPGLoss(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within it the loss perturbs but learns nothing: for a second look at the same batch, as in SAM."""
-        self._is_frozen = True
+        self.is_frozen = True
         try:
             yield
         finally:
-            self._is_frozen = False
+            self.is_frozen = False
 
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """

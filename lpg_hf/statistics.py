@@ -1,85 +1,19 @@
 """What training has seen of each class so far, kept on the device and reduced over processes once per step."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from .batch import LogitBatch
+from .class_shares import check_class_counts, check_shares, min_counted_samples, prior_terms
 
 
 # Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
 INERTIA = 20
 # Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
-# Samples, in total and per class, after which a prior that is being counted is used before the epoch has ended.
-MIN_COUNTED_SAMPLES = 1000
-MIN_COUNTED_PER_CLASS = 20
-
-
-class PriorTerms(NamedTuple):
-    """
-    The class shares and what follows from them alone. It is computed again only when they change.
-
-    Tensors have shape `[C]` where nothing else is said.
-
-    Attributes:
-        shares: Share of each class in the training set.
-        log_rarity:
-            Minus the logarithm of the share, relative to the largest; a class without samples counts as the rarest
-            class that has some.
-        log_eval: Logarithm of the shares of the evaluation, up to a constant.
-        present_mean: Weights of a mean over the classes that have samples.
-        onehot_distance: `||onehot(c) - shares||`.
-    """
-
-    shares: Tensor
-    log_rarity: Tensor
-    log_eval: Tensor
-    present_mean: Tensor
-    onehot_distance: Tensor
-
-
-def relative_prior(shares: Tensor) -> Tensor:
-    """
-    Shares relative to the largest class. A class without samples counts as the rarest class that has some.
-
-    Args:
-        shares (`torch.Tensor` of shape `[C]`): Share of each class in the training set, not negative.
-
-    Returns:
-        `torch.Tensor` of shape `[C]`: In (0, 1].
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> relative_prior(torch.tensor([0.8, 0.2, 0.0]))
-    tensor([1.0000, 0.2500, 0.2500])
-
-    ```
-    """
-    smallest = torch.where(shares > 0, shares, torch.inf).min()
-    return shares.clamp(min=smallest) / shares.max()
-
-
-def prior_terms(shares: Tensor, eval_shares: Tensor | None = None) -> PriorTerms:
-    """The [`PriorTerms`] of the class shares of training and evaluation, `[C]` each. By default they are the same."""
-    relative = relative_prior(shares)
-    log_eval = (relative if eval_shares is None else relative_prior(eval_shares)).log()
-    present = (shares > 0).to(shares)
-    squares = shares.square()
-    # Where a share is nearly 1, the difference to the sum of all would leave nothing of the others.
-    largest = squares.argmax(keepdim=True)
-    others = (squares.sum() - squares).scatter(0, largest, squares.scatter(0, largest, 0.0).sum(0, keepdim=True))
-    distance = ((1 - shares).square() + others).sqrt()
-    return PriorTerms(shares, -relative.log(), log_eval, present / present.sum(), distance)
-
-
-def min_counted_samples(num_labels: int) -> int:
-    """The number of samples after which counted classes have a prior, though the first epoch has not ended."""
-    return max(MIN_COUNTED_SAMPLES, MIN_COUNTED_PER_CLASS * num_labels)
 
 
 class ClassStatistics(nn.Module):
@@ -157,7 +91,7 @@ class ClassStatistics(nn.Module):
         self._corrections: list[Callable[[ClassStatistics], Tensor]] = []
         counts = torch.zeros(num_labels, dtype=torch.int64)
         if class_counts is not None:
-            counts = _check_class_counts(class_counts, num_labels)
+            counts = check_class_counts(class_counts, num_labels)
         self.register_buffer("class_counts", counts)
         self.register_buffer("seen_counts", torch.zeros(num_labels, dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -326,41 +260,3 @@ class ClassStatistics(nn.Module):
         torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over
-
-
-def check_shares(name: str, shares: Sequence[float], num_labels: int) -> Tensor:
-    """Class shares as a tensor that sums to 1, `[C]`."""
-    values = torch.as_tensor(shares, dtype=torch.float32)
-    is_valid = values.shape == (num_labels,) and values.isfinite().all() and (values >= 0).all() and (values > 0).any()
-    if not is_valid:
-        raise ValueError(
-            f"`{name}` must be {num_labels} numbers, one per class, not negative and at least one positive; found "
-            f"{shares!r}. Pass counts or shares in the order of the classes."
-        )
-    return values / values.sum()
-
-
-def _check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
-    if isinstance(class_counts, Mapping):
-        raise ValueError(
-            f"`class_counts` must be a list in the order of the classes; found a {type(class_counts).__name__}. Pass "
-            f"`[counts[label] for label in range({num_labels})]`."
-        )
-    counts = torch.as_tensor(class_counts)
-    if counts.shape != (num_labels,):
-        raise ValueError(
-            f"`class_counts` has shape {list(counts.shape)}, but there are {num_labels} classes. Pass one count per "
-            "class."
-        )
-    if not counts.isfinite().all() or (counts < 0).any() or not (counts > 0).any():
-        raise ValueError(
-            f"`class_counts` must be finite and not negative, with at least one positive entry; found "
-            f"{counts.tolist()}. Count the training rows of each class, for instance with "
-            "`lpg_hf.data.class_counts(dataset)`."
-        )
-    if (counts != counts.round()).any():
-        raise ValueError(
-            f"`class_counts` must be whole numbers of training rows, not shares; found {counts.tolist()}. Pass the "
-            "counts themselves."
-        )
-    return counts.to(torch.int64, copy=True)

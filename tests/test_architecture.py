@@ -127,6 +127,7 @@ def test_the_trainer_is_thin():
         own_classes("label_issues.py")["LabelIssuesMixin"],
         own_classes("sam_step.py")["SAMStepMixin"],
         own_classes("reports.py")["ReportsMixin"],
+        own_classes("class_shift.py")["ClassShiftMixin"],
         own_classes("resumable.py")["ResumableTrainer"],
     ]
     assert {base.id for base in trainer.bases} == {part.name for part in parts[1:]}
@@ -145,7 +146,12 @@ def test_the_trainer_is_thin():
     # Subclasses of users have attributes and methods of their own.
     methods = {node.name for part in parts for node in part.body if isinstance(node, ast.FunctionDef)}
     new = {name for name in own | methods if not hasattr(Trainer, name)}
-    assert {name for name in new if not name.startswith("_lpg_")} == {"lpg_loss", "label_issues", "report"}
+    assert {name for name in new if not name.startswith("_lpg_")} == {
+        "lpg_loss",
+        "label_issues",
+        "report",
+        "shift_class_shares",
+    }
     overrides = [
         [node.name for node in part.body if isinstance(node, ast.FunctionDef) and hasattr(Trainer, node.name)]
         for part in parts

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpg_hf.batch import LogitBatch
-from lpg_hf.statistics import ClassStatistics, min_counted_samples
+from lpg_hf.class_shares import min_counted_samples
+from lpg_hf.statistics import ClassStatistics
 
 
 NUM_CLASSES = 4

@@ -196,6 +196,12 @@ class SampleReweighting(LogitPerturbation):
         return (self.weight(gradient, batch, statistics) - 1)[:, None] * gradient
 
 
+def uncompensated_weight(methods: Iterable[Perturbation]) -> Tensor | None:
+    """The weights of the last micro-batch before their compensation, `[N]`; `None` if no method compensates."""
+    weights = (method.uncompensated_weight for method in methods if isinstance(method, SampleReweighting))
+    return next((weight for weight in weights if weight is not None), None)
+
+
 class ParameterPerturbation(Perturbation):
     """Base class of methods that perturb the gradient of the parameters; [`LPGTrainer`] runs them after all others."""
 

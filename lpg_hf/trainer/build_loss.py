@@ -10,6 +10,8 @@ from transformers import Trainer
 
 from ..loss import LPGLoss
 from ..perturbations import ClassWeighting, LabelSmoothing, LogitPerturbation, Perturbation, build_chain
+from .eval_shares import EvalShares, find_eval_shares
+from .start_line import start_line
 
 
 def build_loss(
@@ -17,9 +19,10 @@ def build_loss(
     chain: Sequence[str | Perturbation],
     num_labels: int,
     class_counts: Sequence[int] | None,
-    eval_shares: Sequence[float] | None,
+    counts_source: str,
+    eval_shares: EvalShares,
     loss_corrects: bool,
-) -> tuple[LPGLoss, list[Perturbation]]:
+) -> tuple[LPGLoss, str]:
     """
     Builds the perturbed loss of a training.
 
@@ -28,11 +31,12 @@ def build_loss(
         chain (`Sequence[str | Perturbation]`): The chain as the user wrote it.
         num_labels (`int`): Number of classes.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class. `None` if they are being counted.
-        eval_shares (`Sequence[float]`, *optional*): Class shares of the evaluation. `None` for those of the training.
+        counts_source (`str`): Where these counts come from.
+        eval_shares (`str` or `Sequence[float]`): The class shares of the evaluation, as the user gave them.
         loss_corrects (`bool`): Whether the user's loss corrects the class imbalance.
 
     Returns:
-        `tuple[LPGLoss, list[Perturbation]]`: The loss, and all methods that the chain stands for.
+        `tuple[LPGLoss, str]`: The loss, and the line that says what it does.
     """
     base_loss: Callable[[Tensor, Tensor], Tensor] | None = None
     outside: list[LogitPerturbation] = []
@@ -44,17 +48,18 @@ def build_loss(
     if loss_corrects:
         outside.append(ClassWeighting())
     methods = build_chain(chain, outside)
+    shares, shares_source = find_eval_shares(eval_shares, trainer.eval_dataset, num_labels)
     config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
     for method in logit_methods(methods):
         method.use_label_names(getattr(config, "label2id", None) or {})
-    loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, eval_shares, managed=True)
+    loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, shares, managed=True)
     if loss_corrects:
         loss.statistics.add_correction(ClassWeighting().log_correction)
     dynamo = trainer.accelerator.state.dynamo_plugin
     # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
     if dynamo.backend != DynamoBackend.NO and base_loss is None:
         loss.compile(**dynamo.to_kwargs())
-    return loss, methods
+    return loss, start_line(chain, methods, class_counts, counts_source, shares_source)
 
 
 def logit_methods(methods: Iterable[object]) -> list[LogitPerturbation]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from ..class_shares import check_shares
 from ..data.training_labels import class_counts_or_none
-from ..statistics import check_shares
 
 
 EVAL_DATASET, TRAIN, UNIFORM = "eval_dataset", "train", "uniform"

@@ -90,11 +90,17 @@ class RowTracker:
         """Whether the rows of the present micro-batch are known and have not been recorded."""
         return self._present is not None
 
-    def record(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
+    def record(self, logits: Tensor, labels: Tensor, weight: Tensor | None, offset: Tensor | None) -> None:
         """
         Records the present micro-batch once: SAM looks at it a second time.
 
         A micro-batch of another kind than the first one, as with soft labels, is left out.
+
+        Args:
+            logits (`torch.Tensor` of shape `[N, C]`): The logits of the model.
+            labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): The labels that it was given.
+            weight (`torch.Tensor` of shape `[N]`, *optional*): Weight of each sample under class-relative dampening.
+            offset (`torch.Tensor` of shape `[C]`, *optional*): Added to the logits where labels are judged.
         """
         present, self._present = self._present, None
         if present is None or self.buffer is None or not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
@@ -106,7 +112,8 @@ class RowTracker:
             if labels is not own_labels:
                 rows = self._checked_rows(rows, own_labels, labels)
             # Copies, because a compiled model may write its next results into the same memory.
-            self.buffer.add(rows, logits.detach().clone(), labels, None if weight is None else weight.clone())
+            judged = logits.detach().clone() if offset is None else logits.detach() + offset
+            self.buffer.add(rows, judged, labels, None if weight is None else weight.clone())
 
     def _checked_rows(self, rows: Tensor, own_labels: Tensor, labels: Tensor) -> Tensor:
         """The rows of a micro-batch; all unknown if an override has changed its labels."""
@@ -145,6 +152,10 @@ class LabelIssuesMixin(StepWatchMixin):
         """The class-relative dampening of the chain, if it acts."""
         raise NotImplementedError
 
+    def _lpg_judged_offset(self) -> Tensor | None:
+        """What is added to the logits where labels are judged, if anything."""
+        raise NotImplementedError
+
     # Row numbers on their way
 
     def get_train_dataloader(self) -> DataLoader:
@@ -177,8 +188,9 @@ class LabelIssuesMixin(StepWatchMixin):
 
     def _lpg_record_rows(self, logits: Tensor, labels: Tensor) -> None:
         dampening = self._lpg_dampening()
+        weight = None if dampening is None else dampening.last_weight
         if self._lpg_row_tracker is not None:
-            self._lpg_row_tracker.record(logits, labels, None if dampening is None else dampening.last_weight)
+            self._lpg_row_tracker.record(logits, labels, weight, self._lpg_judged_offset())
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The loop alone gets the row numbers: callbacks see the loader as the Trainer makes it. The hook exists since

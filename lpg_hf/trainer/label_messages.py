@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from accelerate.logging import get_logger
 
-from ..statistics import min_counted_samples
+from ..class_shares import min_counted_samples
 
 
 logger = get_logger(__name__)

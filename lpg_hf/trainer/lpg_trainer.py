@@ -20,11 +20,11 @@ from transformers.trainer_utils import TrainOutput
 
 from ..config import LPGConfig
 from ..loss import LPGLoss
-from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbation, build_chain
+from ..perturbations import ClassRelativeDampening, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver
 from .checkpoint import STATE_FILE, SavedState, Stateful, load_state, save_state
+from .class_shift import ClassShiftMixin
 from .classifier import ClassifierCheck
-from .eval_shares import EVAL_DATASET, read_eval_shares
 from .label_issues import LabelIssuesMixin, RowTracker
 from .label_messages import explain_label_errors
 from .managed_loss import ManagedLoss
@@ -33,6 +33,7 @@ from .perturbation_log import PerturbationLog
 from .reports import ReportsMixin
 from .resumable import ResumableTrainer
 from .sam_step import SAMStepMixin
+from .settings import Settings, is_requested_at_logits
 from .step_watch import StepWatch
 
 
@@ -41,7 +42,7 @@ logger = get_logger(__name__)
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
 
-class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer):
+class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, ResumableTrainer):
     r"""
     A [`~transformers.Trainer`] that perturbs the gradient at the logits of a classification model.
 
@@ -130,10 +131,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         class_counts: Sequence[int] | None = None,
         eval_shares: str | Sequence[float] | None = None,
     ):
-        self._lpg_perturbations = [perturbations] if isinstance(perturbations, str | Perturbation) else perturbations
-        self._lpg_class_counts = class_counts
-        self._lpg_eval_shares = eval_shares
-        build_chain(self._lpg_chain(args))
+        self._lpg_settings = Settings(perturbations, class_counts, eval_shares)
+        build_chain(self._lpg_settings.chain(args))
         super().__init__(
             model=model,
             args=args,
@@ -158,33 +157,22 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
 
     # Set-up
 
-    def _lpg_chain(self, args: TrainingArguments | None) -> Sequence[str | Perturbation]:
-        if isinstance(args, LPGConfig):
-            return args.chain(self._lpg_perturbations)
-        return ["auto"] if self._lpg_perturbations is None else self._lpg_perturbations
-
     def _lpg_prepare(self) -> None:
         """Reads all settings anew: `hyperparameter_search` changes arguments and model between two trainings."""
-        chain = self._lpg_chain(self.args)
-        callbacks = self.callback_handler.callbacks
-        self._lpg_observers = [callback for callback in callbacks if isinstance(callback, PerturbationObserver)]
-        eval_shares = self._lpg_eval_shares
-        if eval_shares is None:
-            eval_shares = self.args.eval_shares if isinstance(self.args, LPGConfig) else EVAL_DATASET
-        if isinstance(eval_shares, str):
-            eval_shares = read_eval_shares(eval_shares)
-        self._lpg_managed = ManagedLoss(self, chain, self._lpg_class_counts, eval_shares, self._lpg_observers)
-        named = build_chain([entry for entry in chain if entry != "auto"])
-        is_requested = any(isinstance(method, LogitPerturbation) for method in named)
-        self._lpg_classifier = ClassifierCheck(self, self._lpg_managed.has_methods, chain if is_requested else None)
-        self._lpg_parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, self.args)
+        settings, args = self._lpg_settings, self.args
+        chain = settings.chain(args)
+        self._lpg_observers = [c for c in self.callback_handler.callbacks if isinstance(c, PerturbationObserver)]
+        counts, shares = settings.class_counts, settings.shares(args)
+        self._lpg_managed = ManagedLoss(self, chain, counts, shares, self._lpg_observers)
+        requested = chain if any(is_requested_at_logits(entry) for entry in chain) else None
+        self._lpg_classifier = ClassifierCheck(self, self._lpg_managed.has_methods, requested)
+        self._lpg_parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, args)
         for observer in self._lpg_observers:
             observer.start(self.accelerator)
         self._lpg_step_watch = StepWatch()
-        self._lpg_row_tracker = None
-        self._lpg_perturbation_log = PerturbationLog(isinstance(self.args, LPGConfig) and self.args.log_perturbations)
-        # The state of a checkpoint, until the first batch decides whether there is a loss to load it into.
-        self._lpg_saved_state: SavedState | None = None
+        self._lpg_row_tracker = self._lpg_shifted_shares = None
+        self._lpg_perturbation_log = PerturbationLog(isinstance(args, LPGConfig) and args.log_perturbations)
+        self._lpg_saved_state: SavedState | None = None  # until there is a loss to load it into
         num_labels = self._lpg_classifier.declared_num_labels()
         if num_labels is not None:
             self._lpg_managed.build_early(num_labels)
@@ -217,8 +205,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Under `auto_find_batch_size`, `train` calls this hook anew for each batch size it tries. No public hook is
         # called then. https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24
-        dataset = self.train_dataset
-        if self._lpg_managed.has_methods and isinstance(dataset, Sized) and len(dataset) == 0:
+        if self._lpg_managed.has_methods and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
         self._lpg_prepare()
         self._lpg_row_tracker = RowTracker(self.accelerator)
@@ -284,6 +271,9 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
     def _lpg_dampening(self) -> ClassRelativeDampening | None:
         return self._lpg_managed.dampening() if self._lpg_classifier.passed else None
 
+    def _lpg_judged_offset(self) -> Tensor | None:
+        return self._lpg_managed.loss.statistics.judged_offset if self._lpg_perturbs_logits else None
+
     # Logging
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -339,7 +329,6 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         self._lpg_save_rows(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # The counterpart of `_save_optimizer_and_scheduler`.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return

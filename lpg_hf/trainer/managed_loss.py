@@ -18,13 +18,13 @@ from ..perturbations.observers import PerturbationObserver, show_to
 from .accumulation import StepItems
 from .build_loss import build_loss, logit_methods
 from .checkpoint import SavedState
-from .eval_shares import EvalShares, find_eval_shares
+from .eval_shares import EvalShares
 from .imbalance_watch import ImbalanceWatch, describe_difference
 from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
 from .loss_scale import LossScale
 from .parameter_methods import gradient_scale
 from .skipped_steps import SkippedSteps
-from .start_line import source_of_counts, start_line
+from .start_line import source_of_counts
 
 
 logger = get_logger(__name__)
@@ -113,12 +113,10 @@ class ManagedLoss:
         self._build(num_labels, counts)
 
     def _build(self, num_labels: int, counts: Sequence[int] | None) -> None:
-        dataset, is_given = self._trainer.train_dataset, self._class_counts is not None
-        shares, shares_source = find_eval_shares(self._eval_shares, self._trainer.eval_dataset, num_labels)
-        corrects = self.watch.loss_corrects
-        self._loss, methods = build_loss(self._trainer, self._chain, num_labels, counts, shares, corrects)
-        source = source_of_counts(dataset, is_given, self.watch.found is not None)
-        self._start_line = start_line(self._chain, methods, counts, source, shares_source)
+        trainer, shares, watch = self._trainer, self._eval_shares, self.watch
+        source = source_of_counts(trainer.train_dataset, self._class_counts is not None, watch.found is not None)
+        built = build_loss(trainer, self._chain, num_labels, counts, source, shares, watch.loss_corrects)
+        self._loss, self._start_line = built
 
     def begin(self, num_labels: int, dtype: torch.dtype, saved: SavedState | None) -> None:
         """
@@ -342,15 +340,7 @@ class ManagedLoss:
             method.step(lambda tensor: AsyncAllReduce(tensor, accelerator).wait())
 
     def telemetry(self, is_last: bool = False) -> dict[str, float]:
-        """
-        The means over the samples since the last call. All processes must call it.
-
-        Args:
-            is_last (`bool`, *optional*, defaults to `False`): Whether the training ends.
-
-        Raises:
-            FloatingPointError: If a gradient was not finite and the weights are not finite.
-        """
+        """The means since the last call, or an error as [`SkippedSteps`] raises it. All processes must call it."""
         report: dict[str, float] = {}
         try:
             report = self.loss.telemetry(partial(stack_processes, accelerator=self._trainer.accelerator))

@@ -28,9 +28,9 @@ from original_form import OriginalForm, cross_entropy, original_form_tests
 from torch.nn import functional as F
 
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch
+from lpg_hf.class_shares import prior_terms
 from lpg_hf.perturbations import LogitAdjustment
 from lpg_hf.perturbations.logit_adjustment import logit_adjustment_delta
-from lpg_hf.statistics import prior_terms
 
 
 # The formula.
