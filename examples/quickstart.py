@@ -79,7 +79,7 @@ class WeightCallback(TrainerCallback):
         (dampening,) = (method for method in loss.perturbations if isinstance(method, ClassRelativeDampening))
         model.eval()
         logits = model(pixel_values=self.pixels).logits
-        batch = LogitBatch(logits, self.labels)
+        batch = LogitBatch(logits, self.labels, loss.statistics.judged_offset)
         weights = dampening.weight(batch.gradient, batch, loss.statistics)
         model.train()
         self.weights.append([weights[~self.is_wrong].mean().item(), weights[self.is_wrong].mean().item()])
@@ -215,10 +215,8 @@ def plot_norms(axes: Axes, runs: list[dict]) -> None:
     }
     epochs = [entry["epoch"] for entry in runs[0]["log_history"]]
     for key, (label, color) in names.items():
-        # Logit adjustment is not part of the chain where the classes are balanced.
-        if key in runs[0]["log_history"][0]:
-            norms = np.mean([[entry[key] for entry in run["log_history"]] for run in runs], axis=0)
-            axes.plot(epochs, norms, color=color, label=label)
+        norms = np.mean([[entry[key] for entry in run["log_history"]] for run in runs], axis=0)
+        axes.plot(epochs, norms, color=color, label=label)
     axes.set(title="Size of the perturbations", xlabel="epoch", ylabel="mean norm per sample", ylim=(0, None))
     axes.legend()
 

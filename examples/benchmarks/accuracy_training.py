@@ -187,7 +187,14 @@ def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> 
 def lpg_options(run: Run, source: Source, split: Split) -> dict[str, Any]:
     """What a run passes to LPGTrainer beside what Trainer takes: all that the library is told of it."""
     counts = split.class_counts(source.num_labels)
-    return {"perturbations": METHODS[run.method].perturbations(run.value, counts), "class_counts": counts}
+    # Methods that ask for it are told the class shares of the test set: the natural one for data as it comes.
+    is_natural = run.regime.startswith("natural")
+    test_counts = np.bincount(split.clean[split.natural_test], minlength=source.num_labels) + 1
+    return {
+        "perturbations": METHODS[run.method].perturbations(run.value, counts),
+        "class_counts": counts,
+        "eval_shares": test_counts.tolist() if is_natural else "uniform",
+    }
 
 
 def make_trainer(run: Run, source: Source, split: Split, output_dir: str, **kwargs) -> Trainer:
