@@ -257,6 +257,6 @@ class ClassStatistics(nn.Module):
         means = torch.where(before[0] > 0, (means + before) / 2, means)
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
-        torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
+        self._epoch_means.copy_(torch.where(is_over & (counts > 0), means, self._epoch_means))
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over

@@ -151,7 +151,7 @@ class ClassRelativeDampening(SampleReweighting):
         # The means of an epoch give the same gate at each of the next steps. In the first epoch it is closed.
         label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
         gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted)
-        torch.maximum(self._gate, gate, out=self._gate)
+        self._gate.copy_(torch.maximum(self._gate, gate))
         weight = dampening_weight(batch, statistics.confidence_ratio, self._gate, self.power)
         self.uncompensated_weight = weight
         weight = weight * dampening_compensation(statistics.mean_weight)[batch.classes]

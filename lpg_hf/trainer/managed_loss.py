@@ -1,5 +1,6 @@
 """ManagedLoss: the LPGLoss of one training, which the trainer builds, calls and steps."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -82,8 +83,7 @@ class ManagedLoss:
         self.disagreement: ValueError | None = None
         self.watch = ImbalanceWatch(None, False)
         self._skipped_steps = SkippedSteps(trainer)
-        # Epochs that the statistics have been told of.
-        self._num_epochs = 0
+        self._num_epochs = 0  # of which the statistics have been told
         self._start_line = ""
         # The class statistics of the last step, between its end and their first use.
         self._pending_statistics: AsyncAllReduce | None = None
@@ -133,6 +133,7 @@ class ManagedLoss:
             return
         # A process whose batches are odd does not reach the place where the loss takes after its logits.
         self.loss.to(device=self._trainer.args.device, dtype=dtype)
+        self._num_epochs = int(self._trainer.state.epoch or 0)
         if saved is not None and saved.has("imbalance"):
             saved.restore(self.watch, "imbalance")
             # The chain and the counts follow from what the first run found.
@@ -143,7 +144,8 @@ class ManagedLoss:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
             self.load_state_dict(saved.renumbered(self.methods))
-            self._num_epochs = int(loss.statistics.epochs)
+            # A checkpoint at the end of an epoch was written before the loss was told.
+            self._num_epochs = max(math.ceil(self._trainer.state.epoch or 0) - 1, 0)
             if self.watch.begins_anew:  # the samples of the first run had other labels
                 self.loss.statistics.seen_counts.zero_()
         self.watch.begin(self._trainer.state.global_step)
@@ -161,10 +163,8 @@ class ManagedLoss:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """
-        Loads what [`~ManagedLoss.state_dict`] returned. What is missing, or has another shape, stays as it is.
-
-        Samples that were counted count on only where this run counts as well: next to other counts, they would count
-        twice.
+        Loads what [`~ManagedLoss.state_dict`] returned. What is missing, or has another shape, stays as it is. Samples
+        that were counted are added only where this run counts as well.
         """
         state = self.loss.state_dict()
         keeps_counts = self.loss.statistics.counts_are_given
