@@ -101,13 +101,13 @@ class ClassStatistics(nn.Module):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
         # Accuracy, probability of the label, and weight that dampening takes away.
         self.register_buffer("_running", torch.zeros(3, num_labels))
-        # Samples, confidence ratios and confident errors of the present epoch.
-        self.register_buffer("_epoch_sums", torch.zeros(3, num_labels))
-        # The last two as means over the epochs before, the last of which makes a half. And the running probability of
-        # the label at the end of the last epoch.
-        self.register_buffer("_epoch_means", torch.zeros(3, num_labels))
+        # Samples, confidence ratios, their squares, and confident errors of the present epoch.
+        self.register_buffer("_epoch_sums", torch.zeros(4, num_labels))
+        # The last three as means over the epochs before, the last of which makes a half. And the running probability
+        # of the label at the end of the last epoch.
+        self.register_buffer("_epoch_means", torch.zeros(4, num_labels))
         # Zero between optimizer steps, which is when state is saved.
-        self.register_buffer("_pending", torch.zeros(6, num_labels), persistent=False)
+        self.register_buffer("_pending", torch.zeros(7, num_labels), persistent=False)
         self._update_prior()
 
     @property
@@ -116,7 +116,7 @@ class ClassStatistics(nn.Module):
 
     @property
     def pending(self) -> Tensor:
-        """What the next [`~ClassStatistics.step`] sums over processes, `[6, C]`."""
+        """What the next [`~ClassStatistics.step`] sums over processes, `[7, C]`."""
         return self._pending
 
     @property
@@ -187,12 +187,22 @@ class ClassStatistics(nn.Module):
     @property
     def confident_error_rate(self) -> Tensor:
         """Share of the samples of class c that the model contradicts, `[C]`, averaged like `confidence_ratio`."""
-        return self._epoch_means[1]
+        return self._epoch_means[2]
+
+    @property
+    def decidedness(self) -> Tensor:
+        """
+        How decided the model is about the labels of class c, `[C]` in [0, 1]: the variance of the confidence ratio
+        relative to the largest that its mean allows. It is 1 if every label is either believed or not at all.
+        """
+        mean, square = self._epoch_means[:2]
+        tiny = torch.finfo(mean.dtype).tiny
+        return ((square - mean.square()) / (mean - mean.square()).clamp(min=tiny)).clamp(0, 1)
 
     @property
     def last_label_prob(self) -> Tensor:
         """The [`~ClassStatistics.label_prob`] at the end of the last epoch, `[C]`; 0 before."""
-        return self._epoch_means[2]
+        return self._epoch_means[3]
 
     @property
     def mean_weight(self) -> Tensor:
@@ -210,8 +220,9 @@ class ClassStatistics(nn.Module):
                 Weight of each sample under class-relative dampening, without its compensation.
         """
         lost = torch.zeros_like(batch.label_prob) if weight is None else 1 - weight
-        first = [batch.valid_mask, batch.confidence_ratio, batch.is_confident_error]
-        rows = torch.stack([*first, batch.is_correct, batch.label_prob, lost])
+        ratio = batch.confidence_ratio
+        of_epoch = [batch.valid_mask, ratio, ratio.square(), batch.is_confident_error]
+        rows = torch.stack([*of_epoch, batch.is_correct, batch.label_prob, lost])
         # Filled and not multiplied: an ignored sample may have logits that are not finite.
         rows.masked_fill_(batch.ignore_mask, 0.0)
         self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
@@ -227,10 +238,10 @@ class ClassStatistics(nn.Module):
         pending = self._pending if reduce is None else reduce(self._pending)
         counts = pending[0]
         # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + INERTIA).
-        move = pending[3:].addcmul(counts, self._running, value=-1)
+        move = pending[4:].addcmul(counts, self._running, value=-1)
         # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
         self._running.addcdiv_(move.nan_to_num_(0.0, 0.0, 0.0), counts + INERTIA)
-        self._epoch_sums += pending[:3].nan_to_num(0.0, 0.0, 0.0)
+        self._epoch_sums += pending[:4].nan_to_num(0.0, 0.0, 0.0)
         self.steps += 1
         self.seen_counts += counts.long()
         if not self.counts_are_given:
@@ -252,7 +263,7 @@ class ClassStatistics(nn.Module):
             self._update_prior()
 
     def _roll_over(self, is_over: Tensor) -> None:
-        counts, before = self._epoch_sums[0], self._epoch_means[:2]
+        counts, before = self._epoch_sums[0], self._epoch_means[:3]
         means = self._epoch_sums[1:] / counts.clamp(min=1)
         means = torch.where(before[0] > 0, (means + before) / 2, means)
         means = torch.cat([means, self.label_prob[None]])

@@ -12,19 +12,47 @@ from .checks import check_interval, check_not_negative
 from .ops import ramp
 
 
-def dampening_weight(batch: LogitBatch, confidence_ratio: Tensor, gate: Tensor, power: float = 4.0) -> Tensor:
-    r"""
-    Weight of each sample under class-relative dampening: `min(1, rho_i / rhobar_c^2) ^ (power gamma_c)`.
+def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor:
+    """
+    The belief that a sample needs for its full weight, `rhobar_c ^ (2 - d_c)`.
 
-    `rho_i` says how far the model believes the label of sample i ([`LogitBatch.confidence_ratio`]), `rhobar_c` how far
-    it believes that class as a whole. The square asks little of a class that is hard: one that is believed by 0.9 asks
-    0.81 of a sample, one that is believed by 0.45 asks 0.2. Every sample of a class with a closed gate has weight 1.
+    A class with wrong labels that the model tells apart has `d_c` near 1: its right labels are believed more than the
+    mean, and the mean is asked for. A class that is hard as a whole has `d_c` near 0. There the square asks little: a
+    class that is believed by 0.45 asks 0.2 of a sample.
+
+    Source: ours.
+
+    Args:
+        confidence_ratio (`torch.Tensor` of shape `[C]`): Mean of `rho_i` over class c, `rhobar_c`.
+        decidedness (`torch.Tensor` of shape `[C]`): See [`ClassStatistics.decidedness`], `d_c` in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: In [0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> dampening_reference(torch.tensor([0.6, 0.6]), decidedness=torch.tensor([1.0, 0.0]))
+    tensor([0.6000, 0.3600])
+
+    ```
+    """
+    return confidence_ratio ** (2 - decidedness)
+
+
+def dampening_weight(batch: LogitBatch, reference: Tensor, gate: Tensor, power: float = 4.0) -> Tensor:
+    r"""
+    Weight of each sample under class-relative dampening: `min(1, rho_i / r_c) ^ (power gamma_c)`.
+
+    `rho_i` says how far the model believes the label of sample i ([`LogitBatch.confidence_ratio`]). Every sample of a
+    class with a closed gate has weight 1.
 
     Source: ours.
 
     Args:
         batch ([`LogitBatch`]): The micro-batch.
-        confidence_ratio (`torch.Tensor` of shape `[C]`): Mean of `rho_i` over class c, `rhobar_c`.
+        reference (`torch.Tensor` of shape `[C]`): The belief that a sample needs for its full weight, `r_c`.
         gate (`torch.Tensor` of shape `[C]`): How far dampening acts on each class, `gamma_c` in [0, 1].
         power (`float`, *optional*, defaults to 4.0): Strength, at least 0.
 
@@ -32,8 +60,8 @@ def dampening_weight(batch: LogitBatch, confidence_ratio: Tensor, gate: Tensor, 
         `torch.Tensor` of shape `[N]`: In [0, 1]; arbitrary for ignored samples.
     """
     tiny = torch.finfo(batch.confidence_ratio.dtype).tiny
-    reference = confidence_ratio.square().clamp(min=tiny)
-    return (batch.confidence_ratio / reference[batch.classes]).clamp(max=1) ** (power * gate[batch.classes])
+    needed = reference.clamp(min=tiny)[batch.classes]
+    return (batch.confidence_ratio / needed).clamp(max=1) ** (power * gate[batch.classes])
 
 
 def dampening_gate(
@@ -90,7 +118,8 @@ class ClassRelativeDampening(SampleReweighting):
     r"""
     Dampens the samples that the model believes far less than it believes their class, once that class is learned.
 
-    It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient. A
+    It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient
+    (see [`dampening_reference`] for `r_c`). A
     class that is not learned yet, or that the model never contradicts, is left alone. Three things keep it from doing
     harm:
 
@@ -102,7 +131,7 @@ class ClassRelativeDampening(SampleReweighting):
     Labels are judged at the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
-    Formula: `delta = (w - 1) g` with `w = min(1, rho / rhobar_c^2) ^ (power gamma_c)`, `rho = q_y / max_j q_j`.
+    Formula: `delta = (w - 1) g` with `w = min(1, rho / r_c) ^ (power gamma_c)`, `rho = q_y / max_j q_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorize.
     Hurts: data that is hard for the model and has right labels, a little.
     Cost: O(NC).
@@ -152,7 +181,8 @@ class ClassRelativeDampening(SampleReweighting):
         label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
         gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted)
         self._gate.copy_(torch.maximum(self._gate, gate))
-        weight = dampening_weight(batch, statistics.confidence_ratio, self._gate, self.power)
+        reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
+        weight = dampening_weight(batch, reference, self._gate, self.power)
         self.uncompensated_weight = weight
         weight = weight * dampening_compensation(statistics.mean_weight)[batch.classes]
         return weight.masked_fill(batch.ignore_mask, 1.0)
