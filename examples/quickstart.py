@@ -79,7 +79,7 @@ class WeightCallback(TrainerCallback):
         (dampening,) = (method for method in loss.perturbations if isinstance(method, ClassRelativeDampening))
         model.eval()
         logits = model(pixel_values=self.pixels).logits
-        batch = LogitBatch(logits, self.labels)
+        batch = LogitBatch(logits, self.labels, loss.statistics.judged_offset)
         weights = dampening.weight(batch.gradient, batch, loss.statistics)
         model.train()
         self.weights.append([weights[~self.is_wrong].mean().item(), weights[self.is_wrong].mean().item()])
