@@ -170,7 +170,8 @@ def make_confident_model(name: str, *, dtype: torch.dtype = torch.float64, cente
     model = make_model(name, exact=True)
     with torch.no_grad():
         for parameter in model.base_model.parameters():
-            parameter.mul_(5 if parameter.ndim > 1 else 1)
+            # Frozen BatchNorm does not undo the factor, which would explode from layer to layer.
+            parameter.mul_(5 if parameter.ndim > 1 and name != "resnet" else 1)
         logits = model.train()(**make_batch(name, 72, dtype=torch.float64)).logits
         *_, bias = model.classifier.parameters()
         bias.sub_(centered * logits.mean(0))
