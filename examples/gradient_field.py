@@ -82,6 +82,7 @@ def trained_statistics() -> ClassStatistics:
     """A class that has been learned and of which the model contradicts a part."""
     statistics = ClassStatistics(3, COUNTS).double()
     statistics.label_prob.fill_(0.8)
+    statistics.last_label_prob.fill_(0.8)
     statistics.confidence_ratio.fill_(0.85)
     statistics.confident_error_rate.fill_(0.2)
     return statistics

@@ -61,12 +61,18 @@ class LogitBatch:
         self.ignore_mask = labels == IGNORE_INDEX
         self.valid_bits = _bits(logits, self.valid_mask)
         self.classes = labels.clamp(min=0)
-        margin = label_margin(logits, labels)
+        label_logit = -_checked(F.nll_loss, logits, labels)
+        margin = label_logit - logits.amax(-1)
         self.is_correct = margin == 0
-        judged = margin if judged_offset is None else label_margin(logits + judged_offset.to(logits), labels)
+        if judged_offset is None:
+            judged, probabilities = margin, logits.softmax(-1)
+        else:
+            offset = judged_offset.to(logits)
+            shifted = logits + offset
+            judged = label_logit + offset[self.classes] - shifted.amax(-1)
+            probabilities = torch.softmax(logits, -1, out=shifted)  # no second matrix
         self.confidence_ratio = judged.exp()
         self.is_confident_error = self.confidence_ratio < CONFIDENT_ERROR
-        probabilities = logits.softmax(-1)
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         largest = probabilities.amax(-1)
         self.label_log_prob = (margin + largest.log()).masked_fill(self.ignore_mask, 0.0)
@@ -140,11 +146,6 @@ def _bits(matrix: Tensor, valid_mask: Tensor) -> Tensor:
     """All bits set for valid samples and none for the others, `[N, 1]`, as wide as the entries of the matrix."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
     return -valid_mask.to(integer)[:, None]
-
-
-def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logit of each label minus the largest logit, `[N]`, at most 0; arbitrary for ignored samples."""
-    return -_checked(F.nll_loss, logits, labels) - logits.amax(-1)
 
 
 def _checked(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor) -> Tensor:

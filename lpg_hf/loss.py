@@ -96,7 +96,8 @@ class LPGLoss(nn.Module):
                     "`LPGTrainer(perturbations=...)`."
                 )
             method.setup(num_labels)
-            self.statistics.add_correction(method.log_correction)
+            if type(method).log_correction is not LogitPerturbation.log_correction:
+                self.statistics.add_correction(method.log_correction)
         self.base_loss = base_loss
         self.managed = managed
         self.is_frozen = False
@@ -153,7 +154,7 @@ class LPGLoss(nn.Module):
         if not perturbs:
             return self._values(z, labels).sum() / divisor if model_loss is None else model_loss
 
-        batch = LogitBatch(z.detach(), labels, self.statistics.judged_offset)
+        batch = LogitBatch(z.detach(), labels, self.statistics.judged_offset_or_none)
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
             return self.perturb_loss(self._values(z, labels).sum() / divisor, z, batch, divisor, observer)

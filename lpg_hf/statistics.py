@@ -86,7 +86,6 @@ class ClassStatistics(nn.Module):
         super().__init__()
         self.counts_are_given = class_counts is not None
         self._waits_for_epoch = waits_for_epoch
-        self._prior_is_ready = not waits_for_epoch
         # What the methods of a chain add to the logarithm of the class shares that the logits are trained for.
         self._corrections: list[Callable[[ClassStatistics], Tensor]] = []
         counts = torch.zeros(num_labels, dtype=torch.int64)
@@ -127,16 +126,22 @@ class ClassStatistics(nn.Module):
     def _update_prior(self) -> None:
         if self.counts_are_given:
             counts = self.class_counts
-        elif self._prior_is_ready:
+        elif not self._waits_for_epoch:
             counts = self.class_counts + PRIOR_PSEUDO_COUNT
-        else:  # decided on the device
+        else:  # decided on the device, by what a checkpoint has
             is_enough = self.class_counts.sum() >= min_counted_samples(self.num_labels)
-            counts = torch.where(is_enough, self.class_counts + PRIOR_PSEUDO_COUNT, 1)
+            counts = torch.where(is_enough | (self.epochs > 0), self.class_counts + PRIOR_PSEUDO_COUNT, 1)
         self.prior_terms = prior_terms(counts.to(self._running.dtype) / counts.sum(), self._eval_shares)
         self._update_judged_offset()
 
     def _update_judged_offset(self) -> None:
         self.judged_offset = self.prior_terms.log_eval - self.log_output_shares
+
+    @property
+    def judged_offset_or_none(self) -> Tensor | None:
+        """The `judged_offset`; `None` where it is 0 by design, and adding it would cost two passes for nothing."""
+        is_zero = self._eval_shares is None and not self._corrections
+        return None if is_zero else self.judged_offset
 
     @property
     def log_output_shares(self) -> Tensor:
@@ -219,13 +224,13 @@ class ClassStatistics(nn.Module):
             weight (`torch.Tensor` of shape `[N]`, *optional*):
                 Weight of each sample under class-relative dampening, without its compensation.
         """
-        lost = torch.zeros_like(batch.label_prob) if weight is None else 1 - weight
         ratio = batch.confidence_ratio
-        of_epoch = [batch.valid_mask, ratio, ratio.square(), batch.is_confident_error]
-        rows = torch.stack([*of_epoch, batch.is_correct, batch.label_prob, lost])
+        values = [batch.valid_mask, ratio, ratio.square(), batch.is_confident_error, batch.is_correct]
+        values += [batch.label_prob] if weight is None else [batch.label_prob, 1 - weight]
+        rows = torch.stack(values)
         # Filled and not multiplied: an ignored sample may have logits that are not finite.
         rows.masked_fill_(batch.ignore_mask, 0.0)
-        self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
+        self._pending[: len(values)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -241,7 +246,7 @@ class ClassStatistics(nn.Module):
         move = pending[4:].addcmul(counts, self._running, value=-1)
         # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
         self._running.addcdiv_(move.nan_to_num_(0.0, 0.0, 0.0), counts + INERTIA)
-        self._epoch_sums += pending[:4].nan_to_num(0.0, 0.0, 0.0)
+        self._epoch_sums += pending[:4].masked_fill(pending[5].isnan(), 0.0)
         self.steps += 1
         self.seen_counts += counts.long()
         if not self.counts_are_given:
@@ -258,8 +263,7 @@ class ClassStatistics(nn.Module):
         counted classes have a prior from here on, however few.
         """
         self._roll_over(torch.ones_like(self.steps, dtype=torch.bool))
-        if not self._prior_is_ready:
-            self._prior_is_ready = True
+        if not self.counts_are_given:
             self._update_prior()
 
     def _roll_over(self, is_over: Tensor) -> None:

@@ -417,7 +417,7 @@ def test_the_model_card_says_how_it_was_trained(tmp_path):
         assert len(card.data.tags) == len(set(card.data.tags))
         assert card.text.count("## Gradient perturbation") == 1
     assert "## Training procedure" in card.text  # the Trainer's own
-    for method in ("label_smoothing(target='prior')", "lpg(epsilon=0.25)", "halving()", "sam(rho=0.1)"):
+    for method in ("class_relative_dampening()", "lpg(epsilon=0.25)", "halving()", "sam(rho=0.1)"):
         assert f"| `{method}` |" in card.text
     assert "- `lpg_epsilon=0.25`" in card.text
     counts = trainer.train_dataset["label"][:]

@@ -180,7 +180,9 @@ def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> 
             trainer.train()
         rows = {name: value[torch.from_numpy(split.train)] for name, value in source.inputs.items()}
         logits = predict_logits(trainer.model, rows, trainer.args.device)
-        return np.where(LogitBatch(logits, torch.from_numpy(noisy)).is_confident_error, IGNORE_INDEX, noisy)
+        offset = trainer.lpg_loss.statistics.judged_offset.cpu()
+        batch = LogitBatch(logits, torch.from_numpy(noisy), offset)
+        return np.where(batch.is_confident_error, IGNORE_INDEX, noisy)
     return noisy
 
 

@@ -1,6 +1,5 @@
 """ManagedLoss: the LPGLoss of one training, which the trainer builds, calls and steps."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -144,8 +143,9 @@ class ManagedLoss:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
             self.load_state_dict(saved.renumbered(self.methods))
-            # A checkpoint at the end of an epoch was written before the loss was told.
-            self._num_epochs = max(math.ceil(self._trainer.state.epoch or 0) - 1, 0)
+            # The checkpoint may stand at the end of an epoch, and the first step has begun before it was loaded.
+            self._num_epochs = int(loss.statistics.epochs)
+            self._end_epochs()
             if self.watch.begins_anew:  # the samples of the first run had other labels
                 self.loss.statistics.seen_counts.zero_()
         self.watch.begin(self._trainer.state.global_step)
@@ -237,11 +237,17 @@ class ManagedLoss:
         """The first class-relative dampening of the chain."""
         return next((method for method in self.methods if isinstance(method, ClassRelativeDampening)), None)
 
-    def begin_step(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
-        """Begins a step of some micro-batches. All processes must call it."""
-        if self._loss is not None and int(self._trainer.state.epoch or 0) > self._num_epochs:
+    def _end_epochs(self) -> None:
+        """Tells the loss of the epochs that have ended since the last call."""
+        # More than one where a checkpoint knows of none: the sums of a single step must not become means.
+        while int(self._trainer.state.epoch or 0) > self._num_epochs:
             self._num_epochs += 1
             self.loss.end_epoch()
+
+    def begin_step(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
+        """Begins a step of some micro-batches. All processes must call it."""
+        if self.has_methods and self._loss is not None:
+            self._end_epochs()
         self._watch_imbalance()
         self.items.begin(batches, num_items_in_batch, device)
 
@@ -311,7 +317,7 @@ class ManagedLoss:
         """Perturbs what a `compute_loss_func` returned, on the scale that it has."""
         lpg_loss = self.loss
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        offset = lpg_loss.statistics.judged_offset
+        offset = lpg_loss.statistics.judged_offset_or_none
         batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long(), offset)
         divisor = scale.divisor(batch.labels, num_items).to(dtype).clamp(min=1 / scale.factor)
         if self.watch.watches_loss and not lpg_loss.is_frozen:

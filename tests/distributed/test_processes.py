@@ -15,6 +15,8 @@ SCRIPT = train_exact.__file__
 WATCHDOG_SECONDS = 300  # far above what a run needs: a hanging collective must not hang the suite
 OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+# Dampening acts in the second one.
+TWO_EPOCHS = {"num_train_epochs": 2}
 
 
 def launch_all(jobs, processes, output_dir, launcher=None):
@@ -43,15 +45,16 @@ def launch(job, processes, output_dir, launcher=None):
 @pytest.mark.parametrize(
     ("processes", "accumulation", "sizes"),
     [
-        (2, 1, [8] * 60),
-        (2, 2, [3, 5, 1, 7] * 30),  # micro-batches of different sizes, and processes without some of the classes
-        (4, 1, [4] * 120),
+        (2, 1, [8] * 30),
+        (2, 2, [3, 5, 1, 7] * 15),  # micro-batches of different sizes, and processes without some of the classes
+        (4, 1, [4] * 60),
     ],
 )
 def test_processes_train_like_one(model, optimizer, processes, accumulation, sizes, tmp_path):
     job = {"model": model, "perturbations": ["logit_adjustment", OPEN_GATES, "logit_clipping(max_norm=0.9)"]}
     job["ignored"] = [0, 1, 40]
-    alone = train(job | {"sizes": [16] * 30, "args": optimizer}, tmp_path / "alone")
+    optimizer = optimizer | TWO_EPOCHS
+    alone = train(job | {"sizes": [16] * 15, "args": optimizer}, tmp_path / "alone")
     together = launch(
         job | {"sizes": sizes, "args": optimizer | {"gradient_accumulation_steps": accumulation}},
         processes,
@@ -60,7 +63,7 @@ def test_processes_train_like_one(model, optimizer, processes, accumulation, siz
     assert together["processes"] == processes
     assert alone["steps"] == together["steps"] == 30
     torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
-    torch.testing.assert_close(together["running"], alone["running"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(together["means"], alone["means"], rtol=0, atol=1e-9)
     torch.testing.assert_close(together["losses"], alone["losses"], rtol=0, atol=1e-6)
     torch.testing.assert_close(together["norms"], alone["norms"], rtol=0, atol=1e-9)
 
@@ -68,11 +71,11 @@ def test_processes_train_like_one(model, optimizer, processes, accumulation, siz
 @pytest.mark.parametrize(
     ("model", "perturbations", "of_a_step"),
     [
-        ("vit", ["logit_adjustment", OPEN_GATES], [(5 * 4, True)]),
+        ("vit", ["logit_adjustment", OPEN_GATES], [(7 * 4, True)]),
         # A model that does not take the count of labeled samples: the Trainer does not count them.
-        ("convnext", ["logit_adjustment", OPEN_GATES], [(1, True), (5 * 4, True)]),
+        ("convnext", ["logit_adjustment", OPEN_GATES], [(1, True), (7 * 4, True)]),
         # The second pass of SAM learns nothing, and the first does not send.
-        ("vit", ["logit_adjustment", "sam"], [(5 * 4, True)]),
+        ("vit", ["logit_adjustment", "sam"], [(7 * 4, True)]),
         ("vit", [], []),
     ],
 )
@@ -87,8 +90,9 @@ def test_sums_over_processes_are_few_and_travel_while_the_model_computes(model, 
 def test_statistics_are_waited_for_where_they_are_looked_up(tmp_path):
     """By any process alone; until then they travel."""
     job = {"model": "vit", "perturbations": ["logit_adjustment", OPEN_GATES], "looks": True}
-    alone = train(job | {"sizes": [16] * 6, "args": SGD}, tmp_path / "alone")["looks"]
-    together = launch(job | {"sizes": [8] * 12, "args": SGD}, 2, tmp_path / "together")["looks"]
+    args = SGD | TWO_EPOCHS
+    alone = train(job | {"sizes": [16] * 3, "args": args}, tmp_path / "alone")["looks"]
+    together = launch(job | {"sizes": [8] * 6, "args": args}, 2, tmp_path / "together")["looks"]
     assert [(before, after) for before, after, _ in alone] == [(step, step) for step in range(1, 7)]
     assert [(before, after) for before, after, _ in together] == [(step - 1, step) for step in range(1, 7)]
     for (_, _, seen_alone), (_, _, seen_together) in zip(alone, together, strict=True):
@@ -120,24 +124,24 @@ def test_synchronised_class_means_are_those_of_the_whole_batch(processes, tmp_pa
 def test_ddp_options_do_not_change_the_training(args, tmp_path):
     """Equal micro-batches: only there is a mean of the processes' means the mean, without the tokens' average."""
     job = {"model": "vit", "perturbations": ["logit_adjustment", OPEN_GATES]}
-    alone = train(job | {"sizes": [16] * 30, "args": SGD}, tmp_path / "alone")
-    together = launch(job | {"sizes": [8] * 60, "args": SGD | args}, 2, tmp_path / "together")
+    alone = train(job | {"sizes": [16] * 15, "args": SGD | TWO_EPOCHS}, tmp_path / "alone")
+    together = launch(job | {"sizes": [8] * 30, "args": SGD | TWO_EPOCHS | args}, 2, tmp_path / "together")
     torch.testing.assert_close(together["parameters"], alone["parameters"], rtol=0, atol=1e-9)
-    torch.testing.assert_close(together["running"], alone["running"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(together["means"], alone["means"], rtol=0, atol=1e-9)
 
 
 def test_resume_on_two_processes_is_the_uninterrupted_run(tmp_path):
-    """Four chains, each interrupted after three different steps, one of them in a second epoch."""
+    """Four chains, each interrupted after four different steps: in both epochs, and between them."""
     chains = [
         ["auto"],
         ["lpg(epsilon=0.3)", "lpg(strategy='accuracy', sync=True)"],
         ["logit_adjustment", "logit_noise(sigma=0.05)", "sam(rho=0.05)"],
         ["logit_clipping(quantile=0.8)", "gradient_noise(eta=0.0001)"],
     ]
-    args = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    args = {"save_strategy": "steps", "save_steps": 1} | TWO_EPOCHS
     jobs = [{"model": "bert", "perturbations": chain, "sizes": [8] * 12, "args": SGD | args} for chain in chains]
     whole = launch_all(jobs, 2, tmp_path / "whole")
-    points = [(number, step) for number in range(len(chains)) for step in (1, 4, 8)]
+    points = [(number, step) for number in range(len(chains)) for step in (1, 4, 6, 8)]
     resumed = launch_all(
         [
             jobs[number] | {"resume": str(tmp_path / "whole" / str(number) / f"checkpoint-{step}")}
@@ -148,7 +152,7 @@ def test_resume_on_two_processes_is_the_uninterrupted_run(tmp_path):
     )
     for (number, step), result in zip(points, resumed, strict=True):
         assert result["steps"] == 12
-        for name in ("parameters", "running"):
+        for name in ("parameters", "means"):
             assert torch.equal(result[name], whole[number][name]), (chains[number], step, name)
         assert result["losses"] == whole[number]["losses"]
 

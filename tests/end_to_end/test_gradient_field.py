@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from lpg_hf.perturbations import METHODS, LogitClipping
+from lpg_hf.perturbations import METHODS, ClassRelativeDampening, LogitClipping
 
 
 def test_the_picture_shows_every_method(tmp_path, monkeypatch):
@@ -30,3 +30,14 @@ def test_an_arrow_is_the_perturbed_gradient(bound):
     expected = gradient + reference.clip_delta(gradient, bound)
     perturbed = gradient_field.perturbed_gradient(LogitClipping(bound), logits, labels)
     np.testing.assert_allclose(perturbed.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_the_arrows_of_the_dampening_are_shorter_where_the_label_is_contradicted():
+    """`w = min(1, rho / 0.85^2)^4` with open gates."""
+    logits, labels = gradient_field.simplex_grid(4).log(), torch.zeros(10, dtype=torch.int64)
+    gradient = torch.from_numpy(reference.logit_gradient(logits.numpy(), labels.tolist()))
+    ratio = logits[:, 0].exp() / logits.exp().amax(-1)
+    weight = (ratio / 0.85**2).clamp(max=1) ** 4
+    perturbed = gradient_field.perturbed_gradient(ClassRelativeDampening(), logits, labels)
+    torch.testing.assert_close(perturbed, weight[:, None] * gradient, rtol=0, atol=1e-9)
+    assert weight.min() < 0.01 and weight.max() == 1

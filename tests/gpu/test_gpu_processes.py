@@ -52,21 +52,19 @@ def launch(job, processes, output_dir, cards=1):
     return result
 
 
-def assert_same(result, expected, keys=("parameters", "running", "losses")):
+def assert_same(result, expected, keys=("parameters", "means", "losses")):
     for key in keys:
         actual, wanted = (torch.as_tensor(r[key]).double().cpu() for r in (result, expected))
         # Losses are logged in float32.
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-6 if key == "losses" else 1e-9, msg=key)
 
 
-@pytest.mark.parametrize(
-    ("name", "accumulation", "sizes"), [("convnext", 1, [8] * 20), ("bert", 2, [3, 5, 1, 7] * 10)]
-)
+@pytest.mark.parametrize(("name", "accumulation", "sizes"), [("convnext", 1, [8] * 10), ("bert", 2, [3, 5, 1, 7] * 5)])
 def test_two_processes_on_one_card_train_like_one(name, accumulation, sizes, tmp_path):
     """The sums travel over gloo, as tensors of the card."""
     job = {"model": name, "perturbations": OPEN, "ignored": [0, 1, 40]}
     args = SGD | ON_CPU
-    alone = train_exact.train(job | {"sizes": [16] * 10, "args": args}, tmp_path / "alone")
+    alone = train_exact.train(job | {"sizes": [16] * 5, "args": args}, tmp_path / "alone")
     args |= {"gradient_accumulation_steps": accumulation, "ddp_backend": "gloo"}
     together = launch(job | {"sizes": sizes, "args": args}, 2, tmp_path / "together")
     assert together["processes"] == 2 and alone["steps"] == together["steps"] == 10
@@ -75,7 +73,7 @@ def test_two_processes_on_one_card_train_like_one(name, accumulation, sizes, tmp
 
 def test_label_issues_of_two_processes_on_one_card_are_those_of_one(tmp_path):
     job = {"model": "vit", "perturbations": OPEN, "sizes": [64], "is_map": True}
-    args = SGD | ON_CPU | {"num_train_epochs": 2}
+    args = SGD | ON_CPU
     alone = train_exact.train(job | {"args": args | {"per_device_train_batch_size": 16}}, tmp_path / "alone")
     args |= {"per_device_train_batch_size": 8, "ddp_backend": "gloo"}
     together = launch(job | {"args": args}, 2, tmp_path / "together")
@@ -95,8 +93,8 @@ FSDP2 = {"fsdp": True, "fsdp_config": {"fsdp_version": 2, **LAYERS}, "use_cpu": 
 @needs_cuda
 def test_fsdp2_trains_what_one_process_trains(tmp_path):
     job = {"model": "bert", "perturbations": OPEN}
-    alone = train_exact.train(job | {"sizes": [16] * 10, "args": SGD | {"use_cpu": False}}, tmp_path / "alone")
-    sizes = [16 // FSDP_PROCESSES] * (10 * FSDP_PROCESSES)
+    alone = train_exact.train(job | {"sizes": [16] * 5, "args": SGD | {"use_cpu": False}}, tmp_path / "alone")
+    sizes = [16 // FSDP_PROCESSES] * (5 * FSDP_PROCESSES)
     job |= {"sizes": sizes, "args": SGD | FSDP2}
     sharded = launch(job, FSDP_PROCESSES, tmp_path / "sharded", FSDP_PROCESSES)
     assert sharded["processes"] == FSDP_PROCESSES and sharded["steps"] == 10

@@ -15,7 +15,7 @@ from gpu import (
     trainer_for,
     weights_of,
 )
-from tiny import flat_parameters, make_batch, make_model, split
+from tiny import class_means, flat_parameters, make_batch, make_model, split
 from transformers import Trainer
 
 from lpg_hf import LPGTrainer
@@ -24,7 +24,7 @@ from lpg_hf import LPGTrainer
 pytestmark = needs_device
 
 AUTO, WITH_SAM = ["auto"], ["auto", "sam(rho=0.05)"]
-# Gates that are open from the second step on: with its own, `auto` would not dampen in a short test.
+# Gates that are open from the second epoch on: with its own, `auto` might not dampen in a short test.
 OPEN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
 every_model = pytest.mark.parametrize("name", ["bert", "vit", "resnet"])
 
@@ -36,7 +36,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def batches_of(name, sizes=(8,) * 20, dtype=torch.float32):
+def batches_of(name, sizes=(8,) * 10, dtype=torch.float32):
     return split(make_batch(name, sum(sizes), dtype=dtype), list(sizes))
 
 
@@ -69,27 +69,28 @@ def test_no_perturbations_is_the_trainer_bit_for_bit(name, tmp_path, determinist
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_accumulation_does_not_change_the_training(name, tmp_path):
     """Uneven micro-batches included."""
-    model, batch = make_model(name, exact=True), make_batch(name, 64, dtype=torch.float64)
+    model, batch = make_model(name, exact=True), make_batch(name, 32, dtype=torch.float64)
     whole, accumulated = (
         train(
             model,
             split(batch, sizes),
             tmp_path,
-            args={"gradient_accumulation_steps": len(sizes) // 8},
+            args={"gradient_accumulation_steps": len(sizes) // 4},
             perturbations=OPEN,
         )
-        for sizes in ([8] * 8, [3, 5] * 8)
+        for sizes in ([8] * 4, [3, 5] * 4)
     )
     assert accumulated.state.global_step == 8
     torch.testing.assert_close(weights_of(accumulated), weights_of(whole), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("step", [7, 10, 14], ids=["first epoch", "between", "second epoch"])
 @pytest.mark.parametrize("chain", [OPEN, WITH_SAM], ids=["logits", "sam"])
-def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(chain, tmp_path, deterministic):
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(chain, step, tmp_path, deterministic):
     model, batches = make_model("bert"), batches_of("bert")  # with dropout
-    args = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 9}
+    args = {"optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": step}
     whole = train(model, batches, tmp_path / "whole", args=args, perturbations=chain)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-9")
+    checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
     resumed = train(model, batches, tmp_path / "resumed", args=args, perturbations=chain, resume=checkpoint)
     assert resumed.state.global_step == 20
     assert torch.equal(weights_of(resumed), weights_of(whole))
@@ -156,7 +157,7 @@ def test_mixed_precision_is_no_further_from_float32_than_trainers(name, precisio
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_a_model_loaded_in_bfloat16_learns(name, tmp_path):
-    model, batches = make_model(name).to(torch.bfloat16), batches_of(name, (16,) * 30, torch.bfloat16)
+    model, batches = make_model(name).to(torch.bfloat16), batches_of(name, (16,) * 15, torch.bfloat16)
     trainer = train(model, batches, tmp_path, args={"bf16": True, "learning_rate": 0.1}, perturbations=AUTO)
     losses = losses_of(trainer)
     assert all(map(math.isfinite, losses)) and sum(losses[-5:]) < sum(losses[:5])
@@ -176,6 +177,6 @@ def test_a_compiled_training_is_the_uncompiled(mode, tmp_path):
     compiled, eager = (train(model, batches, tmp_path, args=a, perturbations=OPEN) for a in (args, None))
     assert (weights_of(eager) - flat_parameters(model).double()).norm() > 1e-2
     torch.testing.assert_close(weights_of(compiled), weights_of(eager), rtol=0, atol=1e-4)
-    statistics = [trainer.lpg_loss.statistics._running.cpu() for trainer in (compiled, eager)]
-    torch.testing.assert_close(*statistics, rtol=0, atol=1e-4)
+    means = [class_means(trainer.lpg_loss).cpu() for trainer in (compiled, eager)]
+    torch.testing.assert_close(*means, rtol=0, atol=1e-3)  # sums over an epoch among them
     assert compiled.lpg_loss.statistics.class_counts.tolist() == COUNTS

@@ -63,6 +63,29 @@ def exact_bert(model_class=None, **config):
     return bert(*args, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **config).double()
 
 
+#: Dampening with gates that are open from the second epoch on.
+OPEN_GATES = ["class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+
+
+def few_rows():
+    """Three batches: six steps are two epochs, and in the second one dampening acts."""
+    return token_rows((6, 3, 2, 1))
+
+
+def confident_bert(model_class=None):
+    """One that contradicts some labels from the start, so that dampening has something to do."""
+    model = exact_bert(model_class)
+    with torch.no_grad():
+        model.classifier.weight.mul_(60)
+    return model
+
+
+def assert_dampened(trainer: Trainer) -> None:
+    """That dampening has reweighted samples, so that a wrong statistic would show in the weights."""
+    lost = trainer.lpg_loss.statistics.mean_weight
+    assert lost.min() < 0.98, lost
+
+
 def make_args(path, args_class=TrainingArguments, **kwargs):
     defaults = {
         "per_device_train_batch_size": 4,

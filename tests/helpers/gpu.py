@@ -18,7 +18,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICE = os.environ.get("LPG_TEST_DEVICE", "cuda")
 HAS_CUDA = torch.cuda.is_available()
 COUNTS = [55, 25, 15, 5]
-SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
+# Two epochs, since dampening acts in the second one.
+SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "num_train_epochs": 2}
 
 needs_device = pytest.mark.skipif(
     DEVICE == "cuda" and not HAS_CUDA, reason="needs a CUDA device: `torch.cuda.is_available()` is False"

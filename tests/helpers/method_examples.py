@@ -46,8 +46,9 @@ class MethodExamples:
     Args:
         variants: For C classes, methods that have every argument off its default in at least one of them.
         training:
-            Texts with which the method does something within a few steps of a tiny training, and with which it has all
-            the state that it can have. The first one is trained in more settings than the others.
+            Texts with which the method does something within a few steps of a tiny training (dampening in its second
+            epoch), and with which it has all the state that it can have. The first one is trained in more settings
+            than the others.
         idle_at_first: Those of them that need a statistic or a bound and leave the first step alone.
         bound: The bound on the deltas, for methods at the logits.
     """
@@ -76,7 +77,8 @@ def lpg_bound(method: LPG, batch: LogitBatch, statistics: ClassStatistics) -> Te
 
 
 def logit_adjustment_bound(method: LogitAdjustment, batch: LogitBatch, statistics: ClassStatistics) -> float:
-    ratio = (1 / statistics.prior_terms.smallest_ratio.item()) ** method.tau
+    offset = method.log_correction(statistics)
+    ratio = (offset.max() - offset.min()).exp().item()
     # Weights lie between 1 / ratio and ratio, and both gradients have one negative entry, that of the label.
     return math.sqrt(2) * (math.tanh(math.log(ratio) / 4) if method.learned is None else ratio)
 
@@ -111,17 +113,11 @@ TABLE = {
     ),
     "class_relative_dampening": MethodExamples(
         variants=lambda n: [
-            ClassRelativeDampening(
-                power=1.5,
-                learned=(0.2, 0.6),
-                contradicted=(0.01, 0.5),
-                decided=(0.0, 0.4),
-                rising=(0.1, 0.3),
-                compensated=True,
-            ),
+            ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5)),
         ],
-        training=["class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"],
-        idle_at_first=("class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))",),
+        # A higher power would multiply the rounding of bfloat16.
+        training=["class_relative_dampening(power=1.0, learned=(0.0, 0.01), contradicted=(0.0, 0.001))"],
+        idle_at_first=("class_relative_dampening(power=1.0, learned=(0.0, 0.01), contradicted=(0.0, 0.001))",),
         # Weights lie in [0, 2].
         bound=lambda method, batch, statistics: norm_of_gradient(batch),
     ),
@@ -156,7 +152,11 @@ TABLE = {
         bound=class_weighting_bound,
     ),
     "logit_adjustment": MethodExamples(
-        variants=lambda n: [LogitAdjustment(tau=0.5, min_imbalance=3.0, learned=(0.1, 0.9)), LogitAdjustment(0.5)],
+        variants=lambda n: [
+            LogitAdjustment(tau=0.5, learned=(0.1, 0.9)),
+            LogitAdjustment(tau=0.5, target="evaluation"),
+            LogitAdjustment(0.5),
+        ],
         training=["logit_adjustment(tau=1.5)"],
         bound=logit_adjustment_bound,
     ),

@@ -21,6 +21,8 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
+from lpg_hf import LPGLoss
+
 
 NUM_LABELS = 4
 TEXT, IMAGE, AUDIO = "text", "image", "audio"
@@ -159,6 +161,33 @@ def make_batch(name: str, size: int, *, seed: int = 0, dtype: torch.dtype = torc
     return {("pixel_values" if kind == IMAGE else "input_values"): values.to(dtype), "labels": labels}
 
 
+def make_confident_model(name: str, *, dtype: torch.dtype = torch.float64, centered: float = 1.0) -> nn.Module:
+    """
+    An exact model that looks at its inputs, and is often wrong with confidence. `centered` in [0, 1] says how much of
+    what all samples have in common is taken from its logits: with all of it taken, it is wrong about some samples of a
+    class more than about others, which is what dampening acts on, but rounding counts for more.
+    """
+    model = make_model(name, exact=True)
+    with torch.no_grad():
+        for parameter in model.base_model.parameters():
+            # Frozen BatchNorm does not undo the factor, which would explode from layer to layer.
+            parameter.mul_(5 if parameter.ndim > 1 and name != "resnet" else 1)
+        logits = model.train()(**make_batch(name, 72, dtype=torch.float64)).logits
+        *_, bias = model.classifier.parameters()
+        bias.sub_(centered * logits.mean(0))
+        spread = (logits - centered * logits.mean(0)).std()
+        for parameter in model.classifier.parameters():
+            parameter.mul_(1.2 / spread)
+    return model.to(dtype)
+
+
+def make_noisy_batch(name: str, size: int, *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A batch in which a third of the labels is that of the next class."""
+    batch = make_batch(name, size, dtype=dtype)
+    batch["labels"][::3] = (batch["labels"][::3] + 1) % NUM_LABELS
+    return batch
+
+
 def split(batch: dict[str, torch.Tensor], sizes: list[int]) -> list[dict[str, torch.Tensor]]:
     """Cuts a batch into consecutive pieces of the given sizes."""
     pieces = [
@@ -203,3 +232,9 @@ def make_trainer(
 
 def flat_parameters(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def class_means(loss: LPGLoss) -> torch.Tensor:
+    """All that a loss has measured of each class: running means, sums of this epoch, and means of those before."""
+    statistics = loss.statistics
+    return torch.cat([statistics._running, statistics._epoch_sums, statistics._epoch_means])

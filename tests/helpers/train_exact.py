@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from datasets import IterableDataset
 from leave import leave_together
-from tiny import make_batch, make_model, make_trainer, split
+from tiny import class_means, make_batch, make_model, make_trainer, split
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, default_data_collator
 
@@ -38,7 +38,7 @@ def watched_sums() -> Iterator[list[tuple[int, bool]]]:
 
 
 class LooksOnMain(TrainerCallback):
-    """What one process alone sees at the end of each step: folds before and after it looks, running means after."""
+    """What one process alone sees at the end of each step: folds before and after it looks, means per class after."""
 
     def __init__(self, trainer: LPGTrainer):
         self.trainer, self.seen = trainer, []
@@ -49,8 +49,8 @@ class LooksOnMain(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             before = self.statistics.steps.item()
-            looked_up = self.trainer.lpg_loss.statistics
-            self.seen.append((before, looked_up.steps.item(), looked_up._running.clone()))
+            looked_up = self.trainer.lpg_loss
+            self.seen.append((before, looked_up.statistics.steps.item(), class_means(looked_up)))
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def train(job: dict, output_dir: Path) -> dict:
     return {
         "issues": trainer.label_issues().to_dict() if job.get("is_map") else None,
         "parameters": torch.cat([whole(parameter).detach().flatten() for parameter in trainer.model.parameters()]),
-        "running": trainer.lpg_loss.statistics._running,
+        "means": class_means(trainer.lpg_loss),
         "counts": trainer.lpg_loss.statistics.class_counts,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "norms": [log["lpg/gradient_norm"] for log in trainer.state.log_history if "lpg/gradient_norm" in log],

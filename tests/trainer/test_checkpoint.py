@@ -11,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
-from tiny import flat_parameters, make_batch, make_model, make_trainer, split
+from tiny import flat_parameters, make_batch, make_confident_model, make_model, make_noisy_batch, make_trainer, split
 from transformers.trainer_utils import get_last_checkpoint
 
 from lpg_hf import SAM, GradientNoise, LPGTrainer
@@ -33,15 +33,15 @@ FILES = [
 ]
 
 
-def train(path, resume=None, *, perturbations=CHAIN, **args):
+def train(path, resume=None, *, perturbations=CHAIN, model=None, batches=None, class_counts=COUNTS, **args):
     trainer = make_trainer(
         LPGTrainer,
-        make_model("bert"),
-        split(make_batch("bert", 96), [8] * 12),
+        model or make_model("bert"),
+        batches or split(make_batch("bert", 96), [8] * 12),
         path,
         args={"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2} | args,
         perturbations=perturbations,
-        class_counts=COUNTS,
+        class_counts=class_counts,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -279,6 +279,60 @@ def test_every_point_of_interruption_ends_in_the_same_place(chain, tmp_path):
         assert [log["loss"] for log in resumed.state.log_history if "loss" in log] == logs
         for name, value in state_of(resumed).items():
             assert torch.equal(expected[name], value), (step, name)
+
+
+# Epochs: what was measured in one acts in the next.
+
+THREE_EPOCHS = {"num_train_epochs": 3, "save_steps": 1, "learning_rate": 1e-3}
+
+
+def noisy_batches():
+    """Three steps of two micro-batches."""
+    return split(make_noisy_batch("bert", 48), [8] * 6)
+
+
+def train_epochs(path, resume=None, **options):
+    """A model that is confident and often wrong, so that `auto` dampens as it is."""
+    options = {"perturbations": ["auto"], "model": make_confident_model("bert")} | THREE_EPOCHS | options
+    return train(path, resume, batches=noisy_batches(), **options)
+
+
+@pytest.mark.parametrize("class_counts", [COUNTS, None], ids=["given", "counted"])
+def test_a_resumption_in_any_epoch_and_between_two_is_the_uninterrupted_run(class_counts, tmp_path):
+    whole = train_epochs(tmp_path, class_counts=class_counts)
+    expected = state_of(whole)
+    statistics, dampening = whole.lpg_loss.statistics, whole.lpg_loss.perturbations[1]
+    assert whole.state.global_step == 9 and statistics.epochs == 2
+    assert dampening._gate.max() > 0.2 and statistics.mean_weight.min() < 0.98
+    for step in range(1, 9):  # an epoch ends with step 3, and with step 6
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        saved = load_file(checkpoint / STATE_FILE)
+        (gate,) = (value for name, value in saved.items() if name.endswith("._gate"))
+        assert (gate.max() > 0) == (step > 3)
+        (sums,) = (value for name, value in saved.items() if name.endswith("._epoch_sums"))
+        assert sums[0].sum() == 16 * ((step - 1) % 3 + 1)
+        resumed = train_epochs(tmp_path, str(checkpoint), class_counts=class_counts, save_strategy="no")
+        assert torch.equal(resumed.lpg_loss.statistics.prior, statistics.prior)
+        for name, value in state_of(resumed).items():
+            assert torch.equal(expected[name], value), (step, name)
+
+
+def test_after_a_checkpoint_without_statistics_no_single_step_counts_as_an_epoch(tmp_path):
+    plain = make_trainer(
+        transformers.Trainer,
+        make_confident_model("bert"),
+        noisy_batches(),
+        tmp_path,
+        args={"save_strategy": "steps", "gradient_accumulation_steps": 2} | THREE_EPOCHS | {"num_train_epochs": 2},
+    )
+    plain.train()
+    resumed = train_epochs(tmp_path, str(tmp_path / "checkpoint-6"))
+    statistics = resumed.lpg_loss.statistics
+    assert resumed.state.global_step == 9 and statistics.epochs == 2
+    assert statistics._epoch_sums[0].sum() == 48 and not statistics._epoch_means.any()
+    again = train_epochs(tmp_path, str(tmp_path / "checkpoint-8"))
+    for name, value in state_of(again).items():
+        assert torch.equal(state_of(resumed)[name], value), name
 
 
 def test_another_number_of_processes_is_a_warning_where_it_matters(tmp_path, caplog):

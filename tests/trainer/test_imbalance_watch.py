@@ -211,7 +211,9 @@ def test_a_collator_that_takes_another_column_is_met(tmp_path, caplog):
         trainer = train(tmp_path, dataset=dataset, data_collator=collate)
     assert len(warnings_of(caplog)) == 1
     assert trainer.lpg_loss.statistics.class_counts.tolist() == [ROWS // C] * C
-    assert trainer.lpg_loss.perturbations[0].name == "label_smoothing"
+    (adjustment, _) = trainer.lpg_loss.perturbations
+    assert adjustment.name == "logit_adjustment"
+    assert adjustment.log_correction(trainer.lpg_loss.statistics).tolist() == [0.0] * C
 
 
 def test_counts_of_the_user_are_kept(tmp_path, caplog):

@@ -15,13 +15,14 @@ from lpg_hf import LPGTrainer
 ROOT = Path(lpg_hf.__file__).parent.parent
 
 
-def test_the_arguments_are_those_of_the_trainer_and_two_more():
+def test_the_arguments_are_those_of_the_trainer_and_three_more():
     expected = list(inspect.signature(Trainer).parameters.values())
     found = list(inspect.signature(LPGTrainer).parameters.values())
-    assert [(p.name, p.kind, p.default) for p in found[:-2]] == [(p.name, p.kind, p.default) for p in expected]
-    assert [(p.name, p.kind, p.default) for p in found[-2:]] == [
+    assert [(p.name, p.kind, p.default) for p in found[:-3]] == [(p.name, p.kind, p.default) for p in expected]
+    assert [(p.name, p.kind, p.default) for p in found[-3:]] == [
         ("perturbations", inspect.Parameter.KEYWORD_ONLY, None),
         ("class_counts", inspect.Parameter.KEYWORD_ONLY, None),
+        ("eval_shares", inspect.Parameter.KEYWORD_ONLY, None),
     ]
     assert all(p.annotation is not inspect.Parameter.empty for p in found)
 
@@ -76,7 +77,7 @@ def test_a_type_checker_finds_a_misspelled_argument(tmp_path):
     script, config = tmp_path / "script.py", tmp_path / "mypy.ini"
     script.write_text(
         "from lpg_hf import LPGLoss, LPGTrainer\n"
-        "trainer = LPGTrainer(model=None, perturbations=['lpg'], class_counts=[3, 1])\n"
+        "trainer = LPGTrainer(model=None, perturbations=['lpg'], class_counts=[3, 1], eval_shares='train')\n"
         "loss: LPGLoss | None = trainer.lpg_loss\n"
         "LPGTrainer(modle=None)\n"
         "LPGTrainer(perturbations=3)\n"

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import reference
 import torch
-from tiny import NUM_LABELS, flat_parameters, make_batch, make_model, make_trainer, split
+from tiny import (
+    NUM_LABELS,
+    flat_parameters,
+    make_batch,
+    make_confident_model,
+    make_model,
+    make_noisy_batch,
+    make_trainer,
+    split,
+)
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, Trainer
@@ -556,18 +565,29 @@ def test_sam_shifts_what_trains_by_its_radius_and_nothing_else(adaptive, tmp_pat
     assert model.unused.grad is None
 
 
+def sums_of_epoch(logits, batches):
+    """Samples of each class, and sums of their confidence ratios and confident errors."""
+    sums = torch.zeros(3, NUM_LABELS, dtype=torch.float64)
+    for z, batch in zip(logits, batches, strict=True):
+        for p, label in zip(z.softmax(-1), batch["labels"].tolist(), strict=True):
+            ratio = (p[label] / p.max()).item()
+            sums[:, label] += torch.tensor([1.0, ratio, ratio < 0.1], dtype=torch.float64)
+    return sums
+
+
 def test_statistics_and_learning_methods_see_each_step_once_at_the_unshifted_weights(tmp_path):
-    batches = split(make_batch("bert", 80, dtype=torch.float64), [8] * 10)
-    model, logits = make_model("bert", exact=True), []
+    batches = split(make_noisy_batch("bert", 80), [8] * 10)
+    model, logits = make_confident_model("bert"), []
     model.register_forward_hook(lambda module, args, output: logits.append(output.logits.detach().clone()))
-    trainer = train(model, batches, tmp_path, [LogitClipping(quantile=0.6), EARLY_GATES, SAM(0.5)])
-    assert len(logits) == 20
+    chain = [LogitClipping(quantile=0.6), EARLY_GATES, SAM(0.5)]
+    trainer = train(model, batches, tmp_path, chain, args={"num_train_epochs": 2})
+    assert len(logits) == 40
 
     expected, with_both = reference.RunningStatistics(NUM_LABELS), reference.RunningStatistics(NUM_LABELS)
     clipping = LogitClipping(quantile=0.6)
     clipping.setup(NUM_LABELS)
     clipping.double()
-    for first, second, batch in zip(logits[::2], logits[1::2], batches, strict=True):
+    for first, second, batch in zip(logits[::2], logits[1::2], batches * 2, strict=True):
         y = batch["labels"]
         expected.update(first.numpy(), y.tolist())
         with_both.update(first.numpy(), y.tolist())
@@ -575,9 +595,15 @@ def test_statistics_and_learning_methods_see_each_step_once_at_the_unshifted_wei
         clipping.update(class_gradient(first, y), LogitBatch(first, y))
         clipping.step(None)
     statistics = trainer.lpg_loss.statistics
-    assert statistics.steps == 10
-    for name in ("accuracy", "label_prob", "confidence_ratio", "confident_error_rate"):
+    assert statistics.steps == 20 and statistics.epochs == 1
+    for name in ("accuracy", "label_prob"):
         np.testing.assert_allclose(getattr(statistics, name).numpy(), getattr(expected, name), atol=1e-9)
+    first_epoch, second_epoch = (sums_of_epoch(logits[epoch : epoch + 20 : 2], batches) for epoch in (0, 20))
+    means = first_epoch[1:] / first_epoch[0]
+    torch.testing.assert_close(statistics.confidence_ratio, means[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(statistics.confident_error_rate, means[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(statistics._epoch_sums, second_epoch, rtol=0, atol=1e-9)
+    assert statistics.mean_weight.min() < 0.99  # it did dampen
     assert abs(statistics.label_prob.numpy() - with_both.label_prob).max() > 0.01
     torch.testing.assert_close(trainer.lpg_loss.perturbations[0].bounds, clipping.bounds, rtol=0, atol=1e-6)
 

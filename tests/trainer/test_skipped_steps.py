@@ -104,6 +104,8 @@ def test_statistics_leave_a_skipped_step_out(tmp_path):
     assert torch.equal(weights_of(with_bad), weights_of(without))
     ours, theirs = with_bad.lpg_loss.statistics, without.lpg_loss.statistics
     assert torch.equal(ours._running[1:], theirs._running[1:])
+    # Classes of the bad batch leave it out as a whole.
+    assert torch.equal(ours._epoch_sums, theirs._epoch_sums)
     assert (ours.accuracy <= theirs.accuracy).all() and ours.accuracy.isfinite().all()
 
 

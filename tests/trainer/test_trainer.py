@@ -2,6 +2,7 @@
 
 import logging
 import re
+from functools import partial
 
 import pytest
 import reference
@@ -9,7 +10,18 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from datasets import Sequence as ListOf
 from text_cases import ClassWeightedBert, bert, plain_args, text_batches, text_dataset
-from tiny import MODELS, NUM_LABELS, flat_parameters, make_batch, make_model, make_trainer, split
+from tiny import (
+    MODELS,
+    NUM_LABELS,
+    class_means,
+    flat_parameters,
+    make_batch,
+    make_confident_model,
+    make_model,
+    make_noisy_batch,
+    make_trainer,
+    split,
+)
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -24,6 +36,10 @@ from lpg_hf import LPG, LogitAdjustment, LogitClipping, LPGConfig, LPGLoss, LPGT
 
 
 COUNTS = [55, 25, 15, 5]
+AUTO_WITH_EARLY_GATES = [
+    "logit_adjustment(learned=(0.05, 0.2), target='evaluation')",
+    "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))",
+]
 OPTIMIZERS = {
     "sgd": {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0},
     "sgd-clipped": {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.3},
@@ -53,26 +69,29 @@ def test_no_perturbations_is_the_trainer_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize("perturbation", ["none", "logit_clipping(max_norm=0.5)", "logit_adjustment", "auto"])
 @pytest.mark.parametrize("name", MODELS)
 def test_accumulation_does_not_change_the_training(name, perturbation, optimizer, tmp_path):
-    batch = make_batch(name, 64, dtype=torch.float64)
+    batch, make = make_batch(name, 32, dtype=torch.float64), partial(make_model, exact=True)
+    args = {"num_train_epochs": 2} | OPTIMIZERS[optimizer]
+    if perturbation == "auto":  # it needs something to dampen, and such models have large gradients
+        batch, make = make_noisy_batch(name, 32, dtype=torch.float64), make_confident_model
+        args["learning_rate"] = 1e-4
 
     def train(sizes):
-        accumulation = len(sizes) // 4
         trainer = make_trainer(
             LPGTrainer,
-            make_model(name, exact=True),
+            make(name),
             split(batch, sizes),
             tmp_path,
-            args={"gradient_accumulation_steps": accumulation} | OPTIMIZERS[optimizer],
+            args=args | {"gradient_accumulation_steps": len(sizes) // 2},
             perturbations=_with_early_gates(perturbation),
             class_counts=COUNTS,
         )
         trainer.train()
         assert trainer.state.global_step == 4
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        return flat_parameters(trainer.model), trainer.lpg_loss.statistics._running, losses
+        return flat_parameters(trainer.model), class_means(trainer.lpg_loss), losses
 
-    parameters, statistics, losses = train([16] * 4)
-    for sizes in ([4] * 16, [5, 5, 6] * 4):
+    parameters, statistics, losses = train([16] * 2)
+    for sizes in ([4] * 8, [5, 5, 6] * 2):
         split_parameters, split_statistics, split_losses = train(sizes)
         torch.testing.assert_close(split_parameters, parameters, rtol=0, atol=1e-9)
         torch.testing.assert_close(split_statistics, statistics, rtol=0, atol=1e-9)
@@ -80,26 +99,25 @@ def test_accumulation_does_not_change_the_training(name, perturbation, optimizer
 
 
 def _with_early_gates(perturbation):
-    """`auto` with gates that are open from the second step on: with its own it would do nothing in a short test."""
-    if perturbation != "auto":
-        return [perturbation]
-    return ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+    """`auto` with gates that are open from the second epoch on: its own may stay closed in a short test."""
+    return AUTO_WITH_EARLY_GATES if perturbation == "auto" else [perturbation]
 
 
-def test_early_gates_do_open(tmp_path):
-    batch = make_batch("bert", 64, dtype=torch.float64)
+@pytest.mark.parametrize("name", MODELS)
+def test_early_gates_do_open(name, tmp_path):
+    batch = make_noisy_batch(name, 32, dtype=torch.float64)
     trainer = make_trainer(
         LPGTrainer,
-        make_model("bert", exact=True),
-        split(batch, [16] * 4),
+        make_confident_model(name),
+        split(batch, [16] * 2),
         tmp_path,
-        args={"optim": "sgd", "learning_rate": 1.0},
+        args={"optim": "sgd", "learning_rate": 1e-4, "num_train_epochs": 2},
         perturbations=_with_early_gates("auto"),
         class_counts=COUNTS,
     )
     trainer.train()
-    weights = [log["lpg/weight"] for log in trainer.state.log_history if "loss" in log]
-    assert weights[0] == 1 and min(weights) < 0.99
+    ratios = [line["lpg/class_relative_dampening/delta_norm"] for line in trainer._lpg_norms()]
+    assert ratios[:2] == [0, 0] and min(ratios[2:]) > 0.02
 
 
 def test_empty_chain_under_accumulation_is_the_unaccumulated_trainer(tmp_path):
@@ -119,40 +137,58 @@ def test_empty_chain_under_accumulation_is_the_unaccumulated_trainer(tmp_path):
     torch.testing.assert_close(flat_parameters(ours.model), flat_parameters(plain.model), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("chain", [["auto"], ["lpg(epsilon=0.3)", "logit_clipping(max_norm=0.5)"]])
-def test_one_loss_three_loops(chain, tmp_path):
-    """LPGTrainer, the plain Trainer with `compute_loss_func`, and a hand-written loop train the same parameters."""
-    batches = split(make_batch("bert", 160), [16] * 10)
-    sgd = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+@pytest.mark.parametrize("eval_shares", ["train", [1.0, 1.0, 1.0, 2.0]], ids=str)
+@pytest.mark.parametrize(
+    "chain", [["auto"], AUTO_WITH_EARLY_GATES, ["lpg(epsilon=0.3)", "logit_clipping(max_norm=0.5)"]]
+)
+def test_one_loss_three_loops(chain, eval_shares, tmp_path):
+    """
+    LPGTrainer, the plain Trainer with `compute_loss_func`, and a hand-written loop train the same parameters.
+
+    The counts are those of the data: all of them end an epoch where it ends.
+    """
+    whole = make_noisy_batch("bert", 80)
+    batches, counts = split(whole, [16] * 5), torch.bincount(whole["labels"]).tolist()
+    shares = None if eval_shares == "train" else eval_shares
+    sgd = {
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+    }
 
     ours = make_trainer(
         LPGTrainer,
-        make_model("bert", exact=True),
+        make_confident_model("bert"),
         batches,
         tmp_path,
         args=sgd,
         perturbations=chain,
-        class_counts=COUNTS,
+        class_counts=counts,
+        eval_shares=eval_shares,
     )
     ours.train()
 
-    loss_func = LPGLoss(NUM_LABELS, chain, COUNTS)
+    loss_func = LPGLoss(NUM_LABELS, chain, counts, eval_shares=shares)
     plain = make_trainer(
-        Trainer, make_model("bert", exact=True), batches, tmp_path, args=sgd, compute_loss_func=loss_func
+        Trainer, make_confident_model("bert"), batches, tmp_path, args=sgd, compute_loss_func=loss_func
     )
     plain.train()
 
-    by_hand = make_model("bert", exact=True).train()
-    loss_fn = LPGLoss(NUM_LABELS, chain, COUNTS)
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.3)
-    for batch in batches:
+    by_hand = make_confident_model("bert").train()
+    loss_fn = LPGLoss(NUM_LABELS, chain, counts, eval_shares=shares)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05)
+    for batch in batches * 2:
         loss_fn(by_hand(batch["input_ids"]).logits, batch["labels"]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     torch.testing.assert_close(flat_parameters(ours.model), flat_parameters(by_hand), rtol=0, atol=1e-9)
     torch.testing.assert_close(flat_parameters(plain.model), flat_parameters(by_hand), rtol=0, atol=1e-9)
-    untouched = flat_parameters(make_model("bert", exact=True))
+    assert loss_fn.statistics.epochs == 2
+    torch.testing.assert_close(loss_func.statistics._epoch_means, loss_fn.statistics._epoch_means, rtol=0, atol=1e-9)
+    untouched = flat_parameters(make_confident_model("bert"))
     assert (flat_parameters(by_hand) - untouched).abs().max() > 0.01
 
 
@@ -400,6 +436,9 @@ def test_compute_loss_func_that_is_an_lpg_loss_is_refused(tmp_path):
 # Class counts
 
 
+AUTO = ["logit_adjustment", "class_relative_dampening"]
+
+
 def test_class_counts_are_read_after_shuffle_select_and_transform(tmp_path):
     dataset = text_dataset([0] * 6 + [1] * 3 + [2] * 2 + [3]).shuffle(seed=0).select(range(10))
     expected = torch.bincount(torch.tensor(dataset["label"]), minlength=4)
@@ -413,17 +452,16 @@ def test_class_counts_argument_wins(tmp_path):
         model=bert(), args=plain_args(tmp_path), train_dataset=text_dataset([0, 1, 2, 3]), class_counts=[9, 1, 1, 1]
     )
     assert trainer.lpg_loss.statistics.class_counts.tolist() == [9, 1, 1, 1]
-    assert [method.name for method in trainer.lpg_loss.perturbations] == [
-        "logit_adjustment",
-        "label_smoothing",
-        "class_relative_dampening",
-    ]
+    assert trainer.lpg_loss.statistics.prior[0] == 0.75
+    assert [method.name for method in trainer.lpg_loss.perturbations] == AUTO
 
 
 def test_balanced_data_gets_no_logit_adjustment(tmp_path):
-    trainer = LPGTrainer(model=bert(), args=plain_args(tmp_path), train_dataset=text_dataset([0, 1, 2, 3] * 4))
-    names = [method.name for method in trainer.lpg_loss.perturbations]
-    assert names == ["label_smoothing", "class_relative_dampening"]
+    args = plain_args(tmp_path, logging_steps=1, max_steps=4)
+    trainer = LPGTrainer(model=bert(), args=args, train_dataset=text_dataset([0, 1, 2, 3] * 4))
+    trainer.train()
+    assert [method.name for method in trainer.lpg_loss.perturbations] == AUTO
+    assert [line["lpg/logit_adjustment/delta_norm"] for line in trainer._lpg_norms()] == [0.0] * 4
 
 
 def test_streams_count_and_use_the_prior_after_the_first_epoch(tmp_path):

@@ -182,22 +182,35 @@ def test_a_stream_after_a_map_style_set_counts_anew(tmp_path, warnings):
 
 
 @pytest.mark.parametrize(("before", "after"), [(BALANCED, LONG_TAIL), (LONG_TAIL, BALANCED)], ids=["longer", "level"])
-def test_auto_may_stand_for_other_methods_after_the_data_has_changed(before, after, tmp_path, warnings):
+def test_auto_stands_for_the_same_methods_after_the_data_has_changed(before, after, tmp_path, warnings):
     first = train(tmp_path, make_rows(before))
     steps = first.lpg_loss.statistics.steps.item()
     trainer = train(tmp_path, make_rows(after), epochs=2, resume=True)
-    assert names_of(first) != names_of(trainer) == names_of(make_trainer(tmp_path, make_rows(after)))
+    assert names_of(first) == names_of(trainer) == ["logit_adjustment", "class_relative_dampening"]
+    assert trainer.lpg_loss.statistics.steps.item() == 2 * steps
+    assert not [message for message in warnings() if "stood for" in message]
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.1), (0.1, 0.0)], ids=["smoothed", "no longer"])
+def test_auto_may_stand_for_other_methods_after_the_settings_have_changed(before, after, tmp_path, warnings):
+    """A `label_smoothing_factor`, which `auto` turns toward the class shares."""
+    rows = make_rows(LONG_TAIL)
+    first = train(tmp_path, rows, label_smoothing_factor=before)
+    steps = first.lpg_loss.statistics.steps.item()
+    trainer = train(tmp_path, rows, epochs=2, resume=True, label_smoothing_factor=after)
+    now = make_trainer(tmp_path, rows, label_smoothing_factor=after)
+    assert names_of(first) != names_of(trainer) == names_of(now)
     assert trainer.lpg_loss.statistics.steps.item() == 2 * steps
     (message,) = [message for message in warnings() if "stood for" in message]
-    assert message.count("logit_adjustment") == 1 and "The methods in both continue" in message
+    assert message.count("label_smoothing") == 2 and "The methods in both continue" in message
 
 
 def test_methods_in_both_chains_keep_their_state(tmp_path):
-    """The clipping stands at another place in the chain of the balanced data."""
+    """Dampening and clipping stand at another place in the chain that turns a label smoothing."""
     chain = ["auto", "logit_clipping(quantile=0.8)", "logit_clipping(quantile=0.5)"]
-    first = train(tmp_path, make_rows(BALANCED), perturbations=chain)
-    trainer = make_trainer(tmp_path, make_rows(LONG_TAIL), perturbations=chain, epochs=2)
-    assert len(trainer.lpg_loss.perturbations) == len(first.lpg_loss.perturbations) + 1
+    first = train(tmp_path, make_rows(LONG_TAIL), perturbations=chain)
+    trainer = make_trainer(tmp_path, make_rows(LONG_TAIL), perturbations=chain, epochs=2, label_smoothing_factor=0.1)
+    assert len(trainer.lpg_loss.perturbations) == len(first.lpg_loss.perturbations) + 2
     states = []
     begin = type(trainer._lpg_managed).begin
 
@@ -208,7 +221,7 @@ def test_methods_in_both_chains_keep_their_state(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(trainer._lpg_managed), "begin", spy)
         trainer.train(resume_from_checkpoint=True)
-    for old, new in zip(list(first.lpg_loss.perturbations)[-2:], states[0][-2:], strict=True):
+    for old, new in zip(list(first.lpg_loss.perturbations)[-3:], states[0][-3:], strict=True):
         assert old.state_dict() and all(torch.equal(value, new[name]) for name, value in old.state_dict().items())
 
 

@@ -250,7 +250,9 @@ def test_plug_ins_stand_behind_their_loss_but_for_the_factor_of_the_focal_one():
         assert [type(method) for method in chain] == [type(method) for method in expected]
     (first, *rest) = METHODS["auto_on_label_smoothing"].perturbations("", [30, 30])
     assert repr(first) == "label_smoothing()"
-    assert list(map(repr, rest)) == list(map(repr, METHODS["auto"].perturbations("", [30, 30])))
+    turned = ["label_smoothing(alpha=-0.1)", "label_smoothing(target='prior')"]
+    adjustment, dampening = map(repr, METHODS["auto"].perturbations("", [30, 30]))
+    assert list(map(repr, rest)) == [adjustment, *turned, dampening]
 
 
 def test_variants_change_one_thing():
@@ -259,12 +261,16 @@ def test_variants_change_one_thing():
 
     auto = reprs("auto", [30, 3])
     assert reprs("auto-adjustment", [30, 3]) == [text for text in auto if "adjustment" not in text]
-    changed = [(old, new) for old, new in zip(auto, reprs("power=4.0", [30, 3]), strict=True) if old != new]
-    assert [new.replace("power=4.0", "power=8.0") for _, new in changed] == [auto[-1]]
-    assert "power=4.0" in changed[0][1]
-    assert "tau=0.5" in reprs("tau=0.5", [30, 3])[0] and "min_imbalance=2.0" in reprs("tau=0.5", [30, 3])[0]
-    # Balanced data has no adjustment to change.
-    assert reprs("tau=0.5", [30, 30]) == reprs("auto", [30, 30])
+    for name, index, argument in (
+        ("power=8.0", 1, "power=8.0"),
+        ("contradicted=0.02..0.08", 1, "contradicted=(0.02, 0.08)"),
+        ("tau=0.5", 0, "tau=0.5"),
+    ):
+        (changed,) = [(old, new) for old, new in zip(auto, reprs(name, [30, 3]), strict=True) if old != new]
+        assert changed[0] == auto[index] and argument in changed[1]
+    assert reprs("target=uniform", [30, 3]) == ["logit_adjustment(learned=(0.05, 0.2))", auto[1]]
+    # The chain does not depend on the class counts.
+    assert all(reprs(name, [30, 30]) == reprs(name, [30, 3]) for name in ABLATIONS)
 
 
 def test_unknown_methods_list_the_known_ones():
@@ -585,14 +591,14 @@ def test_every_role_reaches_the_summary(monkeypatch, tmp_path):
         monkeypatch,
         tmp_path,
         *("--methods", "ce", "clean_labels", "focal_loss", "class_relative_dampening", "auto", "auto_on_focal_loss"),
-        *("power=4.0", "--no_tune", "--regimes", "balanced", "symmetric_40", "--timing_rounds", "1"),
+        *("power=8.0", "--no_tune", "--regimes", "balanced", "symmetric_40", "--timing_rounds", "1"),
     )
     text = (tmp_path / "summary.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert len(headings) == 11
     runs = Results(tmp_path).frame()
     assert tuple(runs.columns) == COLUMNS and len(runs) == 2 * (2 * 6 + 1)
-    assert (runs[runs["method"] == "auto"]["chain"].str.startswith("label_smoothing()")).all()
+    assert (runs[runs["method"] == "auto"]["chain"].str.startswith("logit_adjustment(learned=")).all()
     assert (tmp_path / "regimes.png").stat().st_size > 10_000 and (tmp_path / "ablation.png").stat().st_size > 10_000
     times = pd.read_csv(tmp_path / "step_times.csv", index_col="method")["ratio"]
     assert times["ce"] == 1 and (times > 0).all()

@@ -1,0 +1,184 @@
+"""The class shares that the model will meet: where LPGTrainer takes them from, and what it does with them."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from text_cases import bert, plain_args, text_dataset
+from tiny import NUM_LABELS, flat_parameters
+from transformers import HfArgumentParser
+
+from lpg_hf import LPGConfig, LPGTrainer
+
+
+TRAIN = [0] * 4 + [1, 1, 2, 3]
+EVALUATION = [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+# Every count plus one.
+FOUND = [2 / 14, 3 / 14, 4 / 14, 5 / 14]
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """Rows whose labels cannot be read without loading them."""
+
+    def __init__(self, labels):
+        self.rows = text_dataset(labels)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+
+def make_trainer(path, labels=TRAIN, *, args=None, **kwargs):
+    args = plain_args(path) if args is None else args
+    return LPGTrainer(model=bert(), args=args, train_dataset=text_dataset(labels), **kwargs)
+
+
+def start_line(trainer, caplog):
+    with caplog.at_level(logging.INFO, logger="lpg_hf"):
+        trainer.train()
+    (line,) = (record.message for record in caplog.records if "Perturbations" in record.message)
+    return line
+
+
+def shares_of(trainer):
+    """Of the evaluation, as the loss takes them; those of the training set where it takes none."""
+    statistics = trainer.lpg_loss.statistics
+    return (statistics.prior if statistics._eval_shares is None else statistics._eval_shares).tolist()
+
+
+CASES = {
+    "eval_dataset": ({"eval_dataset": text_dataset(EVALUATION)}, FOUND, "`eval_dataset`"),
+    "another column": ({"eval_dataset": text_dataset(EVALUATION, column="labels")}, FOUND, "`eval_dataset`"),
+    "rows in a list": ({"eval_dataset": list(text_dataset(EVALUATION))}, FOUND, "`eval_dataset`"),
+    "the first of several": (
+        {"eval_dataset": {"first": text_dataset(EVALUATION), "second": text_dataset([0] * 30)}},
+        FOUND,
+        "`eval_dataset`",
+    ),
+    "asked for": ({"eval_dataset": text_dataset(EVALUATION), "eval_shares": "eval_dataset"}, FOUND, "`eval_dataset`"),
+    "none": ({}, [0.5, 0.25, 0.125, 0.125], "the training set, since there is no `eval_dataset`"),
+    "unreadable": (
+        {"eval_dataset": Unreadable(EVALUATION)},
+        [0.5, 0.25, 0.125, 0.125],
+        "the training set, since the labels of `eval_dataset` cannot be read",
+    ),
+    "a stream": (
+        {"eval_dataset": text_dataset(EVALUATION).to_iterable_dataset()},
+        [0.5, 0.25, 0.125, 0.125],
+        "the training set, since the labels of `eval_dataset` cannot be read",
+    ),
+    "out of range": (
+        {"eval_dataset": text_dataset([0, 7])},
+        [0.5, 0.25, 0.125, 0.125],
+        "the training set, since the labels of `eval_dataset` cannot be read",
+    ),
+    "no labels": (
+        {"eval_dataset": Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4})},
+        [0.5, 0.25, 0.125, 0.125],
+        "the training set, since the labels of `eval_dataset` cannot be read",
+    ),
+    "train": (
+        {"eval_dataset": text_dataset(EVALUATION), "eval_shares": "train"},
+        [0.5, 0.25, 0.125, 0.125],
+        "the training set",
+    ),
+    "uniform": ({"eval_dataset": text_dataset(EVALUATION), "eval_shares": "uniform"}, [0.25] * 4, "all classes alike"),
+    "counts": ({"eval_shares": [3, 1, 0, 4]}, [0.375, 0.125, 0.0, 0.5], "`eval_shares`"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shares_are_taken_from_what_was_said_and_the_line_at_the_start_names_it(case, tmp_path, caplog):
+    options, expected, source = CASES[case]
+    trainer = make_trainer(tmp_path, **options)
+    assert start_line(trainer, caplog).endswith(f". Evaluation shares from {source}.")
+    assert shares_of(trainer) == pytest.approx(expected)
+    assert trainer.lpg_loss.statistics.class_counts.tolist() == [4, 2, 1, 1]
+
+
+def test_the_adjustment_goes_halfway_from_the_shares_of_the_evaluation_to_all_classes_alike(tmp_path):
+    trainer = make_trainer(tmp_path, eval_shares=[1.0, 4.0, 4.0, 16.0])
+    statistics, adjustment = trainer.lpg_loss.statistics, trainer.lpg_loss.perturbations[0]
+    output_shares = (statistics.prior.log() + adjustment.log_correction(statistics)).softmax(-1)
+    assert output_shares.tolist() == pytest.approx([1 / 9, 2 / 9, 2 / 9, 4 / 9])
+    # Labels are judged at the shares of the evaluation themselves.
+    judged_at = (output_shares.log() + statistics.judged_offset).softmax(-1)
+    assert judged_at.tolist() == pytest.approx([1 / 25, 4 / 25, 4 / 25, 16 / 25])
+
+
+def test_other_shares_train_another_model(tmp_path):
+    def trained(eval_shares):
+        trainer = make_trainer(tmp_path, eval_shares=eval_shares)
+        trainer.train()
+        return flat_parameters(trainer.model)
+
+    train, uniform = trained("train"), trained("uniform")
+    assert torch.equal(trained([4, 2, 1, 1]), train) and torch.equal(trained([1, 1, 1, 1]), uniform)
+    assert (train - uniform).abs().max() > 1e-5
+
+
+def test_shares_that_follow_the_samples_that_are_counted(tmp_path):
+    """Where the labels of training cannot be read, those of the evaluation still can."""
+    trainer = LPGTrainer(
+        model=bert(),
+        args=plain_args(tmp_path, max_steps=1),
+        train_dataset=Unreadable(TRAIN),
+        eval_dataset=text_dataset(EVALUATION),
+    )
+    trainer.train()
+    assert trainer.lpg_loss.statistics.class_counts.tolist() == [4, 2, 1, 1]
+    assert shares_of(trainer) == pytest.approx(FOUND)
+
+
+@pytest.mark.parametrize(
+    "eval_shares", [[0.5, 0.5], [0.0] * 4, [0.5, 0.5, 0.5, -0.5], [1.0, 1.0, 1.0, float("nan")]], ids=str
+)
+def test_shares_that_do_not_fit_raise_when_training_starts(eval_shares, tmp_path):
+    trainer = make_trainer(tmp_path, eval_shares=eval_shares)
+    with pytest.raises(ValueError, match=rf"`eval_shares` must be {NUM_LABELS} numbers, one per class"):
+        trainer.train()
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.5,0.1,0.1,0.3", [0.5, 0.1, 0.1, 0.3]),
+        ("3, 1, 0, 4", [0.375, 0.125, 0.0, 0.5]),
+        ("uniform", [0.25] * 4),
+        ("train", [0.5, 0.25, 0.125, 0.125]),
+        ("eval_dataset", FOUND),
+    ],
+)
+def test_config_from_the_command_line(text, expected, tmp_path):
+    options = ["--output_dir", str(tmp_path), "--eval_shares", text]
+    (config,) = HfArgumentParser(LPGConfig).parse_args_into_dataclasses(options)
+    trainer = make_trainer(tmp_path, args=config, eval_dataset=text_dataset(EVALUATION))
+    assert shares_of(trainer) == pytest.approx(expected)
+
+
+def test_config_survives_json(tmp_path):
+    config = LPGConfig(str(tmp_path), eval_shares="0.5,0.1,0.1,0.3")
+    values = {"output_dir": str(tmp_path), "eval_shares": config.to_dict()["eval_shares"]}
+    (again,) = HfArgumentParser(LPGConfig).parse_dict(values)
+    assert shares_of(make_trainer(tmp_path, args=again)) == pytest.approx([0.5, 0.1, 0.1, 0.3])
+
+
+def test_argument_wins_over_config(tmp_path):
+    config = LPGConfig(str(tmp_path), eval_shares="uniform")
+    trainer = make_trainer(tmp_path, args=config, eval_shares=[0.5, 0.1, 0.1, 0.3])
+    assert shares_of(trainer) == pytest.approx([0.5, 0.1, 0.1, 0.3])
+
+
+@pytest.mark.parametrize("text", ["halves", "0.5;0.5", "", "0.9,0.1,"])
+def test_a_word_that_nobody_knows_raises_early(text, tmp_path):
+    match = "`eval_shares` is .* Use 'eval_dataset', 'train', 'uniform', or one number per class"
+    with pytest.raises(ValueError, match=match):
+        make_trainer(tmp_path, args=LPGConfig(str(tmp_path), eval_shares=text))
+    with pytest.raises(ValueError, match=match):
+        make_trainer(tmp_path, eval_shares=text)
