@@ -73,6 +73,7 @@ class ClassStatistics(nn.Module):
     _running: Tensor
     _epoch_sums: Tensor
     _epoch_means: Tensor
+    _least_error: Tensor
     _pending: Tensor
     _eval_shares: Tensor | None
 
@@ -105,6 +106,8 @@ class ClassStatistics(nn.Module):
         # The last three as means over the epochs before, the last of which makes a half. And the running probability
         # of the label at the end of the last epoch.
         self.register_buffer("_epoch_means", torch.zeros(4, num_labels))
+        # The smallest share of all samples that the model contradicted in any epoch.
+        self.register_buffer("_least_error", torch.tensor(torch.inf))
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(7, num_labels), persistent=False)
         self._update_prior()
@@ -205,6 +208,16 @@ class ClassStatistics(nn.Module):
         return ((square - mean.square()) / (mean - mean.square()).clamp(min=tiny)).clamp(0, 1)
 
     @property
+    def error_rise(self) -> Tensor:
+        """
+        How far the share of all samples that the model contradicts has risen above its smallest, a scalar.
+
+        Right labels that are hard become fewer from epoch to epoch. Wrong ones stand out more and more, until they are
+        memorized.
+        """
+        return (self.confident_error_rate @ self.prior - self._least_error).clamp(min=0)
+
+    @property
     def last_label_prob(self) -> Tensor:
         """The [`~ClassStatistics.label_prob`] at the end of the last epoch, `[C]`; 0 before."""
         return self._epoch_means[3]
@@ -273,5 +286,7 @@ class ClassStatistics(nn.Module):
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
         self._epoch_means.copy_(torch.where(is_over & (counts > 0), means, self._epoch_means))
+        error = self.confident_error_rate @ self.prior
+        self._least_error.copy_(torch.where(is_over, torch.minimum(error, self._least_error), self._least_error))
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over

@@ -69,6 +69,8 @@ def dampening_gate(
     confident_error_rate: Tensor,
     learned: Sequence[float] = (0.05, 0.3),
     contradicted: Sequence[float] = (0.05, 0.15),
+    error_rise: Tensor | float = 0.0,
+    rising: Sequence[float] = (0.01, 0.03),
 ) -> Tensor:
     """
     How far class-relative dampening acts on each class: on classes that have been learned, and of which the model
@@ -83,11 +85,16 @@ def dampening_gate(
             Values of `label_prob` where the first gate starts to open, and where it is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.15)`):
             Values of `confident_error_rate` where the second gate starts to open, and where it is open.
+        error_rise (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
+            How far the share of all samples has risen, see [`ClassStatistics.error_rise`].
+        rising (`tuple[float, float]`, *optional*, defaults to `(0.01, 0.03)`):
+            Values of `error_rise` where the second gate starts to open for all classes, and where it is open.
 
     Returns:
         `torch.Tensor` of shape `[C]`: The product of the two gates, in [0, 1].
     """
-    return ramp(label_prob, *learned) * ramp(confident_error_rate, *contradicted)
+    second = torch.maximum(ramp(confident_error_rate, *contradicted), ramp(torch.as_tensor(error_rise), *rising))
+    return ramp(label_prob, *learned) * second
 
 
 def dampening_compensation(mean_weight: Tensor) -> Tensor:
@@ -179,7 +186,8 @@ class ClassRelativeDampening(SampleReweighting):
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         # The means of an epoch give the same gate at each of the next steps. In the first epoch it is closed.
         label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
-        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted)
+        rise = statistics.error_rise
+        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, rise)
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
         weight = dampening_weight(batch, reference, self._gate, self.power)
