@@ -3,6 +3,7 @@ Every method on every regime: balanced, long-tailed and noisy data, with paired 
 
     python examples/benchmarks/accuracy.py --output_dir results     # digits, a small MLP
     python examples/benchmarks/accuracy.py --output_dir results --data FOLDER --encoder CHECKPOINT  # frozen features
+    python examples/benchmarks/accuracy.py --output_dir results --data FEATURES.npz --regimes natural human:noisy
     python examples/benchmarks/accuracy.py settings.yaml            # arguments from a file
     accelerate launch examples/benchmarks/accuracy.py ...           # a share of the runs per process
 
@@ -41,7 +42,9 @@ class BenchmarkArguments:
     output_dir: str = field(metadata={"help": "Where results, tables and figures go. Required."})
     data: list[str] = field(
         default_factory=lambda: ["digits"],
-        metadata={"help": "'digits', files (parquet, csv, json), folders (parquet, images), or data sets of the hub."},
+        metadata={
+            "help": "'digits', files (parquet, csv, json, npz), folders (parquet, images), or names of the hub."
+        },
     )
     input_column: str | None = field(
         default=None, metadata={"help": "Column of images, texts or vectors; the first such column when left out."}

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accuracy_arrays import load_arrays
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -67,6 +68,10 @@ class Regime:
     @property
     def is_noisy(self) -> bool:
         return self.noise is not None
+
+    @property
+    def is_balanced(self) -> bool:
+        return self.imbalance_ratio == 1
 
     @property
     def is_long_tailed(self) -> bool:
@@ -155,11 +160,16 @@ class Source:
 
 @dataclass
 class Split:
-    """Row numbers of the three parts; the labels of `train` and `validation` are noisy where the regime is."""
+    """
+    Row numbers of the parts; the labels of `train` and `validation` are noisy where the regime is.
+
+    `natural_test` are the rows of `test` that have the class shares of `train`, as they were before the noise.
+    """
 
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+    natural_test: np.ndarray
     noisy: np.ndarray
     clean: np.ndarray
 
@@ -177,6 +187,7 @@ def make_split(source: Source, regime: Regime, seed: int, validation_share: floa
 
     The validation rows come out of the training rows and go through the same cut and the same noise. Where the data
     set has no test split a fifth of it, with the share of each class kept, becomes one. Test labels are never changed.
+    Where the regime asks for classes of equal size the natural test set is the whole test set.
 
     Raises:
         ValueError: If the data is too small for the long tail, so that a class would be lost, if all the labels that
@@ -197,7 +208,8 @@ def make_split(source: Source, regime: Regime, seed: int, validation_share: floa
         both = np.concatenate([train, validation])
         noisy[both] = _noisy_labels(source, both, regime, seed)
         _check_classes_survive(source, train, noisy, regime)
-    return Split(train, validation, test, noisy, source.labels)
+    natural_test = test if regime.is_balanced else _with_shares_of(source, train, test, seed)
+    return Split(train, validation, test, natural_test, noisy, source.labels)
 
 
 def _stratified(rows: np.ndarray, labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -219,6 +231,15 @@ def _cut(source: Source, rows: np.ndarray, regime: Regime, seed: int, is_strict:
             "Take a smaller ratio or more data."
         )
     return np.array(subset["row"][:])
+
+
+def _with_shares_of(source: Source, train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
+    """The largest part of the test rows in which each class has its share of the training rows, to half a row."""
+    wanted, available = (np.bincount(source.labels[rows], minlength=source.num_labels) for rows in (train, test))
+    is_in_both = (wanted > 0) & (available > 0)
+    sizes = np.rint(wanted * np.min(available[is_in_both] / wanted[is_in_both])).astype(int)
+    shuffled = np.random.default_rng(seed).permutation(test)
+    return np.concatenate([shuffled[source.labels[shuffled] == label][:size] for label, size in enumerate(sizes)])
 
 
 def _noisy_labels(source: Source, rows: np.ndarray, regime: Regime, seed: int) -> np.ndarray:
@@ -322,10 +343,12 @@ def _load_table(spec: DataSpec) -> _Table:
 
 def _load_parts(spec: DataSpec) -> DatasetDict:
     path = Path(spec.data)
-    if path.is_file():
+    if path.suffix == ".npz" and path.is_file():
+        loaded = load_arrays(path)
+    elif path.is_file():
         builders = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
         if path.suffix not in builders:
-            raise ValueError(f"`data` is the file {spec.data!r}; files may end in {', '.join(builders)}.")
+            raise ValueError(f"`data` is the file {spec.data!r}; files may end in {', '.join(builders)}, .npz.")
         loaded = datasets.load_dataset(builders[path.suffix], data_files={"train": str(path)})
     elif path.exists():
         loaded = datasets.load_dataset(str(path))
@@ -391,7 +414,7 @@ def _read_inputs(part: Dataset, column: str) -> tuple[str, list]:
         return IMAGE, list(part[column])
     if isinstance(feature, Value):
         return TEXT, list(part[column])
-    return VECTOR, [torch.tensor(row, dtype=torch.float32) for row in part[column]]
+    return VECTOR, list(torch.from_numpy(np.stack(part.with_format("numpy")[column][:]).astype(np.float32)))
 
 
 def _feed(table: _Table, spec: DataSpec) -> tuple[dict[str, Tensor], Callable[[], np.ndarray]]:

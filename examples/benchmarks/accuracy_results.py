@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+from accuracy_metrics import SCORE_COLUMNS
 from filelock import FileLock
 
 
 KEY = ("data", "model", "optimizer", "pace", "regime", "method", "value", "seed")
 VALUES = (
-    "test_last",
-    "test_picked",
+    *SCORE_COLUMNS,
     "validation_last",
     "validation_picked",
     "picked_epoch",
@@ -94,7 +94,13 @@ class Results:
     def frame(self) -> pd.DataFrame:
         """All rows. If a run is there twice, the later one counts."""
         with self.lock:
-            frame = pd.read_csv(self.folder / "results.csv", dtype=dict.fromkeys(KEY, str), keep_default_na=False)
+            frame = pd.read_csv(
+                self.folder / "results.csv",
+                dtype=dict.fromkeys(KEY, str),
+                keep_default_na=False,
+                # A model that diverged has no calibration error.
+                na_values={name: ["nan"] for name in SCORE_COLUMNS},
+            )
         return frame.drop_duplicates(list(KEY), keep="last")
 
     def failures(self) -> pd.DataFrame:
@@ -135,9 +141,11 @@ def _prepare(path: Path, columns: tuple[str, ...]) -> None:
     text = path.read_bytes()
     found, end, _ = text.partition(b"\n")
     if not end or found.decode(errors="replace") != header:
+        names = found.decode(errors="replace")
+        missing = [name for name in columns if name not in names.split(",")]
         raise ValueError(
-            f"{path} is not a results file of this benchmark: its columns are {found.decode(errors='replace')!r}, "
-            f"not {header!r}. Pass another `output_dir`."
+            f"{path} is not a results file of this benchmark, or one of another version: its columns are {names!r}, "
+            f"it lacks {', '.join(missing) or 'none, but they stand in another order'}. Pass another `output_dir`."
         )
     if not text.endswith(b"\n"):
         with path.open("r+b") as file:

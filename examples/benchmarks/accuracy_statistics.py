@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 from accuracy_methods import BASELINE, METHODS, PLUG_IN, RIVAL
+from accuracy_metrics import MEASURE
 from scipy import stats
 
 
@@ -10,15 +11,16 @@ CELL = ["data", "model", "optimizer", "pace", "regime"]
 USUAL, TUNED = "usual", "tuned"
 
 
-def scores(runs: pd.DataFrame) -> pd.DataFrame:
+def scores(runs: pd.DataFrame, measure: str = MEASURE) -> pd.DataFrame:
     """
-    One score per cell, method, choice and seed, in points of balanced accuracy on the test rows.
+    One score per cell, method, choice and seed, in points of a measure; balanced accuracy on the test rows by default.
 
     `usual` takes the usual value and the last epoch. `tuned` takes the value that [`tuned_value`] finds for the cell,
     and of each run the epoch that the validation rows picked.
 
     Args:
         runs (`pandas.DataFrame`): Rows of the results file.
+        measure (`str`): One of `accuracy_metrics.MEASURES`.
 
     Returns:
         `pandas.DataFrame`: Columns of the cell, `method`, `choice`, `value`, `seed`, `score`.
@@ -28,9 +30,9 @@ def scores(runs: pd.DataFrame) -> pd.DataFrame:
         usual = group[group["value"] == METHODS[name].usual_value]
         if usual.empty:
             continue
-        parts.append(usual.assign(choice=USUAL, score=100 * usual["test_last"]))
+        parts.append(usual.assign(choice=USUAL, score=100 * usual[f"{measure}_last"]))
         tuned = group[group["value"] == tuned_value(group)]
-        parts.append(tuned.assign(choice=TUNED, score=100 * tuned["test_picked"]))
+        parts.append(tuned.assign(choice=TUNED, score=100 * tuned[f"{measure}_picked"]))
     frame = pd.concat(parts) if parts else runs.assign(choice="", score=0.0)
     return frame[[*CELL, "method", "choice", "value", "seed", "score"]].reset_index(drop=True)
 

@@ -8,6 +8,7 @@ import pandas as pd
 from accuracy_claims import check_claims
 from accuracy_data import parse_regime
 from accuracy_methods import ABLATION, AUTO, BASELINE, METHODS, OURS, PLUG_IN, REFERENCE, RIVAL
+from accuracy_metrics import MEASURE, MEASURES, is_lower_better, is_natural, title
 from accuracy_results import Results
 from accuracy_statistics import (
     CELL,
@@ -44,14 +45,16 @@ def summarize(results: Results) -> str:
         )
     if not (runs["method"] == "ce").any():
         raise ValueError(f"{results.folder / 'results.csv'} has no run of Trainer ('ce') to compare with.")
-    scored = scores(runs)
-    differences = cell_differences(scored)
+    scored_by_measure = {measure: scores(runs, measure) for measure in _measures(runs)}
+    differences_by_measure = {measure: cell_differences(scored) for measure, scored in scored_by_measure.items()}
+    scored, differences = scored_by_measure[MEASURE], differences_by_measure[MEASURE]
     rivals = against_best_rival(scored, runs)
     back = won_back(scored)
     times = _step_times(results.folder)
 
     folder = results.folder
-    differences.to_csv(folder / "differences.csv", index=False, float_format="%.4f")
+    all_differences = pd.concat(differences_by_measure, names=["measure"]).reset_index("measure")
+    all_differences.to_csv(folder / "differences.csv", index=False, float_format="%.4f")
     rivals.to_csv(folder / "best_rival.csv", index=False, float_format="%.4f")
     claims = check_claims(scored, runs)
     claims.to_csv(folder / "claims.csv", index=False, float_format="%.4f")
@@ -67,7 +70,7 @@ def summarize(results: Results) -> str:
         for part in (
             _heading(results, runs),
             claims_table(claims),
-            main_table(scored, times),
+            *(main_table(part, times, measure) for measure, part in scored_by_measure.items()),
             *(setting_table(differences, setting) for setting in _settings(runs)),
             rival_table(rivals),
             singles_table(scored),
@@ -97,6 +100,12 @@ def _heading(results: Results, runs: pd.DataFrame) -> str:
         listed = ", ".join(f"{count} x {name}" for name, count in counts.items())
         lines.append(f"Diverged, counted with what they then predict: {listed}.")
     return "\n\n".join(lines)
+
+
+def _measures(runs: pd.DataFrame) -> list[str]:
+    """Those that the results tell apart: with balanced classes alone the natural test set is the test set."""
+    is_all_balanced = all(parse_regime(name).is_balanced for name in runs["regime"].unique())
+    return [measure for measure in MEASURES if not (is_all_balanced and is_natural(measure))]
 
 
 def _settings(runs: pd.DataFrame) -> list[tuple[str, ...]]:
@@ -154,8 +163,9 @@ def claims_table(claims: pd.DataFrame) -> str:
     return f"## Claims\n\n{note}\n\n{_markdown(header, rows)}"
 
 
-def main_table(scored: pd.DataFrame, times: dict[str, float]) -> str:
-    """All methods against Trainer's last epoch, regimes as columns, averaged over the settings."""
+def main_table(scored: pd.DataFrame, times: dict[str, float], measure: str) -> str:
+    """All methods against Trainer's last epoch in one measure, regimes as columns, averaged over the settings."""
+    better = "Lower" if is_lower_better(measure) else "Higher"
     regimes = list(scored["regime"].unique())
     rows = []
     for name, choice in _ordered(scored):
@@ -166,18 +176,18 @@ def main_table(scored: pd.DataFrame, times: dict[str, float]) -> str:
             continue
         cells = [over_cells(differences[differences["regime"] == regime])[:2] for regime in regimes]
         by_cell = differences.groupby(CELL)["difference"].mean()
+        won = (by_cell < 0) if is_lower_better(measure) else (by_cell > 0)
         mean, error, p = over_cells(differences)
         numbers = [_number(value, cell_error) for value, cell_error in cells]
         ratio = f"{times[name]:.2f}" if choice == USUAL and name in times else ""
         label = f"**{_label(name, choice)}**" if METHODS[name].role == AUTO else _label(name, choice)
-        rows.append([label, *numbers, _number(mean, error), f"{p:.1g}", f"{(by_cell > 0).mean():.0%}", ratio])
+        rows.append([label, *numbers, _number(mean, error), f"{p:.1g}", f"{won.mean():.0%}", ratio])
     header = ["method", *regimes, "all cells", "p", "cells won", "step time"]
     note = (
-        "Balanced accuracy on the test rows, in points, minus that of Trainer's last epoch: mean over the settings "
-        "and its standard error over the seeds. p: paired t-test over the seeds, before correction. Step time: ratio "
-        "to Trainer's."
+        "Points minus those of Trainer's last epoch: mean over the settings and its standard error over the seeds. "
+        f"{better} is better. p: paired t-test over the seeds, before correction. Step time: ratio to Trainer's."
     )
-    return f"## All settings\n\n{note}\n\n{_markdown(header, rows)}"
+    return f"## All settings: {title(measure)}\n\n{note}\n\n{_markdown(header, rows)}"
 
 
 def setting_table(differences: pd.DataFrame, setting: tuple[str, ...]) -> str:

@@ -7,12 +7,14 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from accuracy_data import DataSpec, Source, Split, load_source, make_split, parse_regime, trim
 from accuracy_methods import METHODS
+from accuracy_metrics import TEST_SETS, score
 from accuracy_models import OPTIMIZERS, Recipe, build_model
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -138,6 +140,18 @@ def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(hits[sizes > 0] / sizes[sizes > 0]))
 
 
+def score_test_rows(model: nn.Module, source: Source, split: Split, device: torch.device) -> dict[str, float]:
+    """Every metric on the test rows, and on those of them that have the class shares of the training rows."""
+    inputs = {name: value[torch.from_numpy(split.test)] for name, value in source.inputs.items()}
+    logits = predict_logits(model, inputs, device)
+    scores = {}
+    for test_set, rows in zip(TEST_SETS, (split.test, split.natural_test), strict=True):
+        is_in = np.isin(split.test, rows)
+        values = score(logits[torch.from_numpy(is_in)], split.clean[split.test[is_in]])
+        scores |= {f"{test_set}_{metric}": value for metric, value in values.items()}
+    return scores
+
+
 @lru_cache(maxsize=8)
 def cached_split(spec: DataSpec, regime: str, seed: int, validation_share: float) -> Split:
     return make_split(load_source(spec), parse_regime(regime), seed, validation_share)
@@ -170,6 +184,12 @@ def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> 
     return noisy
 
 
+def lpg_options(run: Run, source: Source, split: Split) -> dict[str, Any]:
+    """What a run passes to LPGTrainer beside what Trainer takes: all that the library is told of it."""
+    counts = split.class_counts(source.num_labels)
+    return {"perturbations": METHODS[run.method].perturbations(run.value, counts), "class_counts": counts}
+
+
 def make_trainer(run: Run, source: Source, split: Split, output_dir: str, **kwargs) -> Trainer:
     """The trainer of a run. What depends on the method is the chain alone (and, for the references, the labels)."""
     setting, method = run.setting, METHODS[run.method]
@@ -198,12 +218,7 @@ def make_trainer(run: Run, source: Source, split: Split, output_dir: str, **kwar
         "train_dataset": train,
         "data_collator": collator,
     }
-    if method.is_plain:
-        trainer = Trainer(**common)
-    else:
-        counts = split.class_counts(source.num_labels)
-        chain = method.perturbations(run.value, counts)
-        trainer = LPGTrainer(**common, perturbations=chain, class_counts=counts)
+    trainer = Trainer(**common) if method.is_plain else LPGTrainer(**common, **lpg_options(run, source, split))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -233,16 +248,14 @@ def train_run(run: Run) -> dict[str, str]:
             diverged = True
 
     model, device = trainer.model, trainer.args.device
-    test = {name: value[torch.from_numpy(split.test)] for name, value in source.inputs.items()}
-    test_labels = split.clean[split.test]
-    last = balanced_accuracy(predict(model, test, device), test_labels)
+    last = score_test_rows(model, source, split, device)
     picked_epoch = int(np.argmax(validation.scores))
     model.load_state_dict(validation.best_weights)
-    picked = balanced_accuracy(predict(model, test, device), test_labels)
-    chain = [] if method.is_plain else method.perturbations(run.value, split.class_counts(source.num_labels))
+    picked = score_test_rows(model, source, split, device)
+    chain = [] if method.is_plain else lpg_options(run, source, split)["perturbations"]
     columns = {
-        "test_last": f"{last:.6f}",
-        "test_picked": f"{picked:.6f}",
+        **{f"{measure}_last": f"{value:.6f}" for measure, value in last.items()},
+        **{f"{measure}_picked": f"{value:.6f}" for measure, value in picked.items()},
         "validation_last": f"{validation.scores[-1]:.6f}",
         "validation_picked": f"{validation.scores[picked_epoch]:.6f}",
         "picked_epoch": picked_epoch + 1,

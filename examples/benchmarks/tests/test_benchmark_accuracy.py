@@ -3,7 +3,7 @@
 import csv
 import os
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 
 import accuracy
 import accuracy_statistics as statistics
@@ -21,7 +21,7 @@ from accuracy_results import COLUMNS, KEY, VALUES, Results
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from transformers import Trainer
 
 
@@ -92,6 +92,37 @@ def test_validation_rows_have_the_imbalance_and_the_noise_of_the_training_rows()
         assert (split.noisy[rows][is_flipped] == (source.labels[rows][is_flipped] + 1) % 4).all()
 
 
+@pytest.mark.parametrize("regime", ["natural", "human:worse", "long_tail_8", "long_tail_8+symmetric_20"])
+def test_the_natural_test_set_has_the_shares_of_the_training_rows(regime):
+    sizes, num_test = [400, 200, 120], 150
+    labels = make_source(sizes).labels
+    source = make_source(sizes, num_test, human={"worse": np.roll(labels, 1)})
+    splits = [make_split(source, parse_regime(regime), seed) for seed in (0, 0, 1)]
+    assert set(splits[0].natural_test) == set(splits[1].natural_test) != set(splits[2].natural_test)
+    for split in splits:
+        assert len(set(split.natural_test)) == len(split.natural_test)
+        assert set(split.natural_test) <= set(split.test)
+        train, test, natural = (np.bincount(labels[rows]) for rows in (split.train, split.test, split.natural_test))
+        # Half a row of each class is what rounding may take.
+        assert np.abs(natural - len(split.natural_test) * train / train.sum()).max() <= 1
+        # The class that the test set is short of has all of its rows there.
+        scarce = np.argmin(test / train)
+        assert natural[scarce] == test[scarce]
+
+
+def test_a_balanced_regime_has_one_test_set():
+    split = make_split(make_source([60, 50, 40]), parse_regime("symmetric_40"), seed=1)
+    assert (split.natural_test == split.test).all()
+
+
+def test_a_class_that_the_test_rows_lack_shapes_no_natural_test_set():
+    source = make_source([60, 40, 30])
+    source.is_test = (np.arange(130) < 60) & (source.labels < 2)
+    split = make_split(source, parse_regime("natural"), seed=0)
+    natural, train = (np.bincount(source.labels[rows], minlength=3) for rows in (split.natural_test, split.train))
+    assert natural[2] == 0 and natural[0] / natural[1] == pytest.approx(train[0] / train[1], rel=0.1)
+
+
 def test_seeds_differ_and_repeat():
     source = make_source([100] * 3)
     first, again, other = (make_split(source, parse_regime("instance_20"), seed) for seed in (0, 0, 1))
@@ -137,6 +168,64 @@ def test_classes_are_numbered_by_size_and_columns_are_found(tmp_path):
     expected = np.stack([column, np.zeros(60)], 1)
     scale = np.stack([column, np.zeros(60)]).std(ddof=1)
     np.testing.assert_allclose(source.inputs["features"].numpy(), expected / scale, rtol=1e-5)
+
+
+def write_features(path, **changes):
+    """An .npz file as those of the real sets: 40 training rows, 20 test rows, 3 classes, the smallest first."""
+    rng = np.random.default_rng(0)
+    clean, test = np.repeat([0, 1, 2], [6, 12, 22]), np.repeat([0, 1, 2], [3, 6, 11])
+    arrays = {
+        "X": rng.standard_normal((40, 4)).astype(np.float16) * 3 + 2,
+        "Xt": rng.standard_normal((20, 4)).astype(np.float16),
+        "y_clean": clean.astype(np.int16),
+        "y_worse": np.where(np.arange(40) % 4 == 0, 2 - clean, clean).astype(np.int16),
+        "yt": test.astype(np.int16),
+    }
+    arrays |= changes
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return arrays
+
+
+def test_arrays_of_features_are_read(tmp_path):
+    arrays = write_features(tmp_path / "rows_features.npz")
+    source = load_source(DataSpec(str(tmp_path / "rows_features.npz"), "features"))
+    # Rows as they come, the training rows first; classes by size.
+    assert source.label_names == ["2", "1", "0"]
+    assert (source.labels == 2 - np.concatenate([arrays["y_clean"], arrays["yt"]])).all()
+    assert source.is_test.tolist() == [False] * 40 + [True] * 20
+    assert list(source.human) == ["worse"] and (source.human["worse"][:40] == 2 - arrays["y_worse"]).all()
+    train, test = arrays["X"].astype(np.float64), arrays["Xt"].astype(np.float64)
+    mean = train.mean(axis=0)
+    expected = np.concatenate([train - mean, test - mean]) / (train - mean).std(ddof=1)
+    np.testing.assert_allclose(source.inputs["features"].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+    split = make_split(source, parse_regime("human:worse"), seed=0)
+    assert set(split.test) == set(range(40, 60))
+    assert (split.noisy[split.train] == 2 - arrays["y_worse"][split.train]).all() and split.noise_rate > 0
+    assert make_split(source, parse_regime("natural"), seed=0).noise_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"yt": None}, r"no array 'yt'; found X, Xt, y_clean, y_worse"),
+        ({"y_worse": np.zeros(39, dtype=int)}, r"40 rows in 'X', but 39 in 'y_worse'"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(tmp_path, changes, message):
+    write_features(tmp_path / "rows.npz", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_source(DataSpec(str(tmp_path / "rows.npz"), "features"))
+
+
+def test_a_noisy_column_of_a_table_of_features(tmp_path):
+    labels = np.repeat([0, 1], 30)
+    noisy = np.where(np.arange(60) % 5 == 0, 1 - labels, labels)
+    frame = pd.DataFrame({"vector": [[float(i), 1.0] for i in range(60)], "clean": labels, "votes": noisy})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    source = load_source(DataSpec(str(tmp_path / "rows.parquet"), "features", label_column="clean"))
+    split = make_split(source, parse_regime("human:votes"), seed=0)
+    assert (split.noisy[split.train] == noisy[split.train]).all()
 
 
 # Methods
@@ -216,12 +305,13 @@ def test_all_methods_start_alike_and_see_the_same_batches(setting, tmp_path, mon
             assert torch.equal(batch["labels"], expected["labels"])
 
 
-def test_a_run_scores_the_last_and_the_picked_epoch(setting, tmp_path):
-    run = training.Run(setting, "symmetric_40", "ce", "", 0)
+@pytest.mark.parametrize("regime", ["symmetric_40", "long_tail_10"])
+def test_a_run_scores_the_last_and_the_picked_epoch(setting, tmp_path, regime):
+    run = training.Run(setting, regime, "ce", "", 0)
     values = training.train_run(run)
     assert tuple(values) == VALUES
     source = load_source(setting.spec)
-    split = make_split(source, parse_regime("symmetric_40"), seed=0)
+    split = make_split(source, parse_regime(regime), seed=0)
 
     # The same training by hand: a plain Trainer stopped after each epoch in turn.
     scores = []
@@ -231,23 +321,39 @@ def test_a_run_scores_the_last_and_the_picked_epoch(setting, tmp_path):
         trainer.add_callback(StopAfter(epochs))
         trainer.train()
         logits = {
-            part: trainer.model(source.inputs["features"][torch.from_numpy(rows)]).logits.argmax(-1)
-            for part, rows in (("validation", split.validation), ("test", split.test))
+            part: trainer.model(source.inputs["features"][torch.from_numpy(rows)]).logits.detach()
+            for part, rows in (("validation", split.validation), ("test", split.test), ("natural", split.natural_test))
         }
-        scores.append(
-            (
-                balanced_accuracy_score(split.noisy[split.validation], logits["validation"]),
-                balanced_accuracy_score(source.labels[split.test], logits["test"]),
-            )
-        )
+        validation = balanced_accuracy_score(split.noisy[split.validation], logits.pop("validation").argmax(-1))
+        rows = {"test": split.test, "natural": split.natural_test}
+        measured = {name: reference_metrics(logits[name], source.labels[rows[name]]) for name in rows}
+        scores.append((validation, measured))
     picked = int(np.argmax([validation for validation, _ in scores]))
     assert [float(score) for score in values["validation_by_epoch"].split()] == pytest.approx(
         [validation for validation, _ in scores], abs=1e-4
     )
     assert int(values["picked_epoch"]) == picked + 1
-    assert float(values["test_picked"]) == pytest.approx(scores[picked][1], abs=1e-6)
-    assert float(values["test_last"]) == pytest.approx(scores[-1][1], abs=1e-6)
+    for test_set, metric in product(("test", "natural"), scores[-1][1]["test"]):
+        for epoch, (_, measured) in (("picked", scores[picked]), ("last", scores[-1])):
+            found = float(values[f"{test_set}_{metric}_{epoch}"])
+            assert found == pytest.approx(measured[test_set][metric], abs=1e-6), (test_set, metric, epoch)
     assert float(values["noise_rate"]) == pytest.approx(split.noise_rate, abs=1e-4)
+
+
+def reference_metrics(logits, labels):
+    probabilities = logits.double().softmax(-1).numpy()
+    confidence, predictions = probabilities.max(1), probabilities.argmax(1)
+    bins = np.ceil(15 * confidence)
+    gaps = [
+        np.mean(bins == number) * abs(np.mean((predictions == labels)[bins == number] - confidence[bins == number]))
+        for number in np.unique(bins)
+    ]
+    return {
+        "accuracy": accuracy_score(labels, predictions),
+        "balanced_accuracy": balanced_accuracy_score(labels, predictions),
+        "macro_f1": f1_score(labels, predictions, average="macro"),
+        "expected_calibration_error": sum(gaps),
+    }
 
 
 class StopAfter(training.TrainerCallback):
@@ -385,6 +491,24 @@ def test_results_of_another_grid_are_refused(monkeypatch, tmp_path):
         Results(tmp_path / "other")
 
 
+def test_results_of_an_older_version_are_refused(tmp_path):
+    columns = [name for name in COLUMNS if name not in ("natural_macro_f1_last", "seconds")]
+    (tmp_path / "results.csv").write_text(",".join(columns) + "\n")
+    with pytest.raises(ValueError, match=r"another version: .* it lacks natural_macro_f1_last, seconds. Pass another"):
+        Results(tmp_path)
+
+
+def test_a_calibration_error_of_a_diverged_run_is_read_as_none(tmp_path):
+    results = Results(tmp_path)
+    values = dict.fromkeys(VALUES, "0.5")
+    for seed, error in (("0", "nan"), ("1", "0.25")):
+        key = ("digits", "mlp", "sgd", "slow", "balanced", "ce", "", seed)
+        results.append(key, values | {"test_expected_calibration_error_last": error})
+    frame = results.frame()
+    assert frame["test_expected_calibration_error_last"].tolist() == pytest.approx([np.nan, 0.25], nan_ok=True)
+    assert frame["value"].tolist() == ["", ""]
+
+
 def test_redone_methods_are_kept_aside(monkeypatch, tmp_path):
     trained = []
     monkeypatch.setattr(accuracy, "train_run", fake_train_run(trained))
@@ -467,7 +591,7 @@ def test_every_role_reaches_the_summary(monkeypatch, tmp_path):
     )
     text = (tmp_path / "summary.md").read_text()
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert len(headings) == 8
+    assert len(headings) == 11
     runs = Results(tmp_path).frame()
     assert tuple(runs.columns) == COLUMNS and len(runs) == 2 * (2 * 6 + 1)
     assert (runs[runs["method"] == "auto"]["chain"].str.startswith("label_smoothing()")).all()
@@ -479,13 +603,13 @@ def test_every_role_reaches_the_summary(monkeypatch, tmp_path):
 # Statistics
 
 
-def make_runs(scores):
+def make_runs(scores, measure="test_balanced_accuracy"):
     """A row per (regime, method, value, seed): (validation, test of the picked epoch, test of the last)."""
     rows = [
         ["d", "m", "sgd", "slow", regime, method, value, str(seed), validation, picked, last]
         for (regime, method, value, seed), (validation, picked, last) in scores.items()
     ]
-    return pd.DataFrame(rows, columns=[*KEY, "validation_picked", "test_picked", "test_last"])
+    return pd.DataFrame(rows, columns=[*KEY, "validation_picked", f"{measure}_picked", f"{measure}_last"])
 
 
 def random_scores(seed=0):
@@ -537,6 +661,28 @@ def test_differences_of_cells():
         small, large = sorted(table.xs((method, "usual"), level=(1, 2))["p"])
         holm = table.xs((method, "usual"), level=(1, 2))["holm"]
         assert sorted(holm) == pytest.approx(sorted([min(1, 2 * small), min(1, max(2 * small, large))]))
+
+
+@pytest.mark.parametrize("measure", ["natural_accuracy", "test_expected_calibration_error"])
+def test_the_main_table_of_a_measure(measure):
+    scores = random_scores()
+    scored = statistics.scores(make_runs(scores, measure), measure)
+    table = accuracy_summary.main_table(scored, {}, measure)
+    lines = [line for line in table.splitlines() if line.startswith("| **auto**")]
+    means = [
+        np.mean(
+            [reference_score(scores, regime, "auto", n) - reference_score(scores, regime, "ce", n) for n in range(5)]
+        )
+        for regime in ("balanced", "symmetric_40")
+    ]
+    entries = [entry.strip() for entry in lines[0].strip("|").split("|")]
+    assert [entry.split(" ")[0] for entry in entries[1:4]] == [f"{mean:+.1f}" for mean in (*means, np.mean(means))]
+    is_error = measure.endswith("error")
+    assert entries[5] == f"{np.mean([mean < 0 if is_error else mean > 0 for mean in means]):.0%}"
+    assert ("Lower is better" in table) == is_error
+    assert table.startswith(
+        "## All settings: " + ("expected calibration error" if is_error else "accuracy, natural test set")
+    )
 
 
 def test_overall_counts_each_seed_once():
