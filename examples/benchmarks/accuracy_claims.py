@@ -40,7 +40,7 @@ def check_claims(scored: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     singles = overall(scored, [(name, USUAL) for name in ("ce", *roles(scored, RIVAL))], "auto", USUAL)
     singles = singles.assign(errors=singles["mean"] / singles["error"])
     rows = [
-        _worst("auto - Trainer, balanced", -0.2, _where(ce, lambda r: not r.is_noisy and not r.is_long_tailed)),
+        _worst("auto - Trainer, balanced", -0.2, _where(ce, lambda r: r.is_balanced and not r.is_noisy)),
         _worst("auto - Trainer, long tail 50", 3.0, _where(ce, _is_long_tail_50)),
         _worst("auto - logit adjustment, long tail 50", -0.5, _where(adjusted, _is_long_tail_50)),
         _worst("share won back, noise that took a point or more", 0.75, _named(_noisy(back.dropna()), "share")),

@@ -42,4 +42,4 @@ def is_lower_better(measure: str) -> bool:
 def title(measure: str) -> str:
     """How tables write a measure."""
     test_set, _, metric = measure.partition("_")
-    return metric.replace("_", " ") + (", natural test set" if test_set == "natural" else "")
+    return metric.replace("_", " ").replace("f1", "F1") + (", natural test set" if test_set == "natural" else "")
