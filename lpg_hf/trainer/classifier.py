@@ -1,6 +1,7 @@
 """ClassifierCheck: is this a single-label classifier that is trained with cross-entropy?"""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -236,6 +237,10 @@ class ClassifierCheck:
         if trainer.args.average_tokens_across_devices:
             num_copies = trainer.accelerator.num_processes // trainer.get_tp_size()
             factor = trainer.args.n_gpu if trainer.args.n_gpu > 1 else num_copies
+        smoother = trainer.label_smoother
+        ignores_count = smoother is not None and "num_items_in_batch" not in signature(smoother.__call__).parameters
+        if ignores_count and trainer.compute_loss_func is None:  # older transformers, 5.6 among them
+            return [LossScale(is_per_step=False, factor=factor)]
         # DataParallel takes the mean over replicas, which undoes the factor for sums. A model may ignore the count.
         per_step = LossScale(is_per_step=True, factor=1 if trainer.args.n_gpu > 1 else factor)
         return [per_step, LossScale(is_per_step=False, factor=factor)]
