@@ -237,10 +237,12 @@ class ClassifierCheck:
         if trainer.args.average_tokens_across_devices:
             num_copies = trainer.accelerator.num_processes // trainer.get_tp_size()
             factor = trainer.args.n_gpu if trainer.args.n_gpu > 1 else num_copies
-        smoother = trainer.label_smoother
-        ignores_count = smoother is not None and "num_items_in_batch" not in signature(smoother.__call__).parameters
-        if ignores_count and trainer.compute_loss_func is None:  # older transformers, 5.6 among them
-            return [LossScale(is_per_step=False, factor=factor)]
         # DataParallel takes the mean over replicas, which undoes the factor for sums. A model may ignore the count.
         per_step = LossScale(is_per_step=True, factor=1 if trainer.args.n_gpu > 1 else factor)
-        return [per_step, LossScale(is_per_step=False, factor=factor)]
+        smoother = trainer.label_smoother
+        if smoother is not None and trainer.compute_loss_func is None:
+            # It ignores the count in older transformers, 5.6 among them.
+            uses_count = "num_items_in_batch" in signature(smoother.__call__).parameters
+            return [per_step if uses_count else LossScale(is_per_step=False, factor=factor)]
+        # Where batches fit both, as when one call repeats a micro-batch as often as a step has some, the mean counts.
+        return [LossScale(is_per_step=False, factor=factor), per_step]
