@@ -116,7 +116,7 @@ class LPGLoss(nn.Module):
         self,
         outputs: Tensor | Mapping | tuple,
         labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
         model_loss: Tensor | None = None,
         observer: DeltaObserver | None = None,
     ) -> Tensor:
@@ -127,7 +127,7 @@ class LPGLoss(nn.Module):
             outputs (`torch.Tensor`, `ModelOutput` or `tuple`):
                 Logits `[N, C]`, or the outputs of a model with the logits under `logits` or as their first item.
             labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices; -100 for samples to ignore.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            num_items_in_batch (`torch.Tensor` or `float`, *optional*):
                 Divisor of the summed loss; the labeled samples of this micro-batch when left out.
             model_loss (`torch.Tensor`, *optional*):
                 The same loss as the model computed it, divided in the same way. It keeps its gradient, terms that the
@@ -169,7 +169,7 @@ class LPGLoss(nn.Module):
         loss: Tensor,
         logits: Tensor,
         batch: LogitBatch,
-        divisor: Tensor | int,
+        divisor: Tensor | float,
         observer: DeltaObserver | None = None,
     ) -> Tensor:
         """
@@ -179,7 +179,7 @@ class LPGLoss(nn.Module):
             loss (`torch.Tensor`): A scalar that depends on `logits`.
             logits (`torch.Tensor` of shape `[N, C]`): The logits of the model, with their graph.
             batch ([`LogitBatch`]): The micro-batch with these logits, in float32 or float64.
-            divisor (`torch.Tensor`, scalar, or `int`): The number by which the loss of a sample has been divided.
+            divisor (`torch.Tensor`, scalar, or `float`): The number by which the loss of a sample has been divided.
             observer (`Callable[[Tensor], None]`, *optional*): As for [`LPGLoss.forward`].
 
         Returns:

@@ -1,6 +1,7 @@
 """ClassifierCheck: is this a single-label classifier that is trained with cross-entropy?"""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -238,4 +239,10 @@ class ClassifierCheck:
             factor = trainer.args.n_gpu if trainer.args.n_gpu > 1 else num_copies
         # DataParallel takes the mean over replicas, which undoes the factor for sums. A model may ignore the count.
         per_step = LossScale(is_per_step=True, factor=1 if trainer.args.n_gpu > 1 else factor)
-        return [per_step, LossScale(is_per_step=False, factor=factor)]
+        smoother = trainer.label_smoother
+        if smoother is not None and trainer.compute_loss_func is None:
+            # It ignores the count in older transformers, 5.6 among them.
+            uses_count = "num_items_in_batch" in signature(smoother.__call__).parameters
+            return [per_step if uses_count else LossScale(is_per_step=False, factor=factor)]
+        # Where batches fit both, as when one call repeats a micro-batch as often as a step has some, the mean counts.
+        return [LossScale(is_per_step=False, factor=factor), per_step]

@@ -44,7 +44,8 @@ def warn_of_unknown_counts(dataset: object, num_labels: int, disagreement: Value
 @contextmanager
 def explain_label_errors(disagreement: ValueError | None) -> Iterator[None]:
     """
-    Within it, the error of a label that is out of range says what to check.
+    Within it, the error of a label that is out of range says what to check. On a GPU, the first reading of a result
+    raises it.
 
     Args:
         disagreement (`ValueError`, *optional*): What is known to be wrong with the labels.

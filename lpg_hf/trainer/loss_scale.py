@@ -24,13 +24,13 @@ class LossScale:
     is_per_step: bool
     factor: int = 1
 
-    def divisor(self, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def divisor(self, labels: Tensor, num_items: Tensor | float | None) -> Tensor:
         """Divisor of the summed cross-entropy of a micro-batch, a scalar."""
         per_step = self.is_per_step and num_items is not None
         count = torch.as_tensor(num_items, device=labels.device) if per_step else (labels != IGNORE_INDEX).sum()
         return count / self.factor
 
-    def to_step(self, loss: Tensor, labels: Tensor, num_items: Tensor | int, *, is_whole_step: bool) -> Tensor:
+    def to_step(self, loss: Tensor, labels: Tensor, num_items: Tensor | float, *, is_whole_step: bool) -> Tensor:
         """Converts a loss of this scale to the scale of the step, which may consist of this micro-batch alone."""
         if not self.is_per_step and not is_whole_step:
             num_items = torch.as_tensor(num_items).to(loss).clamp(min=1)
@@ -42,7 +42,7 @@ def compare_with_cross_entropy(
     loss: Tensor,
     logits: Tensor,
     labels: Tensor,
-    num_items: Tensor | int | None,
+    num_items: Tensor | float | None,
     scales: Sequence[LossScale],
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[list[LossScale], str | None]:

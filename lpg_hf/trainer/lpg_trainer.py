@@ -246,7 +246,6 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         if not replaces_loss:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
-            # On a GPU, the first reading of a result raises what the loss has found.
             with explain_label_errors(managed.disagreement):
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 watch.is_reached = True
@@ -258,7 +257,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
             if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels):
                 scale, learns = self._lpg_classifier.scale(num_items_in_batch), watch.is_first_look(len(logits))
                 is_observed = not self._lpg_parameter_methods.is_ascending
-                loss = managed.perturbed(loss, logits, labels, num_items, scale, watch.divisor, learns, is_observed)
+                items = num_items if scale.is_per_step else watch.num_items_of_call(num_items, len(labels))
+                loss = managed.perturbed(loss, logits, labels, items, scale, watch.divisor, learns, is_observed)
         is_followed = is_training and self._lpg_row_tracker is not None and self._lpg_row_tracker.is_following
         if is_followed and self._lpg_classifier.shapes_fit(outputs, labels):
             self._lpg_record_rows(self._lpg_classifier.logits(outputs), labels)

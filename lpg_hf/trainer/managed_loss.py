@@ -256,7 +256,7 @@ class ManagedLoss:
         loss: Tensor,
         logits: Tensor,
         labels: Tensor,
-        num_items: Tensor | int | None,
+        num_items: Tensor | float | None,
         scale: LossScale,
         divisor: int | None,
         learns: bool,
@@ -269,7 +269,7 @@ class ManagedLoss:
             loss (`torch.Tensor`): The loss that the Trainer computed.
             logits (`torch.Tensor` of shape `[N, C]`): The logits of the model, with their graph.
             labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices, -100 for ignored samples.
-            num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the whole step.
+            num_items (`torch.Tensor` or `float`, *optional*): Number of labeled samples in the whole step.
             scale ([`LossScale`]): The scale of `loss`.
             divisor (`int`, *optional*):
                 The number by which the Trainer will divide the loss. `None` if a user's `training_step` takes its
@@ -310,7 +310,7 @@ class ManagedLoss:
         loss: Tensor,
         logits: Tensor,
         labels: Tensor,
-        num_items: Tensor | int | None,
+        num_items: Tensor | float | None,
         scale: LossScale,
         is_observed: bool,
     ) -> Tensor:

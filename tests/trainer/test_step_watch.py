@@ -103,6 +103,56 @@ def test_statistics_count_every_piece_of_a_micro_batch(chain, tmp_path, caplog):
     assert not warnings_of(caplog)
 
 
+class WrittenAnew(Trainer):
+    """A step that divides the loss itself where it has to."""
+
+    passes_count = True
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs, steps = self._prepare_inputs(inputs), self.args.gradient_accumulation_steps
+        if self.passes_count:
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        else:
+            loss = self.compute_loss(model, inputs) / steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("passes_count", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_written_anew_gets_a_loss_of_trainers_scale(passes_count, smoothing, accumulation, tmp_path):
+    """With a method that changes nothing, it is the same script with Trainer."""
+    args = {"gradient_accumulation_steps": accumulation, "label_smoothing_factor": smoothing, "max_steps": 5}
+
+    def trained(bases, **options):
+        script = type("Script", bases, {"passes_count": passes_count})
+        return run(script, exact_bert(), tmp_path, args=args, **options)
+
+    plain = trained((WrittenAnew,))
+    ours = trained((WrittenAnew, LPGTrainer), perturbations=["logit_adjustment(tau=0.0)"])
+    assert distance(ours, plain) < 1e-9
+    assert distance(plain, run(Trainer, exact_bert(), tmp_path, args=args | {"max_steps": 1})) > 1e-4
+
+
+@pytest.mark.parametrize("passes_count", [True, False])
+@pytest.mark.parametrize("chain", [CHAIN, []], ids=["chain", "none"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_repeated_within_one_call_has_the_weight_of_one(passes_count, chain, accumulation, tmp_path):
+    """R-Drop by concatenation; without dropout, both halves are alike."""
+
+    class Repeats(LPGTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            twice = {name: torch.cat([values, values]) for name, values in inputs.items()}
+            count = num_items_in_batch if passes_count else None
+            return super().compute_loss(model, twice, return_outputs, count)
+
+    args = {"gradient_accumulation_steps": accumulation}
+    repeated = run(Repeats, exact_bert(), tmp_path, args=args, perturbations=chain)
+    assert distance(repeated, run(LPGTrainer, exact_bert(), tmp_path, args=args, perturbations=chain)) < 1e-12
+
+
 def test_a_step_in_eval_mode_is_perturbed(tmp_path):
     """Scripts that freeze dropout or batch normalization switch the model to eval mode in their step."""
 
