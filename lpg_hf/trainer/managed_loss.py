@@ -22,14 +22,13 @@ from .eval_shares import EvalShares
 from .imbalance_watch import ImbalanceWatch, describe_difference
 from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
 from .loss_scale import LossScale
+from .loss_state import hand_on, load_into, state_of
 from .parameter_methods import gradient_scale
 from .skipped_steps import SkippedSteps
 from .start_line import source_of_counts
 
 
 logger = get_logger(__name__)
-
-_COUNTS = "statistics.class_counts"
 
 
 class ManagedLoss:
@@ -155,23 +154,12 @@ class ManagedLoss:
             warn_of_unknown_counts(self._trainer.train_dataset, loss.num_labels, self.disagreement)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the loss. Counts that were given or read are not part of it: they belong to the data."""
-        state = dict(self.loss.state_dict())
-        if self.loss.statistics.counts_are_given:
-            del state[_COUNTS]
-        return state
+        """The state of the loss."""
+        return state_of(self.loss)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """
-        Loads what [`~ManagedLoss.state_dict`] returned. What is missing, or has another shape, stays as it is. Samples
-        that were counted are added only where this run counts as well.
-        """
-        state = self.loss.state_dict()
-        keeps_counts = self.loss.statistics.counts_are_given
-        for name, value in tensors.items():
-            if name in state and state[name].shape == value.shape and not (keeps_counts and name == _COUNTS):
-                state[name] = value
-        self.loss.load_state_dict(state)
+        """Loads what [`~ManagedLoss.state_dict`] returned, as far as it fits."""
+        load_into(self.loss, tensors)
 
     def _own_counts(self) -> list[int] | None:
         statistics = self.loss.statistics
@@ -181,13 +169,7 @@ class ManagedLoss:
         """Builds the loss for other class counts, or for another chain; what has been learned is kept."""
         before = self.loss
         self._build(before.num_labels, counts)
-        loss = self.loss.to(before.statistics.accuracy)
-        state = before.statistics.state_dict()
-        loss.statistics.load_state_dict(state | {"class_counts": loss.statistics.class_counts})
-        learned = {repr(method): method.state_dict() for method in before.perturbations}
-        for method in loss.perturbations:
-            if repr(method) in learned:
-                method.load_state_dict(learned[repr(method)])
+        hand_on(before, self.loss)
 
     def _watch_imbalance(self) -> None:
         """Looks after the first batches, and again after the first epoch. All processes must call it at every step."""
