@@ -102,7 +102,9 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         loss_fn(logits, labels).backward()
         z, y = logits.detach().numpy(), labels.numpy()
         means = statistics.last_label_prob, statistics.confidence_ratio, statistics.confident_error_rate
+        means += (statistics.decidedness,)
         options = {"learned": (0.0, 0.05), "contradicted": (0.0, 0.01), "offset": offset, "gate": gate}
+        options["rise"] = statistics.error_rise
         plain = reference.dampening_weight(z, y, *means, **options)
         factor = 1 / np.maximum(statistics.mean_weight, 0.5)
         weight = np.array([w * (factor[c] if c >= 0 else 1) for w, c in zip(plain, y, strict=True)])
@@ -113,11 +115,11 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         seen += (y >= 0).sum()
         if seen >= sum(counts):
             seen = 0
-            statistics.end_epoch()
+            statistics.end_epoch(np.exp(log_prior))
             for c in range(C):
-                opened = reference.ramp(statistics.last_label_prob[c], 0.0, 0.05)
-                opened *= reference.ramp(statistics.confident_error_rate[c], 0.0, 0.01)
-                gate[c] = max(gate[c], opened)
+                second = reference.ramp(statistics.confident_error_rate[c], 0.0, 0.01)
+                second = max(second, reference.ramp(statistics.error_rise, 0.01, 0.03))
+                gate[c] = max(gate[c], reference.ramp(statistics.last_label_prob[c], 0.0, 0.05) * second)
     assert not acted[0] and acted[-1] and statistics.last_label_prob.min() > 0
 
 

@@ -17,7 +17,7 @@ from lpg_hf.statistics import ClassStatistics
 NUM_CLASSES = 4
 IGNORED = -100
 RUNNING = ["accuracy", "label_prob", "mean_weight"]
-OF_EPOCHS = ["confidence_ratio", "confident_error_rate", "last_label_prob"]
+OF_EPOCHS = ["confidence_ratio", "decidedness", "confident_error_rate", "last_label_prob"]
 MEANS = RUNNING + OF_EPOCHS
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
@@ -82,7 +82,7 @@ def test_running_means_and_counts_equal_the_reference(batches):
         for name in MEANS:
             assert_equal(getattr(statistics, name), getattr(expected, name), 1e-12)
         statistics.end_epoch()
-        expected.end_epoch()
+        expected.end_epoch(statistics.prior.tolist())
     assert statistics.class_counts.tolist() == expected.counts.tolist()
     assert statistics.steps.item() == len(batches)
 
@@ -91,7 +91,7 @@ def test_float32_running_means_equal_the_reference_also_for_saturated_logits():
     batches = [(logits.float() * 20, labels) for logits, labels in random_steps()]
     statistics, expected = train(ClassStatistics(NUM_CLASSES), batches), reference_of(batches)
     statistics.end_epoch()
-    expected.end_epoch()
+    expected.end_epoch(statistics.prior.tolist())
     for name in MEANS:
         assert getattr(statistics, name).dtype == torch.float32
         assert max(getattr(expected, name)) > 0.01
@@ -131,6 +131,31 @@ def test_each_epoch_makes_half_of_the_means_of_epochs(waits_for_epoch):
         assert torch.equal(statistics.last_label_prob, statistics.label_prob)
     assert statistics.epochs == 3
     assert (epochs[0] != epochs[1]).any()
+
+
+def test_the_errors_of_all_classes_rise_from_their_smallest_share():
+    """Of 20 samples of two classes, that share is .4, .2, .5 and .1 in four epochs; each makes half of its mean."""
+    statistics = ClassStatistics(2, [10, 10], waits_for_epoch=True).double()
+    rises, labels = [], torch.arange(20) % 2
+    for wrong in (8, 4, 10, 2):
+        logits = 5 * torch.eye(2, dtype=torch.float64)[torch.where(torch.arange(20) < wrong, 1 - labels, labels)]
+        train(statistics, [(logits, labels)])
+        statistics.end_epoch()
+        rises.append(statistics.error_rise.item())
+    # The means are .4, .3, .4 and .25.
+    assert_equal(rises, [0, 0, 0.1, 0], 1e-12)
+
+
+def test_a_belief_that_is_all_or_nothing_is_decided():
+    statistics = ClassStatistics(3, [4, 4, 4], waits_for_epoch=True).double()
+    rho = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.25, 0.75, 0.25, 0.75], dtype=torch.float64)
+    labels = torch.arange(12) // 4
+    logits = torch.zeros(12, 3, dtype=torch.float64)
+    logits[torch.arange(12), (labels + 1) % 3] = -rho.clamp(min=1e-300).log()
+    train(statistics, [(logits, labels)])
+    assert (statistics.decidedness == 0).all()
+    statistics.end_epoch()
+    assert_equal(statistics.decidedness, [1, 0, 0.25], 1e-12)
 
 
 def test_a_class_that_an_epoch_did_not_have_keeps_its_means_of_epochs():

@@ -94,15 +94,18 @@ def dampening_weight(
     label_prob,
     confidence_ratio,
     contradiction,
+    decidedness,
     power=4.0,
     learned=(0.05, 0.3),
     contradicted=(0.05, 0.15),
+    rise=0.0,
     offset=None,
     gate=None,
 ):
     """
-    `min(1, rho_i / R_c^2) ^ (power a_c b_c)`, `rho_i` at the logits plus an offset per class; 1 for ignored samples
-    and for a class never seen. A gate that was open once, `gate`, stays open.
+    `min(1, rho_i / R_c^(2 - d_c)) ^ (power a_c max(b_c, b))`, `rho_i` at the logits plus an offset per class; 1 for
+    ignored samples and for a class never seen. The gate `b` of all classes opens by a rise between .01 and .03. A gate
+    that was open once, `gate`, stays open.
     """
     offset = [0.0] * len(label_prob) if offset is None else offset
     gate = [0.0] * len(label_prob) if gate is None else gate
@@ -113,8 +116,9 @@ def dampening_weight(
             continue
         judged = [z + shift for z, shift in zip(row, offset, strict=True)]
         rho = math.exp(judged[label] - max(judged))
-        now = ramp(label_prob[label], *learned) * ramp(contradiction[label], *contradicted)
-        reference = confidence_ratio[label] * confidence_ratio[label]
+        second = max(ramp(contradiction[label], *contradicted), ramp(rise, 0.01, 0.03))
+        now = ramp(label_prob[label], *learned) * second
+        reference = confidence_ratio[label] ** (2 - decidedness[label])
         weights.append(min(1.0, rho / reference) ** (power * max(gate[label], now)))
     return np.array(weights)
 
@@ -170,6 +174,8 @@ class RunningStatistics:
         self.confidence_ratio = np.zeros(num_classes)
         self.confident_error_rate = np.zeros(num_classes)
         self.last_label_prob = np.zeros(num_classes)
+        self._square = np.zeros(num_classes)
+        self._error_of_all = [math.inf]
         self._epoch = [[] for _ in range(num_classes)]
 
     def update(self, logits, labels, weights=None, offset=None):
@@ -188,18 +194,32 @@ class RunningStatistics:
             self._epoch[c] += [p[c] / max(p) for p in judged]
             self.counts[c] += n
 
-    def end_epoch(self):
+    @property
+    def decidedness(self):
+        """Variance of the confidence ratio, relative to that of a coin with the same mean."""
+        largest = [r * (1 - r) for r in self.confidence_ratio]
+        values = zip(self._square, self.confidence_ratio, largest, strict=True)
+        return np.array([min(max((s - r * r) / m, 0), 1) if m > 0 else 0.0 for s, r, m in values])
+
+    @property
+    def error_rise(self):
+        """How far the share of contradicted samples lies above its smallest."""
+        return max(self._error_of_all[-1] - min(self._error_of_all), 0) if len(self._error_of_all) > 1 else 0.0
+
+    def end_epoch(self, prior):
         for c, ratios in enumerate(self._epoch):
             if not ratios:
                 continue
-            new = [sum(ratios) / len(ratios), sum(ratio < 0.1 for ratio in ratios) / len(ratios)]
-            old = [self.confidence_ratio[c], self.confident_error_rate[c]]
-            is_first = old[0] == 0
-            self.confidence_ratio[c], self.confident_error_rate[c] = (
-                value if is_first else (before + value) / 2 for before, value in zip(old, new, strict=True)
-            )
+            sums = sum(ratios), sum(ratio**2 for ratio in ratios), sum(ratio < 0.1 for ratio in ratios)
+            is_first = self.confidence_ratio[c] == 0
+            for means, total in zip(
+                (self.confidence_ratio, self._square, self.confident_error_rate), sums, strict=True
+            ):
+                new = total / len(ratios)
+                means[c] = new if is_first else (means[c] + new) / 2
             self.last_label_prob[c] = self.label_prob[c]
         self._epoch = [[] for _ in self._epoch]
+        self._error_of_all.append(float(np.dot(self.confident_error_rate, prior)))
 
     def _move(self, name, c, n, values, inertia=20):
         running = getattr(self, name)

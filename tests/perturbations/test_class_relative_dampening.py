@@ -28,6 +28,7 @@ from lpg_hf.perturbations import ClassRelativeDampening
 from lpg_hf.perturbations.class_relative_dampening import (
     dampening_compensation,
     dampening_gate,
+    dampening_reference,
     dampening_weight,
 )
 from lpg_hf.statistics import ClassStatistics
@@ -43,6 +44,7 @@ class ClassMeans:
     last_label_prob: torch.Tensor
     confidence_ratio: torch.Tensor
     confident_error_rate: torch.Tensor
+    decidedness: torch.Tensor
 
     def resized(self, num_classes):
         return ClassMeans(*(tensor[:num_classes] for tensor in vars(self).values()))
@@ -50,10 +52,13 @@ class ClassMeans:
     def as_lists(self):
         return [tensor.tolist() for tensor in vars(self).values()]
 
-    def as_statistics(self, dtype=torch.float64):
+    def as_statistics(self, dtype=torch.float64, rise=0.0):
         statistics = ClassStatistics(len(self.last_label_prob)).to(dtype)
-        for name, tensor in vars(self).items():
-            getattr(statistics, name).copy_(tensor)
+        for name in ("last_label_prob", "confidence_ratio", "confident_error_rate"):
+            getattr(statistics, name).copy_(getattr(self, name))
+        mean = self.confidence_ratio
+        statistics._epoch_means[1] = mean.square() + self.decidedness * mean * (1 - mean)
+        statistics._least_error.fill_(statistics.confident_error_rate.mean() - rise)
         return statistics
 
 
@@ -69,6 +74,7 @@ def class_means(draw, num_classes=7):
         last_label_prob=column([0.01, 0.05, 0.1, 0.2, 0.3, 0.9]),
         confidence_ratio=column([0.02, 0.3, 0.7, 1.0]),
         confident_error_rate=column([0.0, 0.05, 0.06, 0.1, 0.14, 0.15, 0.4]),
+        decidedness=column([0.0, 0.3, 0.9, 1.0]),
     )
 
 
@@ -76,6 +82,7 @@ OPEN = ClassMeans(
     last_label_prob=torch.full((7,), 0.9, dtype=torch.float64),
     confidence_ratio=torch.full((7,), 0.6, dtype=torch.float64),
     confident_error_rate=torch.full((7,), 0.3, dtype=torch.float64),
+    decidedness=torch.zeros(7, dtype=torch.float64),
 )
 
 
@@ -85,8 +92,8 @@ def make_method(batch, **options):
     return method.to(batch.logits.dtype)
 
 
-def weights(batch, means, **options):
-    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype)
+def weights(batch, means, rise=0.0, **options):
+    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype, rise)
     return make_method(batch, **options).weight(batch.gradient, batch, statistics)
 
 
@@ -134,13 +141,14 @@ def test_float32_relative_dampening_equals_the_reference():
 
 @few_examples
 @given(batch=drawn_batches(), means=class_means())
-def test_dampening_weights_lie_in_0_1_and_are_1_at_or_above_the_square_of_the_mean_of_the_class(batch, means):
+def test_dampening_weights_lie_in_0_1_and_are_1_at_or_above_the_mean_of_the_class(batch, means):
+    """Or above its square, if the model has not decided which labels of the class it believes."""
     weight = weights(batch.batch, means)
     assert ((weight >= 0) & (weight <= 1)).all()
     probabilities = reference.softmax(batch.logits.numpy())
     for i, label in enumerate(batch.labels.tolist()):
         if label == IGNORE_INDEX or probabilities[i, label] / probabilities[i].max() >= (
-            means.confidence_ratio[label] ** 2 + 1e-12
+            means.confidence_ratio[label] ** (2 - means.decidedness[label]) + 1e-12
         ):
             assert weight[i] == 1
 
@@ -168,6 +176,26 @@ def test_default_power_is_the_fourth_of_the_share_of_confidence_where_both_gates
     # rho = exp(-log 10) = 0.1 against a class mean of 0.6.
     logits = torch.tensor([[0.0, math.log(10), 0, 0, 0, 0, 0]], dtype=torch.float64)
     assert_equal(weights(LogitBatch(logits, torch.tensor([0])), OPEN), [(0.1 / 0.36) ** 4], 1e-12)
+
+
+@few_examples
+@given(batch=drawn_batches(), means=class_means(), rise=st.sampled_from([0.0, 0.01, 0.014, 0.03, 0.2]))
+def test_a_rise_of_the_errors_opens_the_gate_of_all_classes_that_are_learned(batch, means, rise):
+    means = means.resized(batch.num_classes)
+    arguments = batch.logits.numpy(), batch.labels.tolist(), *means.as_lists()
+    assert_equal(weights(batch.batch, means, rise), reference.dampening_weight(*arguments, rise=rise), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("decided", "needed"), [(0.0, 0.36), (1.0, 0.6), (0.5, 0.6**1.5)], ids=["unsure", "decided", "between"]
+)
+def test_a_class_with_labels_that_are_told_apart_asks_more_of_a_sample(decided, needed):
+    means = dataclasses.replace(OPEN, decidedness=torch.full((7,), decided, dtype=torch.float64))
+    rho = torch.tensor([0.02, 0.2, 0.3, 0.37, 0.59, 0.61], dtype=torch.float64)
+    logits = torch.zeros(6, 7, dtype=torch.float64)
+    logits[:, 1] = -rho.log()
+    weight = weights(LogitBatch(logits, torch.zeros(6, dtype=torch.int64)), means)
+    assert_equal(weight, (rho / needed).clamp(max=1) ** 4, 1e-12)
 
 
 @given(mean_weight=st.floats(0, 1))
@@ -224,15 +252,15 @@ def test_labels_are_judged_at_the_shares_of_the_evaluation(batch, means, seed):
 def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     means = means.resized(batch.num_classes)
     gate = dampening_gate(means.last_label_prob, means.confident_error_rate, (0.0, 0.3), (0.04, 1.0))
-    expected = dampening_weight(batch.batch, means.confidence_ratio, gate)
+    expected = dampening_weight(batch.batch, dampening_reference(means.confidence_ratio, means.decidedness), gate)
     actual = weights(batch.batch, means, learned=(0.0, 0.3), contradicted=(0.04, 1.0))
     # The formula says nothing about ignored samples.
-    assert torch.equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0))
+    assert_equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0), 1e-12)
 
 
 @every_dtype
 def test_relative_dampening_is_finite_for_unseen_classes_and_saturated_logits(dtype):
-    unseen, seen = ClassMeans(*torch.zeros(3, 3)), ClassMeans(*(tensor[:3] for tensor in vars(OPEN).values()))
+    unseen, seen = ClassMeans(*torch.zeros(4, 3)), ClassMeans(*(tensor[:3] for tensor in vars(OPEN).values()))
     logits = torch.tensor([[0.0, 2000.0, 0.0], [80.0, 0.0, 0.0], [0.0, 80.0, 0.0]], dtype=dtype)
     batch = LogitBatch(logits, torch.tensor([0, 0, 0]))
     assert weights(batch, unseen).tolist() == [1, 1, 1]
@@ -273,6 +301,7 @@ def test_class_relative_dampening_equals_the_reference(options):
         statistics.last_label_prob.tolist(),
         statistics.confidence_ratio.tolist(),
         statistics.confident_error_rate.tolist(),
+        statistics.decidedness.tolist(),
         **options,
     )
     weight = method.weight(batch.gradient, batch, statistics)
