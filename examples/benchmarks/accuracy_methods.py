@@ -38,7 +38,8 @@ class Method:
         grid (`tuple[float, ...]`): The values that tuning chooses from, the usual one among them.
         base (`str`, *optional*): The method that a plug-in stands on.
         edit (`Callable`, *optional*): Changes the chain, for the ablation.
-        constants (`dict[str, float]`): Constants of `lpg_hf.statistics` with another value, for the ablation.
+        constants (`dict[str, float]`):
+            Constants of the library with another value, for the ablation, as `"module.NAME"`.
         labels (`str`):
             Which training labels it gets: `"noisy"`; `"clean"`; `"right"`, the noisy ones without the wrong ones; or
             `"believed"`, the noisy ones without those that a finished training with `auto` contradicts.
@@ -238,7 +239,18 @@ _ABLATION = (
         for low, high in ((0.02, 0.08), (0.05, 0.2))
         for edit in [with_arguments(_AUTO_DAMPENING, contradicted=(low, high))]
     ),
-    *(_variant(f"ema={value}", f"EMA constant = {value}", constants={"INERTIA": value}) for value in (5, 80)),
+    *(
+        _variant(f"ema={value}", f"EMA constant = {value}", constants={"statistics.INERTIA": value})
+        for value in (5, 80)
+    ),
+    *(
+        _variant(
+            f"exponent={value}",
+            f"pi_out ~ pi_eval ^ {value}",
+            constants={"perturbations.logit_adjustment.OUTPUT_EXPONENT": value},
+        )
+        for value in (0.65, 0.8)
+    ),
     *(
         _variant(f"tau={value}", f"tau = {value}", with_arguments("logit_adjustment", tau=value))
         for value in (0.5, 1.5, 2.0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import lpg_hf
-from lpg_hf import LPGTrainer, statistics
+from lpg_hf import LPGTrainer
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch
 
 
@@ -246,7 +246,7 @@ def train_run(run: Run) -> dict[str, str]:
     diverged = False
     with tempfile.TemporaryDirectory() as output_dir, ExitStack() as stack:
         for name, constant in method.constants.items():
-            stack.enter_context(patch.object(statistics, name, constant))
+            stack.enter_context(patch(f"lpg_hf.{name}", constant))
         trainer = make_trainer(run, source, split, output_dir)
         validation = ValidationCallback(source, split, trainer.args.device)
         trainer.add_callback(validation)
