@@ -56,6 +56,9 @@ def make_dataset(kind="datasets", ignored=(), wrong=(), rows=ROWS):
     return dataset if kind == "datasets" else TorchRows(list(dataset))
 
 
+COUNTS = np.bincount(make_dataset()["label"][:]).tolist()
+
+
 def pad(items):
     """A collator that keeps the keys it knows and no other."""
     ids = [torch.as_tensor(item["input_ids"]) for item in items]
@@ -66,7 +69,16 @@ def pad(items):
 
 
 def train(
-    path, dataset=None, *, model=None, perturbations=("auto",), resume=None, collator=pad, cls=LPGTrainer, **args
+    path,
+    dataset=None,
+    *,
+    model=None,
+    perturbations=("auto",),
+    class_counts=None,
+    resume=None,
+    collator=pad,
+    cls=LPGTrainer,
+    **args,
 ):
     settings = {
         "output_dir": str(path),
@@ -79,7 +91,7 @@ def train(
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    chain = {"perturbations": list(perturbations)} if issubclass(cls, LPGTrainer) else {}
+    chain = {"perturbations": list(perturbations), "class_counts": class_counts} if issubclass(cls, LPGTrainer) else {}
     trainer = cls(
         model=model or make_model("bert"),
         args=TrainingArguments(**(settings | args)),
@@ -108,13 +120,18 @@ def spy_on_visits(monkeypatch):
     return visits
 
 
-def slow_ranking(visits, labels):
-    """Score and suggested label of each row by loops in float64; `None` for a suggestion that hangs on rounding."""
+def slow_ranking(visits, labels, adjusted=True):
+    """
+    Score and suggested label of each row by loops in float64; `None` for a suggestion that hangs on rounding.
+
+    Logits that are adjusted fit the square roots of the class shares, but are judged at the shares themselves.
+    """
+    offset = np.log(COUNTS) / 2 if adjusted else 0.0
     result = {}
     for row, all_logits in visits.items():
         log_confidence, votes = [], np.zeros(NUM_LABELS)
         for logits in all_logits:
-            p = np.exp(logits - logits.max())
+            p = np.exp(logits + offset - (logits + offset).max())
             p /= p.sum()
             log_confidence.append(math.log(max(p[labels[row]] / p.max(), SMALLEST_CONFIDENCE)))
             p[labels[row]] = -1
@@ -144,11 +161,11 @@ def slow_ranking(visits, labels):
 )
 def test_every_visit_is_booked_on_its_row(kind, args, tmp_path, monkeypatch):
     visits = spy_on_visits(monkeypatch)
-    trainer = train(tmp_path, make_dataset(kind), **args)
+    trainer = train(tmp_path, make_dataset(kind), class_counts=COUNTS, **args)
     if args.get("perturbations") == ["sam"]:  # of the two looks at a batch, the first counts
         visits = {row: looks[::2] for row, looks in visits.items()}
     labels = make_dataset()["label"][:]
-    expected = slow_ranking(visits, labels)
+    expected = slow_ranking(visits, labels, adjusted="perturbations" not in args)
     issues = trainer.label_issues()
     assert sorted(issues["row"]) == sorted(visits) == list(range(ROWS))
     assert issues["visits"][:] == [3] * ROWS
@@ -323,6 +340,7 @@ def test_items_that_a_collator_drops_or_repeats_leave_the_others_on_their_rows(
     visits = spy_on_visits(monkeypatch)
     dataset = TorchRows(list(make_dataset())) if collator is without_short else Damaged(list(make_dataset()))
     options = {"collator": collator, "remove_unused_columns": False, "dataloader_num_workers": workers}
+    options["class_counts"] = COUNTS
     with caplog.at_level("WARNING", logger="lpg_hf"):
         issues = train(tmp_path, dataset, **options, dataloader_drop_last=collator is filled_up).label_issues()
     labels = make_dataset()["label"][:]

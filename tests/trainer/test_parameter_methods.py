@@ -566,12 +566,12 @@ def test_sam_shifts_what_trains_by_its_radius_and_nothing_else(adaptive, tmp_pat
 
 
 def sums_of_epoch(logits, batches):
-    """Samples of each class, and sums of their confidence ratios and confident errors."""
-    sums = torch.zeros(3, NUM_LABELS, dtype=torch.float64)
+    """Samples of each class, and sums of their confidence ratios, of these squared, and of confident errors."""
+    sums = torch.zeros(4, NUM_LABELS, dtype=torch.float64)
     for z, batch in zip(logits, batches, strict=True):
         for p, label in zip(z.softmax(-1), batch["labels"].tolist(), strict=True):
             ratio = (p[label] / p.max()).item()
-            sums[:, label] += torch.tensor([1.0, ratio, ratio < 0.1], dtype=torch.float64)
+            sums[:, label] += torch.tensor([1.0, ratio, ratio**2, ratio < 0.1], dtype=torch.float64)
     return sums
 
 
@@ -601,7 +601,7 @@ def test_statistics_and_learning_methods_see_each_step_once_at_the_unshifted_wei
     first_epoch, second_epoch = (sums_of_epoch(logits[epoch : epoch + 20 : 2], batches) for epoch in (0, 20))
     means = first_epoch[1:] / first_epoch[0]
     torch.testing.assert_close(statistics.confidence_ratio, means[0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(statistics.confident_error_rate, means[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(statistics.confident_error_rate, means[2], rtol=0, atol=1e-9)
     torch.testing.assert_close(statistics._epoch_sums, second_epoch, rtol=0, atol=1e-9)
     assert statistics.mean_weight.min() < 0.99  # it did dampen
     assert abs(statistics.label_prob.numpy() - with_both.label_prob).max() > 0.01
