@@ -201,6 +201,7 @@ def test_label_issues_and_norms_agree_with_the_trainer_and_the_page(trained, tmp
         args_class=LPGConfig,
         args={"log_perturbations": True},
         perturbations=["auto", "lpg(epsilon=0.05)"],
+        eval_dataset=trainer.eval_dataset,
     )
     twin.train()
     logs = [log for log in twin.state.log_history if "loss" in log]
