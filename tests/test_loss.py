@@ -356,9 +356,9 @@ def test_a_step_never_asks_the_device_for_a_value(chain):
 def test_errors_name_what_was_found():
     logits, labels = make_logits()
     loss_fn = LPGLoss(C, "logit_clipping")
-    with pytest.raises(ValueError, match=r"`labels` must lie in \[0, 5\) or be -100: Target 7 is out of bounds"):
+    with pytest.raises(ValueError, match=r"`labels` must lie in \[0, 5\) or be -100: index 7 is out of bounds"):
         loss_fn(logits, torch.full((12,), 7))
-    with pytest.raises(ValueError, match="Target -1 is out of bounds"):
+    with pytest.raises(ValueError, match="index -1 is out of bounds"):
         loss_fn(logits, torch.full((12,), -1))
     with pytest.raises(ValueError, match=r"found shapes \[12, 5\] and \[3\]"):
         loss_fn(logits, labels[:3])

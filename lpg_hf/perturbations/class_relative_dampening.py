@@ -41,7 +41,7 @@ def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor
     return confidence_ratio ** (2 - decidedness)
 
 
-def dampening_weight(batch: LogitBatch, reference: Tensor, gate: Tensor, power: float = 4.0) -> Tensor:
+def dampening_weight(confidence_ratio: Tensor, reference: Tensor, exponent: Tensor) -> Tensor:
     r"""
     Weight of each sample under class-relative dampening: `min(1, rho_i / r_c) ^ (power gamma_c)`.
 
@@ -51,17 +51,25 @@ def dampening_weight(batch: LogitBatch, reference: Tensor, gate: Tensor, power: 
     Source: ours.
 
     Args:
-        batch ([`LogitBatch`]): The micro-batch.
-        reference (`torch.Tensor` of shape `[C]`): The belief that a sample needs for its full weight, `r_c`.
-        gate (`torch.Tensor` of shape `[C]`): How far dampening acts on each class, `gamma_c` in [0, 1].
-        power (`float`, *optional*, defaults to 4.0): Strength, at least 0.
+        confidence_ratio (`torch.Tensor` of shape `[N]`): `rho_i`, in [0, 1].
+        reference (`torch.Tensor` of shape `[N]`):
+            The belief that a sample of its class needs for its full weight, `r_c`, above 0.
+        exponent (`torch.Tensor` of shape `[N]`):
+            How far dampening acts on its class, `power gamma_c` with `gamma_c` in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `[N]`: In [0, 1]; arbitrary for ignored samples.
+        `torch.Tensor` of shape `[N]`: In [0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> dampening_weight(torch.tensor([0.9, 0.2]), torch.tensor([0.4, 0.4]), exponent=torch.tensor([2.0, 2.0]))
+    tensor([1.0000, 0.2500])
+
+    ```
     """
-    tiny = torch.finfo(batch.confidence_ratio.dtype).tiny
-    needed = reference.clamp(min=tiny)[batch.classes]
-    return (batch.confidence_ratio / needed).clamp(max=1) ** (power * gate[batch.classes])
+    return (confidence_ratio / reference).clamp(max=1) ** exponent
 
 
 def dampening_gate(
@@ -165,6 +173,7 @@ class ClassRelativeDampening(SampleReweighting):
 
     name = "class_relative_dampening"
     _gate: Tensor
+    _terms: Tensor  # `None` without `attach`
 
     def __init__(
         self,
@@ -179,18 +188,30 @@ class ClassRelativeDampening(SampleReweighting):
         self.power = power
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
+        self.register_buffer("_terms", None, persistent=False)
 
     def setup(self, num_labels: int) -> None:
         self.register_buffer("_gate", torch.zeros(num_labels))
 
-    def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        # The means of an epoch give the same gate at each of the next steps. In the first epoch it is closed.
+    def attach(self, statistics: ClassStatistics) -> None:
+        self._terms = torch.zeros(2, statistics.num_labels)
+        statistics.follow_epochs(self._follow)
+
+    def _follow(self, statistics: ClassStatistics) -> None:
+        # In place: a CUDA graph reads them.
+        torch.stack(self._class_terms(statistics), out=self._terms)
+
+    def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor]:
+        """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
         label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
-        rise = statistics.error_rise
-        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, rise)
+        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, statistics.error_rise)
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
-        weight = dampening_weight(batch, reference, self._gate, self.power)
-        self.uncompensated_weight = weight
-        weight = weight * dampening_compensation(statistics.mean_weight)[batch.classes]
-        return weight.masked_fill(batch.ignore_mask, 1.0)
+        return reference.clamp(min=torch.finfo(reference.dtype).tiny), self.power * self._gate
+
+    def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
+        terms = torch.stack(self._class_terms(statistics)) if self._terms is None else self._terms
+        reference, exponent = terms[:, batch.classes].unbind()
+        weight = self.uncompensated_weight = dampening_weight(batch.confidence_ratio, reference, exponent)
+        compensation = dampening_compensation(statistics.mean_weight)[batch.classes]
+        return (weight * compensation).masked_fill(batch.ignore_mask, 1.0)

@@ -182,12 +182,13 @@ class ManagedLoss:
         before = self.loss
         self._build(before.num_labels, counts)
         loss = self.loss.to(before.statistics.accuracy)
-        state = before.statistics.state_dict()
-        loss.statistics.load_state_dict(state | {"class_counts": loss.statistics.class_counts})
         learned = {repr(method): method.state_dict() for method in before.perturbations}
         for method in loss.perturbations:
             if repr(method) in learned:
                 method.load_state_dict(learned[repr(method)])
+        # Last: the methods are told what follows from them.
+        state = before.statistics.state_dict()
+        loss.statistics.load_state_dict(state | {"class_counts": loss.statistics.class_counts})
 
     def _watch_imbalance(self) -> None:
         """Looks after the first batches, and again after the first epoch. All processes must call it at every step."""

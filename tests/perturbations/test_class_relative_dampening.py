@@ -224,7 +224,8 @@ def test_labels_are_judged_at_the_shares_of_the_evaluation(batch, means, seed):
 def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     means = means.resized(batch.num_classes)
     gate = dampening_gate(means.last_label_prob, means.confident_error_rate, (0.0, 0.3), (0.04, 1.0))
-    expected = dampening_weight(batch.batch, means.confidence_ratio, gate)
+    classes = batch.batch.classes
+    expected = dampening_weight(batch.batch.confidence_ratio, means.confidence_ratio[classes], 4 * gate[classes])
     actual = weights(batch.batch, means, learned=(0.0, 0.3), contradicted=(0.04, 1.0))
     # The formula says nothing about ignored samples.
     assert torch.equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0))
