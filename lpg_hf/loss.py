@@ -66,7 +66,7 @@ class LPGLoss(nn.Module):
     >>> loss = loss_fn(logits, torch.tensor([1]))
     >>> loss.backward()
     >>> loss  # cross-entropy
-    tensor(4.0360, grad_fn=<DivBackward0>)
+    tensor(4.0360, grad_fn=<_AddGradientBackward>)
     >>> logits.grad.norm()
     tensor(0.5000)
 
@@ -86,8 +86,8 @@ class LPGLoss(nn.Module):
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"`num_labels` must be at least 2; found {num_labels}. Pass the number of classes.")
-        # Copies: the state of a method belongs to one loss. They are moved and loaded before the statistics, which tell
-        # them afterwards what follows from the state of both.
+        # Copies: the state of a method belongs to one loss. They are moved and loaded before the statistics, which
+        # then tell them what follows from the state of both.
         self.perturbations = nn.ModuleList(copy.deepcopy(build_chain(perturbations)))
         self.statistics = ClassStatistics(num_labels, class_counts, managed, eval_shares)
         for method in self.perturbations:
