@@ -1,6 +1,6 @@
 """What the logits of a micro-batch say: computed once, and handed to the loss, the methods and the statistics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,18 +23,19 @@ class LogitBatch:
             Added to the logits where the labels are judged, see [`ClassStatistics.judged_offset`]. Left out, it is 0.
 
     Attributes:
-        valid_mask (`torch.Tensor` of shape `[N]`): Whether a sample has a label.
-        ignore_mask (`torch.Tensor` of shape `[N]`): Its opposite.
+        ignore_mask (`torch.Tensor` of shape `[N]`): Whether a sample has no label.
+        valid_mask (`torch.Tensor` of shape `[N]`): Its opposite.
         valid_bits (`torch.Tensor` of shape `[N, 1]`): All bits set where a sample has a label, for [`zero_ignored_`].
         classes (`torch.Tensor` of shape `[N]`): The labels, 0 for ignored samples.
         label_log_prob (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy; 0 for ignored samples.
         label_prob (`torch.Tensor` of shape `[N]`): `p_y`; 1 for ignored samples.
         is_correct (`torch.Tensor` of shape `[N]`):
-            Whether no logit is larger than that of the label. Arbitrary for ignored samples, like the next two.
+            Whether no logit is larger than that of the label. Arbitrary for ignored samples.
         confidence_ratio (`torch.Tensor` of shape `[N]`):
-            `q_y / max_j q_j` with `q = softmax(z + judged_offset)`, in [0, 1].
+            `q_y / max_j q_j` with `q = softmax(z + judged_offset)`, in [0, 1]; 1 for ignored samples.
         is_confident_error (`torch.Tensor` of shape `[N]`):
             Whether the model contradicts the label: a confidence ratio below 1/10.
+        label_gradient (`torch.Tensor` of shape `[N, 1]`): The entries of the labels in `gradient`.
         gradient (`torch.Tensor` of shape `[N, C]`):
             Gradient of the summed cross-entropy at the logits, see [`logit_gradient`]. Read-only.
 
@@ -57,27 +58,30 @@ class LogitBatch:
     def __init__(self, logits: Tensor, labels: Tensor, judged_offset: Tensor | None = None):
         self.logits = logits
         self.labels = labels
-        self.valid_mask = labels != IGNORE_INDEX
         self.ignore_mask = labels == IGNORE_INDEX
-        self.valid_bits = _bits(logits, self.valid_mask)
-        self.classes = labels.clamp(min=0)
-        label_logit = -_checked(F.nll_loss, logits, labels)
-        margin = label_logit - logits.amax(-1)
-        self.is_correct = margin == 0
+        self.valid_bits = _bits(self.ignore_mask)
+        self.classes = labels.masked_fill(self.ignore_mask, 0)
+        index = self.classes[:, None]
+        margin = _label_entries(logits, index) - logits.amax(-1, keepdim=True)
         if judged_offset is None:
             judged, probabilities = margin, logits.softmax(-1)
         else:
-            offset = judged_offset.to(logits)
-            shifted = logits + offset
-            judged = label_logit + offset[self.classes] - shifted.amax(-1)
+            shifted = logits + judged_offset.to(logits)
+            judged = shifted.gather(-1, index) - shifted.amax(-1, keepdim=True)
             probabilities = torch.softmax(logits, -1, out=shifted)  # no second matrix
-        self.confidence_ratio = judged.exp()
-        self.is_confident_error = self.confidence_ratio < CONFIDENT_ERROR
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
-        largest = probabilities.amax(-1)
-        self.label_log_prob = (margin + largest.log()).masked_fill(self.ignore_mask, 0.0)
-        self.label_prob = self.label_log_prob.exp()
-        self.gradient = zero_ignored_(balance_label_entry_(probabilities, self.classes), labels, self.valid_bits)
+        label_log_prob = margin + probabilities.amax(-1, keepdim=True).log()
+        logarithms = torch.cat([label_log_prob, judged], -1).masked_fill_(self.ignore_mask[:, None], 0.0)
+        self.label_log_prob = logarithms[:, 0]
+        self.label_prob, self.confidence_ratio = logarithms.exp().unbind(-1)
+        self.is_correct = margin[:, 0] == 0
+        self.is_confident_error = self.confidence_ratio < CONFIDENT_ERROR
+        self.gradient = zero_ignored_(probabilities, labels, self.valid_bits)
+        self.label_gradient = balance_label_entry_(self.gradient, index)
+
+    @property
+    def valid_mask(self) -> Tensor:
+        return ~self.ignore_mask
 
 
 def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,12 +107,17 @@ def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
     ```
     """
-    return zero_ignored_(balance_label_entry_(logits.softmax(-1), labels.clamp(min=0)), labels)
+    gradient = zero_ignored_(logits.softmax(-1), labels)
+    balance_label_entry_(gradient, labels.clamp(min=0)[:, None])
+    return gradient
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each sample, `[N]`, 0 for ignored ones, with its gradient left to autograd."""
-    return _checked(F.cross_entropy, logits, labels)
+    try:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    except IndexError as error:
+        raise _label_error(logits, error) from error
 
 
 def logits_of(outputs: Tensor | Mapping | tuple) -> Tensor:
@@ -118,11 +127,11 @@ def logits_of(outputs: Tensor | Mapping | tuple) -> Tensor:
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
 
 
-def balance_label_entry_(matrix: Tensor, classes: Tensor) -> Tensor:
-    """Sets the entry of each row's class, in place, to minus the sum of the others."""
-    index = classes[:, None]
-    matrix.scatter_(-1, index, 0.0)
-    return matrix.scatter_(-1, index, -matrix.sum(-1, keepdim=True))
+def balance_label_entry_(matrix: Tensor, index: Tensor) -> Tensor:
+    """Sets one entry of each row, in place, to minus the sum of the others. Returns these entries, `[N, 1]`."""
+    entry = -matrix.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
+    matrix.scatter_(-1, index, entry)
+    return entry
 
 
 def zero_ignored_(matrix: Tensor, labels: Tensor, valid_bits: Tensor | None = None) -> Tensor:
@@ -137,22 +146,27 @@ def zero_ignored_(matrix: Tensor, labels: Tensor, valid_bits: Tensor | None = No
     if torch.compiler.is_compiling():
         return matrix.masked_fill_((labels < 0)[:, None], 0.0)
     # By the bits: on the CPU four times as fast as `masked_fill_` with a mask of one entry per row.
-    bits = _bits(matrix, labels >= 0) if valid_bits is None else valid_bits
-    matrix.view(bits.dtype).bitwise_and_(bits)
+    bits = _bits(labels < 0) if valid_bits is None else valid_bits
+    matrix.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]).bitwise_and_(bits)
     return matrix
 
 
-def _bits(matrix: Tensor, valid_mask: Tensor) -> Tensor:
-    """All bits set for valid samples and none for the others, `[N, 1]`, as wide as the entries of the matrix."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    return -valid_mask.to(integer)[:, None]
+def _bits(ignore_mask: Tensor) -> Tensor:
+    """-1, which has all bits set at any width, for valid samples, and 0 for the others, `[N, 1]`."""
+    return (ignore_mask.view(torch.int8) - 1)[:, None]
 
 
-def _checked(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+def _label_entries(logits: Tensor, index: Tensor) -> Tensor:
     try:
-        return loss(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    except IndexError as error:
-        raise ValueError(
-            f"`labels` must lie in [0, {logits.shape[-1]}) or be {IGNORE_INDEX}: {error} Check `num_labels` of the "
-            "model and the label column."
-        ) from error
+        return logits.gather(-1, index)
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        raise _label_error(logits, error) from error
+
+
+def _label_error(logits: Tensor, error: Exception) -> ValueError:
+    return ValueError(
+        f"`labels` must lie in [0, {logits.shape[-1]}) or be {IGNORE_INDEX}: {str(error).rstrip('.')}. Check "
+        "`num_labels` of the model and the label column."
+    )

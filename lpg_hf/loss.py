@@ -3,17 +3,17 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .added_gradient import add_gradient
 from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, zero_ignored_
 from .perturbations import LogitPerturbation, SampleReweighting, build_chain
 from .perturbations.base import uncompensated_weight
 from .perturbations.checks import check_shape
-from .statistics import ClassStatistics
+from .statistics import ClassStatistics, stack_rows
 from .telemetry import Telemetry, head_and_tail_accuracy, mean_norms_and_weights
 
 
@@ -66,7 +66,7 @@ class LPGLoss(nn.Module):
     >>> loss = loss_fn(logits, torch.tensor([1]))
     >>> loss.backward()
     >>> loss  # cross-entropy
-    tensor(4.0360, grad_fn=<DivBackward0>)
+    tensor(4.0360, grad_fn=<_AddGradientBackward>)
     >>> logits.grad.norm()
     tensor(0.5000)
 
@@ -86,9 +86,10 @@ class LPGLoss(nn.Module):
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"`num_labels` must be at least 2; found {num_labels}. Pass the number of classes.")
-        self.statistics = ClassStatistics(num_labels, class_counts, managed, eval_shares)
-        # Copies: the state of a method belongs to one loss.
+        # Copies: the state of a method belongs to one loss. They are moved and loaded before the statistics, which
+        # then tell them what follows from the state of both.
         self.perturbations = nn.ModuleList(copy.deepcopy(build_chain(perturbations)))
+        self.statistics = ClassStatistics(num_labels, class_counts, managed, eval_shares)
         for method in self.perturbations:
             if not isinstance(method, LogitPerturbation):
                 raise ValueError(
@@ -98,6 +99,7 @@ class LPGLoss(nn.Module):
             method.setup(num_labels)
             if type(method).log_correction is not LogitPerturbation.log_correction:
                 self.statistics.add_correction(method.log_correction)
+            method.attach(self.statistics)
         self.base_loss = base_loss
         self.managed = managed
         self.is_frozen = False
@@ -142,7 +144,7 @@ class LPGLoss(nn.Module):
             ValueError: If logits and labels do not fit together or a label is out of range.
         """
         logits, labels = self._check(logits_of(outputs), labels)
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        z = logits if logits.dtype == torch.float64 else logits.float()
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         # A step without a labeled sample has loss and gradient zero, and not 0 / 0.
         divisor = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
@@ -161,7 +163,7 @@ class LPGLoss(nn.Module):
         perturbed = self.perturb(batch.gradient, batch, observer)
         if model_loss is None:
             # Divided last, where it costs no pass over the matrix.
-            return add_gradient(-batch.label_log_prob.sum(), logits, perturbed) / divisor
+            return add_gradient(-batch.label_log_prob.sum(), logits, perturbed, divisor)
         return add_gradient(model_loss, logits, (perturbed - batch.gradient).div_(divisor))
 
     def perturb_loss(
@@ -217,8 +219,11 @@ class LPGLoss(nn.Module):
         self._match(batch.logits)
         perturbed, rows = self._run_chain(gradient, batch)
         if not self.is_frozen:
-            self._telemetry.record(torch.stack(rows).masked_fill_(batch.ignore_mask, 0.0), self.statistics.steps)
-            self.statistics.update(batch, uncompensated_weight(self._methods))
+            # One table for both: each of its operations takes longer than all of its numbers.
+            of_classes = self.statistics.rows_of(batch, uncompensated_weight(self._methods))
+            table = stack_rows([*of_classes, of_classes[0], *rows], batch)
+            self.statistics.add(batch, table[: len(of_classes)])
+            self._telemetry.record(table[len(of_classes) :], self.statistics.steps)
             if not self.managed:
                 self.step()
         if observer is not None:
@@ -226,11 +231,11 @@ class LPGLoss(nn.Module):
         return perturbed
 
     def _run_chain(self, unperturbed: Tensor, batch: LogitBatch) -> tuple[Tensor, list[Tensor]]:
-        """The perturbed gradient, and for telemetry the pairs of `[N]` that [`Telemetry`] sums up."""
+        """The perturbed gradient, and the rows `[N]` that [`Telemetry`] sums up, but for the first."""
         gradient = unperturbed
         base_norm = gradient.norm(dim=-1)
         norm: Tensor | None = base_norm
-        rows = [batch.valid_mask, base_norm]
+        rows = [base_norm]
         total_weight: Tensor | None = None
         for method in self._methods:
             if not self.is_frozen:
@@ -243,7 +248,7 @@ class LPGLoss(nn.Module):
                 # The gradient of ignored samples stays zero, whatever their weight.
                 weight = method.last_weight = weight.to(base_norm.dtype).masked_fill(batch.ignore_mask, 1.0)
                 norm = gradient.norm(dim=-1) if norm is None else norm
-                rows += [(weight - 1).abs() * norm, weight]
+                rows += [torch.addcmul(norm, norm, weight, value=-1).abs_(), weight]
                 total_weight = weight if total_weight is None else total_weight * weight
                 gradient = (gradient.mul_ if in_place else gradient.mul)(weight[:, None])
             else:
@@ -253,7 +258,7 @@ class LPGLoss(nn.Module):
                 rows += [delta_norm] * 2
             norm = None
         # Only read if there is a weight.
-        return gradient, rows + [batch.valid_mask if total_weight is None else total_weight] * 2
+        return gradient, rows + [base_norm if total_weight is None else total_weight] * 2
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -321,30 +326,10 @@ class LPGLoss(nn.Module):
 
     def _match(self, logits: Tensor) -> None:
         """Moves the state to the device of the logits, and to float64 where they are."""
-        dtype = torch.promote_types(logits.dtype, self._telemetry.dtype)
-        if self._telemetry.device != logits.device or self._telemetry.dtype != dtype:
-            # Not the base loss, which belongs to the user.
-            for module in (self.statistics, self.perturbations, self._telemetry):
-                module.to(device=logits.device, dtype=dtype)
-
-
-def add_gradient(value: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar worth `value`, with its gradient, and a constant `gradient` at `logits` on top of that."""
-    return _AddGradient.apply(logits, value, gradient)
-
-
-class _AddGradient(torch.autograd.Function):
-    # Half the time of the straight-through form `value + (g * (z - z.detach())).sum()` for [1024, 1000] and larger,
-    # and free of its rounding error in the value.
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.logits_dtype = logits.dtype
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return (grad_output * gradient).to(ctx.logits_dtype), grad_output, None
+        telemetry = self._telemetry
+        if telemetry.device == logits.device and telemetry.dtype in (logits.dtype, torch.float64):
+            return
+        dtype = torch.promote_types(logits.dtype, telemetry.dtype)
+        # Not the base loss, which belongs to the user.
+        for module in (self.perturbations, self.statistics, telemetry):
+            module.to(device=logits.device, dtype=dtype)

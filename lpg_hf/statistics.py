@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import LogitBatch
-from .class_shares import check_class_counts, check_shares, min_counted_samples, prior_terms
+from .class_shares import PriorTerms, check_class_counts, check_shares, min_counted_samples, prior_terms
 
 
 # Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
@@ -75,6 +75,7 @@ class ClassStatistics(nn.Module):
     _epoch_means: Tensor
     _least_error: Tensor
     _pending: Tensor
+    _prior_rows: Tensor
     _eval_shares: Tensor | None
 
     def __init__(
@@ -89,6 +90,9 @@ class ClassStatistics(nn.Module):
         self._waits_for_epoch = waits_for_epoch
         # What the methods of a chain add to the logarithm of the class shares that the logits are trained for.
         self._corrections: list[Callable[[ClassStatistics], Tensor]] = []
+        # Who keeps terms that follow from the prior, or from the means of the last epoch.
+        self._prior_followers: list[Callable[[ClassStatistics], None]] = []
+        self._epoch_followers: list[Callable[[ClassStatistics], None]] = []
         counts = torch.zeros(num_labels, dtype=torch.int64)
         if class_counts is not None:
             counts = check_class_counts(class_counts, num_labels)
@@ -110,6 +114,8 @@ class ClassStatistics(nn.Module):
         self.register_buffer("_least_error", torch.tensor(torch.inf))
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(7, num_labels), persistent=False)
+        # The prior's terms, and last the offset of the judged logits. They stay in one place: a CUDA graph reads them.
+        self.register_buffer("_prior_rows", torch.zeros(6, num_labels), persistent=False)
         self._update_prior()
 
     @property
@@ -134,11 +140,22 @@ class ClassStatistics(nn.Module):
         else:  # decided on the device, by what a checkpoint has
             is_enough = self.class_counts.sum() >= min_counted_samples(self.num_labels)
             counts = torch.where(is_enough | (self.epochs > 0), self.class_counts + PRIOR_PSEUDO_COUNT, 1)
-        self.prior_terms = prior_terms(counts.to(self._running.dtype) / counts.sum(), self._eval_shares)
+        terms = prior_terms(counts.to(self._running.dtype) / counts.sum(), self._eval_shares)
+        torch.stack(terms, out=self._prior_rows[:-1])
         self._update_judged_offset()
+        for follow in self._prior_followers:
+            follow(self)
 
     def _update_judged_offset(self) -> None:
-        self.judged_offset = self.prior_terms.log_eval - self.log_output_shares
+        torch.sub(self.prior_terms.log_eval, self.log_output_shares, out=self.judged_offset)
+
+    @property
+    def prior_terms(self) -> PriorTerms:
+        return PriorTerms(*self._prior_rows[:-1].unbind())
+
+    @property
+    def judged_offset(self) -> Tensor:
+        return self._prior_rows[-1]
 
     @property
     def judged_offset_or_none(self) -> Tensor | None:
@@ -161,14 +178,30 @@ class ClassStatistics(nn.Module):
         self._corrections.append(correction)
         self._update_judged_offset()
 
+    def follow_prior(self, follower: Callable[["ClassStatistics"], None]) -> None:
+        """Calls a function with these statistics, now and whenever the class shares have changed."""
+        self._prior_followers.append(follower)
+        follower(self)
+
+    def follow_epochs(self, follower: Callable[["ClassStatistics"], None]) -> None:
+        """Calls a function with these statistics, now and whenever the means of an epoch may have changed."""
+        self._epoch_followers.append(follower)
+        follower(self)
+
+    def _update_epoch_followers(self) -> None:
+        for follow in self._epoch_followers:
+            follow(self)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         module = super()._apply(*args, **kwargs)
         self._update_prior()
+        self._update_epoch_followers()
         return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._update_prior()
+        self._update_epoch_followers()
 
     @property
     def accuracy(self) -> Tensor:
@@ -205,7 +238,8 @@ class ClassStatistics(nn.Module):
         """
         mean, square = self._epoch_means[:2]
         tiny = torch.finfo(mean.dtype).tiny
-        return ((square - mean.square()) / (mean - mean.square()).clamp(min=tiny)).clamp(0, 1)
+        variance, largest = (moment.addcmul(mean, mean, value=-1) for moment in (square, mean))
+        return (variance / largest.clamp(min=tiny)).clamp(0, 1)
 
     @property
     def error_rise(self) -> Tensor:
@@ -237,13 +271,25 @@ class ClassStatistics(nn.Module):
             weight (`torch.Tensor` of shape `[N]`, *optional*):
                 Weight of each sample under class-relative dampening, without its compensation.
         """
+        self.add(batch, stack_rows(self.rows_of(batch, weight), batch))
+
+    def rows_of(self, batch: LogitBatch, weight: Tensor | None = None) -> list[Tensor]:
+        """What is summed up per class, `[N]` each, with anything for ignored samples. Arguments as for `update`."""
         ratio = batch.confidence_ratio
-        values = [batch.valid_mask, ratio, ratio.square(), batch.is_confident_error, batch.is_correct]
-        values += [batch.label_prob] if weight is None else [batch.label_prob, 1 - weight]
-        rows = torch.stack(values)
-        # Filled and not multiplied: an ignored sample may have logits that are not finite.
-        rows.masked_fill_(batch.ignore_mask, 0.0)
-        self._pending[: len(values)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
+        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, batch.is_correct]
+        return [*rows, batch.label_prob] if weight is None else [*rows, batch.label_prob, 1 - weight]
+
+    @torch.no_grad()
+    def add(self, batch: LogitBatch, rows: Tensor) -> None:
+        """
+        Adds a micro-batch to the pending sums, as [`~ClassStatistics.update`] does.
+
+        Args:
+            batch ([`LogitBatch`]): The micro-batch.
+            rows (`torch.Tensor` of shape `[k, N]`):
+                The rows of [`~ClassStatistics.rows_of`], k = 6 or 7; zero for ignored samples.
+        """
+        self._pending[: len(rows)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -254,19 +300,20 @@ class ClassStatistics(nn.Module):
             reduce (`Callable`, *optional*): Sums a tensor over processes.
         """
         pending = self._pending if reduce is None else reduce(self._pending)
-        counts = pending[0]
-        # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + INERTIA).
-        move = pending[4:].addcmul(counts, self._running, value=-1)
+        self.seen_counts += pending[0].long()
         # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
-        self._running.addcdiv_(move.nan_to_num_(0.0, 0.0, 0.0), counts + INERTIA)
-        self._epoch_sums += pending[:4].masked_fill(pending[5].isnan(), 0.0)
+        pending.masked_fill_(pending[5].isnan(), 0.0)
+        self._epoch_sums += pending[:4]
+        # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + INERTIA).
+        move = pending[4:].addcmul_(pending[0], self._running, value=-1)
+        self._running.addcdiv_(move, pending[0] + INERTIA)
         self.steps += 1
-        self.seen_counts += counts.long()
         if not self.counts_are_given:
             self.class_counts.copy_(self.seen_counts)
             self._update_prior()
         elif not self._waits_for_epoch:  # decided on the device
             self._roll_over(self._epoch_sums[0].sum() >= self.class_counts.sum())
+            self._update_epoch_followers()
         self._pending.zero_()
 
     @torch.no_grad()
@@ -276,17 +323,24 @@ class ClassStatistics(nn.Module):
         counted classes have a prior from here on, however few.
         """
         self._roll_over(torch.ones_like(self.steps, dtype=torch.bool))
+        self._update_epoch_followers()
         if not self.counts_are_given:
             self._update_prior()
 
     def _roll_over(self, is_over: Tensor) -> None:
         counts, before = self._epoch_sums[0], self._epoch_means[:3]
         means = self._epoch_sums[1:] / counts.clamp(min=1)
-        means = torch.where(before[0] > 0, (means + before) / 2, means)
+        means.lerp_(before, 0.5 * before[:1].sign())
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
-        self._epoch_means.copy_(torch.where(is_over & (counts > 0), means, self._epoch_means))
+        torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
         error = self.confident_error_rate @ self.prior
-        self._least_error.copy_(torch.where(is_over, torch.minimum(error, self._least_error), self._least_error))
+        torch.where(is_over, torch.minimum(error, self._least_error), self._least_error, out=self._least_error)
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over
+
+
+def stack_rows(rows: Sequence[Tensor], batch: LogitBatch) -> Tensor:
+    """Rows of one number per sample as one tensor, `[k, N]`, zero for ignored samples."""
+    # Filled and not multiplied: an ignored sample may have logits that are not finite.
+    return torch.stack(list(rows)).masked_fill_(batch.ignore_mask, 0.0)

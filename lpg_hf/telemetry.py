@@ -47,8 +47,8 @@ class Telemetry(nn.Module):
         self._sums[:-1].add_(sums.view(-1, 2))
         # The sums of the norms are finite if and only if all gradients are (unless they are too large to sum up).
         total = sums.sum()
-        is_finite = total - total == 0
-        self._sums[-1, 0].clamp_(max=steps.to(total.dtype).masked_fill(is_finite, torch.inf))
+        first = self._sums[-1, 0]
+        torch.where(total - total == 0, first, torch.minimum(first, steps), out=first)
 
     def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> list[list[float]]:
         """

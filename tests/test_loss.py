@@ -96,7 +96,7 @@ def test_dampening_uses_the_means_of_the_epochs_before():
     statistics, gate = reference.RunningStatistics(C), np.zeros(C)
     log_prior = np.log(np.array(counts) / sum(counts))
     offset = np.log(np.array(shares) / sum(shares)) - log_prior
-    seen, acted = 0, []
+    seen, epochs, acted = 0, 0, []
     for step in range(3 * sum(counts) // 20):
         logits, labels = make_logits(20, seed=step, scale=4.0)
         loss_fn(logits, labels).backward()
@@ -104,7 +104,7 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         means = statistics.last_label_prob, statistics.confidence_ratio, statistics.confident_error_rate
         means += (statistics.decidedness,)
         options = {"learned": (0.0, 0.05), "contradicted": (0.0, 0.01), "offset": offset, "gate": gate}
-        options["rise"] = statistics.error_rise
+        options |= {"rise": statistics.error_rise, "epoch": 1 + epochs}
         plain = reference.dampening_weight(z, y, *means, **options)
         factor = 1 / np.maximum(statistics.mean_weight, 0.5)
         weight = np.array([w * (factor[c] if c >= 0 else 1) for w, c in zip(plain, y, strict=True)])
@@ -114,7 +114,7 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         statistics.update(z, y, plain, offset)
         seen += (y >= 0).sum()
         if seen >= sum(counts):
-            seen = 0
+            seen, epochs = 0, epochs + 1
             statistics.end_epoch(np.exp(log_prior))
             for c in range(C):
                 second = reference.ramp(statistics.confident_error_rate[c], 0.0, 0.01)
@@ -358,9 +358,9 @@ def test_a_step_never_asks_the_device_for_a_value(chain):
 def test_errors_name_what_was_found():
     logits, labels = make_logits()
     loss_fn = LPGLoss(C, "logit_clipping")
-    with pytest.raises(ValueError, match=r"`labels` must lie in \[0, 5\) or be -100: Target 7 is out of bounds"):
+    with pytest.raises(ValueError, match=r"`labels` must lie in \[0, 5\) or be -100: index 7 is out of bounds"):
         loss_fn(logits, torch.full((12,), 7))
-    with pytest.raises(ValueError, match="Target -1 is out of bounds"):
+    with pytest.raises(ValueError, match="index -1 is out of bounds"):
         loss_fn(logits, torch.full((12,), -1))
     with pytest.raises(ValueError, match=r"found shapes \[12, 5\] and \[3\]"):
         loss_fn(logits, labels[:3])

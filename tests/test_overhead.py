@@ -192,18 +192,18 @@ def count_step(loss_fn):
 @pytest.mark.parametrize(
     ("chain", "operations", "passes", "matrices"),
     [
-        # Measured with torch 2.13: 130, 25, 3.
-        ("auto", 138, 25, 3),
-        # 122, 19, 4.
-        ("lpg", 128, 20, 4),
-        # 68, 13, 3.
-        ("logit_clipping", 70, 13, 3),
-        # 81, 12, 3.
-        ("focal_loss", 85, 12, 3),
-        # 67, 13, 3.
-        ("label_smoothing", 68, 13, 3),
-        # 289, 95, 25.
-        ("lpl", 308, 100, 25),
+        # Measured with torch 2.13: 97, 23, 3.
+        ("auto", 100, 23, 3),
+        # 115, 19, 4.
+        ("lpg", 118, 20, 4),
+        # 60, 13, 3.
+        ("logit_clipping", 62, 13, 3),
+        # 74, 12, 3.
+        ("focal_loss", 77, 12, 3),
+        # 62, 13, 3.
+        ("label_smoothing", 64, 13, 3),
+        # 274, 95, 25.
+        ("lpl", 290, 100, 25),
     ],
 )
 def test_a_step_takes_few_operations_and_matrices(chain, operations, passes, matrices):
@@ -212,11 +212,11 @@ def test_a_step_takes_few_operations_and_matrices(chain, operations, passes, mat
     assert all(map(operator.le, found, (operations, passes, matrices))), found
 
 
-@pytest.mark.parametrize("chain", ["auto", "label_smoothing"])
-def test_a_bare_loss_looks_for_the_end_of_an_epoch_in_few_operations_per_class(chain):
+@pytest.mark.parametrize(("chain", "operations"), [("auto", 45), ("label_smoothing", 18)])  # measured: 43, 17
+def test_a_bare_loss_looks_for_the_end_of_an_epoch_in_few_operations_per_class(chain, operations):
     """It alone does: LPGTrainer knows when an epoch ends."""
     bare, managed = (count_step(LPGLoss(C, chain, COUNTS, managed=managed)) for managed in (False, True))
-    assert bare[0] <= managed[0] + 15 and bare[1:] == managed[1:], (bare, managed)
+    assert bare[0] <= managed[0] + operations and bare[1:] == managed[1:], (bare, managed)
 
 
 @pytest.mark.parametrize(("chain", "matrices"), [("auto", 2.2), ("lpg", 3.1), ("lpl", 6.1), ("logit_clipping", 2.2)])

@@ -79,6 +79,12 @@ class LogitPerturbation(Perturbation):
 
     space = "logit"
 
+    def attach(self, statistics: ClassStatistics) -> None:
+        """
+        For methods that keep terms per class which change with the class shares or with an epoch alone: called once,
+        with the statistics of the loss. Without it, these terms are computed for each batch.
+        """
+
     def use_label_names(self, label_names: Mapping[str, int]) -> None:
         """For methods with arguments by label name: gives them the index of each name, before `setup`."""
 

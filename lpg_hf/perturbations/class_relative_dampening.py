@@ -41,27 +41,43 @@ def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor
     return confidence_ratio ** (2 - decidedness)
 
 
-def dampening_weight(batch: LogitBatch, reference: Tensor, gate: Tensor, power: float = 4.0) -> Tensor:
+#: The least weight of a sample in epoch e is this, divided by e.
+LEAST_WEIGHT = 0.3
+
+
+def dampening_weight(
+    confidence_ratio: Tensor, reference: Tensor, exponent: Tensor, least: Tensor | float = 0.0
+) -> Tensor:
     r"""
-    Weight of each sample under class-relative dampening: `min(1, rho_i / r_c) ^ (power gamma_c)`.
+    Weight of each sample under class-relative dampening: `max(l, min(1, rho_i / r_c) ^ (power gamma_c))`.
 
     `rho_i` says how far the model believes the label of sample i ([`LogitBatch.confidence_ratio`]). Every sample of a
-    class with a closed gate has weight 1.
+    class with a closed gate has weight 1. A least weight `l` that falls with the epochs keeps a model that learns from
+    scratch from believing only itself. What it adds up to over a training is small.
 
     Source: ours.
 
     Args:
-        batch ([`LogitBatch`]): The micro-batch.
-        reference (`torch.Tensor` of shape `[C]`): The belief that a sample needs for its full weight, `r_c`.
-        gate (`torch.Tensor` of shape `[C]`): How far dampening acts on each class, `gamma_c` in [0, 1].
-        power (`float`, *optional*, defaults to 4.0): Strength, at least 0.
+        confidence_ratio (`torch.Tensor` of shape `[N]`): `rho_i`, in [0, 1].
+        reference (`torch.Tensor` of shape `[N]`):
+            The belief that a sample of its class needs for its full weight, `r_c`, above 0.
+        exponent (`torch.Tensor` of shape `[N]`):
+            How far dampening acts on its class, `power gamma_c` with `gamma_c` in [0, 1].
+        least (`float` or `torch.Tensor` of shape `[N]`, *optional*, defaults to 0.0): The least weight, in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `[N]`: In [0, 1]; arbitrary for ignored samples.
+        `torch.Tensor` of shape `[N]`: In [0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> dampening_weight(torch.tensor([0.9, 0.2]), torch.tensor([0.4, 0.4]), exponent=torch.tensor([2.0, 2.0]))
+    tensor([1.0000, 0.2500])
+
+    ```
     """
-    tiny = torch.finfo(batch.confidence_ratio.dtype).tiny
-    needed = reference.clamp(min=tiny)[batch.classes]
-    return (batch.confidence_ratio / needed).clamp(max=1) ** (power * gate[batch.classes])
+    return ((confidence_ratio / reference).clamp(max=1) ** exponent).clamp(min=least)
 
 
 def dampening_gate(
@@ -125,27 +141,28 @@ class ClassRelativeDampening(SampleReweighting):
     r"""
     Dampens the samples that the model believes far less than it believes their class, once that class is learned.
 
-    It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient
-    (see [`dampening_reference`] for `r_c`). A
-    class that is not learned yet, or that the model never contradicts, is left alone. Three things keep it from doing
-    harm:
+    It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient:
+    [`dampening_reference`] explains `r_c`. A class that is not learned yet, or that the model never contradicts, is
+    left alone. Four things keep it from doing harm:
 
     - In the first epoch it does not act. Nothing can be memorized before a second visit.
     - Its gate `gamma_c`, see [`dampening_gate`], never closes again. A model that has memorized its wrong labels
       contradicts none of them any more.
+    - No sample is silenced: in epoch e its weight is at least 0.3 / e, see [`dampening_weight`].
     - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
 
     Labels are judged at the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
-    Formula: `delta = (w - 1) g` with `w = min(1, rho / r_c) ^ (power gamma_c)`, `rho = q_y / max_j q_j`.
+    Formula: `delta = (w - 1) g` with `w = max(0.3 / epoch, min(1, rho / r_c) ^ (power gamma_c))`,
+    `rho = q_y / max_j q_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorize.
     Hurts: data that is hard for the model and has right labels, a little.
     Cost: O(NC).
     Source: ours.
 
     Args:
-        power (`float`, *optional*, defaults to 4.0): Strength, at least 0; 0 switches the method off.
+        power (`float`, *optional*, defaults to 2.0): Strength, at least 0; 0 switches the method off.
         learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
             Running mean probability of a class at which its gate starts to open, and at which it is open.
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.15)`):
@@ -165,10 +182,11 @@ class ClassRelativeDampening(SampleReweighting):
 
     name = "class_relative_dampening"
     _gate: Tensor
+    _terms: Tensor  # `None` without `attach`
 
     def __init__(
         self,
-        power: float = 4.0,
+        power: float = 2.0,
         learned: Sequence[float] = (0.05, 0.3),
         contradicted: Sequence[float] = (0.05, 0.15),
     ):
@@ -179,18 +197,33 @@ class ClassRelativeDampening(SampleReweighting):
         self.power = power
         self.learned = tuple(learned)
         self.contradicted = tuple(contradicted)
+        self.register_buffer("_terms", None, persistent=False)
 
     def setup(self, num_labels: int) -> None:
         self.register_buffer("_gate", torch.zeros(num_labels))
 
-    def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        # The means of an epoch give the same gate at each of the next steps. In the first epoch it is closed.
+    def attach(self, statistics: ClassStatistics) -> None:
+        self._terms = torch.zeros(3, statistics.num_labels)
+        statistics.follow_epochs(self._follow)
+
+    def _follow(self, statistics: ClassStatistics) -> None:
+        # In place: a CUDA graph reads them.
+        torch.stack(self._class_terms(statistics), out=self._terms)
+
+    def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
         label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
-        rise = statistics.error_rise
-        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, rise)
+        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, statistics.error_rise)
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
-        weight = dampening_weight(batch, reference, self._gate, self.power)
-        self.uncompensated_weight = weight
-        weight = weight * dampening_compensation(statistics.mean_weight)[batch.classes]
-        return weight.masked_fill(batch.ignore_mask, 1.0)
+        reference = reference.clamp(min=torch.finfo(reference.dtype).tiny)
+        least = LEAST_WEIGHT / (statistics.epochs + 1).to(reference.dtype)
+        return reference, self.power * self._gate, least.expand_as(reference)
+
+    def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
+        terms = torch.stack(self._class_terms(statistics)) if self._terms is None else self._terms
+        weight = self.uncompensated_weight = dampening_weight(
+            batch.confidence_ratio, *terms[:, batch.classes].unbind()
+        )
+        compensation = dampening_compensation(statistics.mean_weight)[batch.classes]
+        return (weight * compensation).masked_fill(batch.ignore_mask, 1.0)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..batch import LogitBatch
+from ..batch import LogitBatch, balance_label_entry_
 from ..statistics import ClassStatistics
 from .base import LogitPerturbation, returns_new_memory
 from .checks import check, check_interval
@@ -31,28 +31,31 @@ def logit_adjustment_delta(
 
     Args:
         batch ([`LogitBatch`]): The micro-batch.
-        offset (`torch.Tensor` of shape `[C]`): The offsets `b`, up to a constant.
+        offset (`torch.Tensor` of shape `[C]`): The offsets `b`, from -69 to 0, see [`relative_offset`].
         shares (`torch.Tensor` of shape `[C]`): Share of each class in the training set.
         weight_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
             Share of the offsets that weights take over, in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero. Offsets that are more than 69 below the largest
-        count as 69 below it.
+        `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero.
     """
-    base, index = batch.gradient, batch.classes[:, None]
-    offset = (offset - offset.max()).to(base)
-    # `exp`, since a compiler may repeat it for each sample. The bound keeps the sums below from underflow.
-    factors = (offset * (1 - weight_share)).exp().clamp(min=1e-30)
-    weights = (-offset * weight_share).exp()
-    weights = weights / (weights @ shares.to(base))
+    base, offset = batch.gradient, offset.to(batch.gradient)
+    # Factors `exp((1 - a) b)` and weights `exp(-a b)`. `exp`, since a compiler may repeat it for each sample.
+    both = torch.arange(2, device=base.device, dtype=base.dtype)[:, None]
+    factors, weights = terms = torch.mul(1 - weight_share - both, offset).exp_()
+    weights.div_(weights @ shares.to(base))
+    factor, weight = terms[:, batch.classes, None]
     # softmax(z + b) is proportional to p exp(b), and off the label the gradient is p.
-    p = batch.label_prob[:, None]
-    own, adjusted = base.gather(-1, index), (base * factors).scatter_(-1, index, 0.0)
-    others = adjusted.sum(-1, keepdim=True)
+    p, own, adjusted = batch.label_prob[:, None], batch.label_gradient, base * factors
+    adjusted_own = balance_label_entry_(adjusted, batch.classes[:, None])
     # The sum of p is 1 up to rounding, which cancels like this where the offsets are 0.
-    scale = weights[index] * (p - own) / torch.addcmul(others, p, factors[index])
-    return adjusted.mul_(scale).scatter_(-1, index, -scale * others).sub_(base)
+    scale = weight * (own - p) / torch.addcmul(adjusted_own, p, factor, value=-1)
+    return adjusted.mul_(scale).sub_(base)
+
+
+def relative_offset(offset: Tensor) -> Tensor:
+    """Offsets relative to the largest. The bound of -69 keeps sums of `p exp(b)` from underflow."""
+    return (offset - offset.max()).clamp(min=-69.0)
 
 
 class LogitAdjustment(LogitPerturbation):
@@ -95,6 +98,7 @@ class LogitAdjustment(LogitPerturbation):
     """
 
     name = "logit_adjustment"
+    _offset: Tensor  # `None` without `attach`
 
     def __init__(self, tau: float = 1.0, learned: Sequence[float] | None = None, target: str = "uniform"):
         super().__init__()
@@ -105,11 +109,23 @@ class LogitAdjustment(LogitPerturbation):
         self.tau = tau
         self.learned = None if learned is None else tuple(learned)
         self.target = target
+        self.register_buffer("_offset", None, persistent=False)
+
+    def attach(self, statistics: ClassStatistics) -> None:
+        self._offset = torch.zeros_like(statistics.prior)
+        statistics.follow_prior(self._follow)
+
+    def _follow(self, statistics: ClassStatistics) -> None:
+        # In place: a CUDA graph reads it.
+        self._offset.copy_(self._relative_offset(statistics))
+
+    def _relative_offset(self, statistics: ClassStatistics) -> Tensor:
+        return relative_offset(-self.log_correction(statistics))
 
     @returns_new_memory
     def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        offset, shares = -self.log_correction(statistics), statistics.prior
-        return logit_adjustment_delta(batch, offset, shares, self.weight_share(statistics))
+        offset = self._relative_offset(statistics) if self._offset is None else self._offset
+        return logit_adjustment_delta(batch, offset, statistics.prior, self.weight_share(statistics))
 
     def log_correction(self, statistics: ClassStatistics) -> Tensor:
         prior = statistics.prior_terms
@@ -121,4 +137,5 @@ class LogitAdjustment(LogitPerturbation):
         """Share of the correction that weights make, a scalar in [0, 1]."""
         if self.learned is None:
             return 0.0
-        return 1 - ramp(statistics.label_prob @ statistics.prior_terms.present_mean, *self.learned)
+        start, end = self.learned
+        return ramp(statistics.label_prob @ statistics.prior_terms.present_mean, end, start)

@@ -43,7 +43,9 @@ def lpl_delta(batch: LogitBatch, signs: Tensor, bounds: Tensor, steps: int = 5, 
         shift = project_l2_ball(mean.mul_(step).add_(shift), bound)
         gradient = logit_gradient(shift.index_select(0, segment).add_(logits), labels)
     # Off the label, the two gradients are softmax(z + d) and softmax(z).
-    return zero_ignored_(balance_label_entry_(gradient - batch.gradient, batch.classes), labels)
+    delta = gradient - batch.gradient
+    balance_label_entry_(delta, batch.classes[:, None])
+    return zero_ignored_(delta, labels, batch.valid_bits)
 
 
 class LPL(ClassLevelPerturbation):

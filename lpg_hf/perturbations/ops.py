@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def ramp(value: Tensor, start: float, end: float) -> Tensor:
-    """0 up to `start`, 1 from `end` on, linear in between."""
+    """0 at `start` and before, 1 at `end` and behind, linear in between. It falls where `end` is the smaller one."""
     return ((value - start) / (end - start)).clamp(0, 1)
 
 

@@ -34,9 +34,10 @@ def load_into(loss: LPGLoss, tensors: Mapping[str, Tensor]) -> None:
 def hand_on(before: LPGLoss, after: LPGLoss) -> None:
     """Gives a loss with other class counts, or another chain, what the one before has learned."""
     after.to(before.statistics.accuracy)
-    state = before.statistics.state_dict()
-    after.statistics.load_state_dict(state | {"class_counts": after.statistics.class_counts})
     learned = {repr(method): method.state_dict() for method in before.perturbations}
     for method in after.perturbations:
         if repr(method) in learned:
             method.load_state_dict(learned[repr(method)])
+    # Last: the methods are told what follows from them.
+    state = before.statistics.state_dict()
+    after.statistics.load_state_dict(state | {"class_counts": after.statistics.class_counts})

@@ -95,17 +95,18 @@ def dampening_weight(
     confidence_ratio,
     contradiction,
     decidedness,
-    power=4.0,
+    power=2.0,
     learned=(0.05, 0.3),
     contradicted=(0.05, 0.15),
     rise=0.0,
     offset=None,
     gate=None,
+    epoch=30,
 ):
     """
-    `min(1, rho_i / R_c^(2 - d_c)) ^ (power a_c max(b_c, b))`, `rho_i` at the logits plus an offset per class; 1 for
-    ignored samples and for a class never seen. The gate `b` of all classes opens by a rise between .01 and .03. A gate
-    that was open once, `gate`, stays open.
+    `max(0.3 / epoch, min(1, rho_i / R_c^(2 - d_c)) ^ (power a_c max(b_c, b)))`, `rho_i` at the logits plus an offset
+    per class; 1 for ignored samples and for a class never seen. The gate `b` of all classes opens by a rise between
+    .01 and .03. A gate that was open once, `gate`, stays open.
     """
     offset = [0.0] * len(label_prob) if offset is None else offset
     gate = [0.0] * len(label_prob) if gate is None else gate
@@ -119,7 +120,7 @@ def dampening_weight(
         second = max(ramp(contradiction[label], *contradicted), ramp(rise, 0.01, 0.03))
         now = ramp(label_prob[label], *learned) * second
         reference = confidence_ratio[label] ** (2 - decidedness[label])
-        weights.append(min(1.0, rho / reference) ** (power * max(gate[label], now)))
+        weights.append(max(min(1.0, rho / reference) ** (power * max(gate[label], now)), 0.3 / epoch))
     return np.array(weights)
 
 

@@ -52,12 +52,13 @@ class ClassMeans:
     def as_lists(self):
         return [tensor.tolist() for tensor in vars(self).values()]
 
-    def as_statistics(self, dtype=torch.float64, rise=0.0):
+    def as_statistics(self, dtype=torch.float64, rise=0.0, epoch=30):
         statistics = ClassStatistics(len(self.last_label_prob)).to(dtype)
         for name in ("last_label_prob", "confidence_ratio", "confident_error_rate"):
             getattr(statistics, name).copy_(getattr(self, name))
         mean = self.confidence_ratio
         statistics._epoch_means[1] = mean.square() + self.decidedness * mean * (1 - mean)
+        statistics.epochs.fill_(epoch - 1)
         statistics._least_error.fill_(statistics.confident_error_rate.mean() - rise)
         return statistics
 
@@ -92,8 +93,8 @@ def make_method(batch, **options):
     return method.to(batch.logits.dtype)
 
 
-def weights(batch, means, rise=0.0, **options):
-    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype, rise)
+def weights(batch, means, rise=0.0, epoch=30, **options):
+    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype, rise, epoch)
     return make_method(batch, **options).weight(batch.gradient, batch, statistics)
 
 
@@ -165,17 +166,17 @@ def test_a_closed_gate_switches_dampening_off_for_its_class(batch, means):
 def test_dampening_falls_with_confidence_and_with_power():
     logits = torch.linspace(0, 8, 30)[:, None] * torch.tensor([0.0, 1.0, 0.5, 0, 0, 0, 0])
     batch = LogitBatch(logits.double(), torch.zeros(30, dtype=torch.int64))
-    by_power = torch.stack([weights(batch, OPEN, power=power) for power in (0.5, 1.0, 2.0)])
+    by_power = torch.stack([weights(batch, OPEN, power=power, epoch=10**9) for power in (0.5, 1.0, 2.0)])
     below = (-logits[:, 1]).exp() < 0.6**2
     assert below.sum() > 20
     assert (by_power[:, below].diff(dim=1) < 0).all()
     assert (by_power[:, below].diff(dim=0) < 0).all()
 
 
-def test_default_power_is_the_fourth_of_the_share_of_confidence_where_both_gates_are_open():
+def test_the_default_power_is_the_square_where_both_gates_are_open():
     # rho = exp(-log 10) = 0.1 against a class mean of 0.6.
     logits = torch.tensor([[0.0, math.log(10), 0, 0, 0, 0, 0]], dtype=torch.float64)
-    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), OPEN), [(0.1 / 0.36) ** 4], 1e-12)
+    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), OPEN), [(0.1 / 0.36) ** 2], 1e-12)
 
 
 @few_examples
@@ -195,7 +196,17 @@ def test_a_class_with_labels_that_are_told_apart_asks_more_of_a_sample(decided, 
     logits = torch.zeros(6, 7, dtype=torch.float64)
     logits[:, 1] = -rho.log()
     weight = weights(LogitBatch(logits, torch.zeros(6, dtype=torch.int64)), means)
-    assert_equal(weight, (rho / needed).clamp(max=1) ** 4, 1e-12)
+    assert_equal(weight, ((rho / needed).clamp(max=1) ** 2).clamp(min=0.01), 1e-12)
+
+
+@few_examples
+@given(batch=drawn_batches(), means=class_means(), epoch=st.sampled_from([1, 2, 3, 10, 1000]))
+def test_no_sample_is_silenced_and_its_least_weight_falls_with_the_epochs(batch, means, epoch):
+    means = means.resized(batch.num_classes)
+    arguments = batch.logits.numpy(), batch.labels.tolist(), *means.as_lists()
+    weight = weights(batch.batch, means, epoch=epoch)
+    assert_equal(weight, reference.dampening_weight(*arguments, epoch=epoch), 1e-12)
+    assert weight.min() >= 0.3 / epoch - 1e-12
 
 
 @given(mean_weight=st.floats(0, 1))
@@ -252,7 +263,8 @@ def test_labels_are_judged_at_the_shares_of_the_evaluation(batch, means, seed):
 def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     means = means.resized(batch.num_classes)
     gate = dampening_gate(means.last_label_prob, means.confident_error_rate, (0.0, 0.3), (0.04, 1.0))
-    expected = dampening_weight(batch.batch, dampening_reference(means.confidence_ratio, means.decidedness), gate)
+    classes, needed = batch.batch.classes, dampening_reference(means.confidence_ratio, means.decidedness)
+    expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], 2 * gate[classes], least=0.01)
     actual = weights(batch.batch, means, learned=(0.0, 0.3), contradicted=(0.04, 1.0))
     # The formula says nothing about ignored samples.
     assert_equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0), 1e-12)
@@ -264,9 +276,9 @@ def test_relative_dampening_is_finite_for_unseen_classes_and_saturated_logits(dt
     logits = torch.tensor([[0.0, 2000.0, 0.0], [80.0, 0.0, 0.0], [0.0, 80.0, 0.0]], dtype=dtype)
     batch = LogitBatch(logits, torch.tensor([0, 0, 0]))
     assert weights(batch, unseen).tolist() == [1, 1, 1]
-    weight = weights(batch, seen)
-    assert weight[:2].tolist() == [0, 1]
-    assert 0 <= weight[2] < 1e-30
+    weight = weights(batch, seen, epoch=10**9)
+    assert weight[1] == 1
+    np.testing.assert_allclose(weight[[0, 2]], 3e-10, rtol=1e-5)  # the least
 
 
 def test_relative_dampening_ignores_samples_whatever_their_logits():
@@ -275,7 +287,7 @@ def test_relative_dampening_ignores_samples_whatever_their_logits():
     means = ClassMeans(*(tensor[:2] for tensor in vars(OPEN).values()))
     weight = weights(batch, means)
     assert weight[:2].tolist() == [1, 1]
-    assert weight[2] < 0.01
+    assert weight[2] == pytest.approx(0.01)
     assert (deltas(batch, means)[:2] == 0).all()
 
 
@@ -302,6 +314,7 @@ def test_class_relative_dampening_equals_the_reference(options):
         statistics.confidence_ratio.tolist(),
         statistics.confident_error_rate.tolist(),
         statistics.decidedness.tolist(),
+        epoch=2,
         **options,
     )
     weight = method.weight(batch.gradient, batch, statistics)
