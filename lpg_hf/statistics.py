@@ -249,7 +249,11 @@ class ClassStatistics(nn.Module):
         Right labels that are hard become fewer from epoch to epoch. Wrong ones stand out more and more, until they are
         memorized.
         """
-        return (self.confident_error_rate @ self.prior - self._least_error).clamp(min=0)
+        return (self._error - self._least_error).clamp(min=0)
+
+    @property
+    def _error(self) -> Tensor:
+        return torch.dot(self.confident_error_rate, self.prior)
 
     @property
     def last_label_prob(self) -> Tensor:
@@ -334,8 +338,7 @@ class ClassStatistics(nn.Module):
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
         torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
-        error = self.confident_error_rate @ self.prior
-        torch.where(is_over, torch.minimum(error, self._least_error), self._least_error, out=self._least_error)
+        torch.where(is_over, torch.minimum(self._error, self._least_error), self._least_error, out=self._least_error)
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over
 
