@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,25 +34,19 @@ class LossGraphs:
     as it is: everything on a CPU, while compiling or while the caller captures a graph of its own, in a replica of
     DataParallel, and methods that draw or count on the host or talk to other processes.
 
-    Attributes:
-        is_enabled (`bool`): Whether graphs are used. A capture that failed sets it to `False`, and a line is logged.
+    Args:
+        is_enabled (`bool`, *optional*, defaults to `True`):
+            Whether graphs are used; also an attribute. A capture that failed sets it to `False`, and a line is logged.
     """
 
-    def __init__(self) -> None:
-        self.is_enabled = True
-        self._forget()
+    def __init__(self, is_enabled: bool = True) -> None:
+        self.is_enabled = is_enabled
         self._owner: weakref.ref | None = None
-
-    def __deepcopy__(self, memo: dict) -> Self:
-        return self._unused_copy()
+        self._forget()
 
     def __reduce__(self) -> tuple:
-        return type(self), ()
-
-    def _unused_copy(self) -> Self:
-        copied = type(self)()
-        copied.is_enabled = self.is_enabled
-        return copied
+        # A copy of the loss captures graphs of its own.
+        return type(self), (self.is_enabled,)
 
     def _forget(self) -> None:
         self._state: list[Tensor] = []
