@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .added_gradient import add_gradient
-from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, zero_ignored_
+from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, stack_rows, zero_ignored_
 from .chain import last_weights, reweighting_methods, run_chain
 from .loss_graphs import LossGraphs
 from .perturbations import LogitPerturbation, build_chain
 from .perturbations.base import uncompensated_weight
-from .statistics import ClassStatistics, stack_rows
+from .statistics import ClassStatistics
 from .telemetry import Telemetry, head_and_tail_accuracy, mean_norms_and_weights
 
 

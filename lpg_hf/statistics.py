@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .batch import LogitBatch
+from .batch import LogitBatch, stack_rows
 from .class_shares import PriorTerms, check_class_counts, check_shares, min_counted_samples, prior_terms
 
 
@@ -114,7 +114,8 @@ class ClassStatistics(nn.Module):
         self.register_buffer("_least_error", torch.tensor(torch.inf))
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(7, num_labels), persistent=False)
-        # The prior's terms, and last the offset of the judged logits. They stay in one place: a CUDA graph reads them.
+        # The terms of the prior in their order, and the offset of the judged logits. They stay in one place, where a
+        # CUDA graph finds them.
         self.register_buffer("_prior_rows", torch.zeros(6, num_labels), persistent=False)
         self._update_prior()
 
@@ -130,7 +131,12 @@ class ClassStatistics(nn.Module):
     @property
     def prior(self) -> Tensor:
         """Share of each class in the training set, `[C]`; uniform while it is unknown."""
-        return self.prior_terms.shares
+        return self._prior_rows[0]
+
+    @property
+    def present_mean(self) -> Tensor:
+        """Weights of a mean over the classes that have samples, `[C]`."""
+        return self._prior_rows[3]
 
     def _update_prior(self) -> None:
         if self.counts_are_given:
@@ -341,9 +347,3 @@ class ClassStatistics(nn.Module):
         torch.where(is_over, torch.minimum(self._error, self._least_error), self._least_error, out=self._least_error)
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over
-
-
-def stack_rows(rows: Sequence[Tensor], batch: LogitBatch) -> Tensor:
-    """Rows of one number per sample as one tensor, `[k, N]`, zero for ignored samples."""
-    # Filled and not multiplied: an ignored sample may have logits that are not finite.
-    return torch.stack(list(rows)).masked_fill_(batch.ignore_mask, 0.0)

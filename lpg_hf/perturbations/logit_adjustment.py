@@ -139,4 +139,4 @@ class LogitAdjustment(LogitPerturbation):
         if self.learned is None:
             return 0.0
         start, end = self.learned
-        return ramp(torch.dot(statistics.label_prob, statistics.prior_terms.present_mean), end, start)
+        return ramp(torch.dot(statistics.label_prob, statistics.present_mean), end, start)
