@@ -7,9 +7,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def add_gradient(value: Tensor, logits: Tensor, gradient: Tensor, divisor: Tensor | float | None = None) -> Tensor:
-    """A scalar worth `value`, with its gradient and a constant `gradient` at `logits` on top, all of it divided."""
-    return _AddGradient.apply(logits, value, gradient, divisor)
+def add_gradient(
+    value: Tensor, logits: Tensor, gradient: Tensor, divisor: Tensor | float, divides_value: bool = False
+) -> Tensor:
+    """
+    A scalar with its own gradient, and with a constant at the logits on top.
+
+    Args:
+        value (`torch.Tensor`): The scalar. Its graph is kept.
+        logits (`torch.Tensor` of shape `[N, C]`): The logits, of any dtype.
+        gradient (`torch.Tensor` of shape `[N, C]`): The constant, before the division.
+        divisor (`torch.Tensor`, scalar, or `float`):
+            Divides the constant. It does so in the backward pass, where it costs no pass over the matrix.
+        divides_value (`bool`, *optional*, defaults to `False`): Whether it divides the scalar as well.
+
+    Returns:
+        `torch.Tensor`: The scalar.
+    """
+    return _AddGradient.apply(logits, value, gradient, divisor, divides_value)
 
 
 class _AddGradient(torch.autograd.Function):
@@ -17,15 +32,18 @@ class _AddGradient(torch.autograd.Function):
     # and free of its rounding error in the value.
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, divisor: Tensor | float | None) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor, divisor: Tensor | float, divides_value: bool
+    ) -> Tensor:
         ctx.save_for_backward(gradient, divisor if isinstance(divisor, Tensor) else None)
-        ctx.logits_dtype, ctx.divisor = logits.dtype, None if isinstance(divisor, Tensor) else divisor
-        return value.clone() if divisor is None else value / divisor
+        ctx.divisor = None if isinstance(divisor, Tensor) else divisor
+        ctx.logits_dtype, ctx.divides_value = logits.dtype, divides_value
+        return value / divisor if divides_value else value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         gradient, divisor = ctx.saved_tensors
-        divisor = ctx.divisor if divisor is None else divisor
-        grad_value = grad_output if divisor is None else grad_output / divisor
-        return (grad_value * gradient).to(ctx.logits_dtype), grad_value, None, None
+        divided = grad_output / (ctx.divisor if divisor is None else divisor)
+        grad_value = divided if ctx.divides_value else grad_output
+        return (divided * gradient).to(ctx.logits_dtype), grad_value, None, None, None

@@ -1,6 +1,6 @@
 """What the logits of a micro-batch say: computed once, and handed to the loss, the methods and the statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -149,6 +149,12 @@ def zero_ignored_(matrix: Tensor, labels: Tensor, valid_bits: Tensor | None = No
     bits = _bits(labels < 0) if valid_bits is None else valid_bits
     matrix.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]).bitwise_and_(bits)
     return matrix
+
+
+def stack_rows(rows: Sequence[Tensor], batch: LogitBatch) -> Tensor:
+    """Rows of one number per sample as one tensor, `[k, N]`, zero for ignored samples."""
+    # Filled and not multiplied: an ignored sample may have logits that are not finite.
+    return torch.stack(list(rows)).masked_fill_(batch.ignore_mask, 0.0)
 
 
 def _bits(ignore_mask: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .added_gradient import add_gradient
-from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, zero_ignored_
-from .perturbations import LogitPerturbation, SampleReweighting, build_chain
+from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, stack_rows, zero_ignored_
+from .chain import last_weights, reweighting_methods, run_chain
+from .loss_graphs import LossGraphs
+from .perturbations import LogitPerturbation, build_chain
 from .perturbations.base import uncompensated_weight
-from .perturbations.checks import check_shape
-from .statistics import ClassStatistics, stack_rows
+from .statistics import ClassStatistics
 from .telemetry import Telemetry, head_and_tail_accuracy, mean_norms_and_weights
 
 
@@ -53,6 +54,7 @@ class LPGLoss(nn.Module):
         statistics ([`ClassStatistics`]): What training has seen of each class.
         perturbations (`torch.nn.ModuleList`): The methods of the chain, copies of the objects given.
         is_frozen (`bool`): Whether the loss perturbs without learning, see [`~LPGLoss.frozen`].
+        graphs ([`LossGraphs`]): On a GPU, runs the loss as CUDA graphs unless `graphs.is_enabled` is set to `False`.
 
     Raises:
         ValueError: If `num_labels` is below 2, a perturbation is unknown, or counts or shares do not fit.
@@ -104,6 +106,7 @@ class LPGLoss(nn.Module):
         self.managed = managed
         self.is_frozen = False
         self._telemetry = Telemetry(len(self.perturbations))
+        self.graphs = LossGraphs()
 
     @property
     def num_labels(self) -> int:
@@ -156,15 +159,37 @@ class LPGLoss(nn.Module):
         if not perturbs:
             return self._values(z, labels).sum() / divisor if model_loss is None else model_loss
 
-        batch = LogitBatch(z.detach(), labels, self.statistics.judged_offset_or_none)
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
+            batch = LogitBatch(z.detach(), labels, self.statistics.judged_offset_or_none)
             return self.perturb_loss(self._values(z, labels).sum() / divisor, z, batch, divisor, observer)
-        perturbed = self.perturb(batch.gradient, batch, observer)
+        step = self._whole_gradient if model_loss is None else self._sum_of_deltas
+        if self.is_frozen or observer is not None:
+            results: Sequence[Tensor] = step(z.detach(), labels, observer)
+        else:
+            results = self._run(step, z.detach(), labels, device=z.device)
+        gradient, *weights = results if model_loss is not None else results[1:]
+        for method, weight in zip(reweighting_methods(self._methods), weights, strict=True):
+            method.last_weight = weight
         if model_loss is None:
-            # Divided last, where it costs no pass over the matrix.
-            return add_gradient(-batch.label_log_prob.sum(), logits, perturbed, divisor)
-        return add_gradient(model_loss, logits, (perturbed - batch.gradient).div_(divisor))
+            return add_gradient(results[0], logits, gradient, divisor, divides_value=True)
+        return add_gradient(model_loss, logits, gradient, divisor)
+
+    def _whole_gradient(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
+        """The summed cross-entropy, its perturbed gradient, and the weights of the methods that weight samples."""
+        batch = LogitBatch(z, labels, self.statistics.judged_offset_or_none)
+        perturbed = self.perturb(batch.gradient, batch, observer)
+        return [-batch.label_log_prob.sum(), perturbed, *last_weights(self._methods)]
+
+    def _sum_of_deltas(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
+        """The sum of all deltas, and the weights."""
+        batch = LogitBatch(z, labels, self.statistics.judged_offset_or_none)
+        perturbed = self.perturb(batch.gradient, batch, observer)
+        return [perturbed.sub_(batch.gradient), *last_weights(self._methods)]
+
+    def _run(self, step: Callable[..., Sequence[Tensor]], *inputs: Tensor, device: torch.device) -> Sequence[Tensor]:
+        parts = [self, self.statistics, self._telemetry, *self._methods]
+        return self.graphs.run(self, step, inputs, parts, device, rule=self.statistics.judged_offset_or_none is None)
 
     def perturb_loss(
         self,
@@ -200,7 +225,7 @@ class LPGLoss(nn.Module):
         # Where a loss reaches ignored samples, its gradient there is left alone.
         gradient = gradient.to(batch.logits.dtype, copy=True, memory_format=torch.contiguous_format)
         gradient = zero_ignored_(gradient, batch.labels, batch.valid_bits)
-        return add_gradient(loss, logits, (self.perturb(gradient, batch, observer) - gradient) / divisor)
+        return add_gradient(loss, logits, self.perturb(gradient, batch, observer).sub_(gradient), divisor)
 
     @torch.no_grad()
     def perturb(self, gradient: Tensor, batch: LogitBatch, observer: DeltaObserver | None = None) -> Tensor:
@@ -217,7 +242,7 @@ class LPGLoss(nn.Module):
             `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
         """
         self._match(batch.logits)
-        perturbed, rows = self._run_chain(gradient, batch)
+        perturbed, rows = run_chain(self._methods, gradient, batch, self.statistics, learns=not self.is_frozen)
         if not self.is_frozen:
             # One table for both: each of its operations takes longer than all of its numbers.
             of_classes = self.statistics.rows_of(batch, uncompensated_weight(self._methods))
@@ -225,40 +250,10 @@ class LPGLoss(nn.Module):
             self.statistics.add(batch, table[: len(of_classes)])
             self._telemetry.record(table[len(of_classes) :], self.statistics.steps)
             if not self.managed:
-                self.step()
+                self._step()
         if observer is not None:
             observer(perturbed - gradient)
         return perturbed
-
-    def _run_chain(self, unperturbed: Tensor, batch: LogitBatch) -> tuple[Tensor, list[Tensor]]:
-        """The perturbed gradient, and the rows `[N]` that [`Telemetry`] sums up, but for the first."""
-        gradient = unperturbed
-        base_norm = gradient.norm(dim=-1)
-        norm: Tensor | None = base_norm
-        rows = [base_norm]
-        total_weight: Tensor | None = None
-        for method in self._methods:
-            if not self.is_frozen:
-                method.update(gradient, batch)
-            # The first gradient belongs to the caller, those after it do not: new memory costs more than arithmetic.
-            in_place = gradient is not unperturbed
-            if isinstance(method, SampleReweighting):
-                weight = method.weight(gradient, batch, self.statistics)
-                check_shape(method, "weight", weight, gradient, base_norm.shape)
-                # The gradient of ignored samples stays zero, whatever their weight.
-                weight = method.last_weight = weight.to(base_norm.dtype).masked_fill(batch.ignore_mask, 1.0)
-                norm = gradient.norm(dim=-1) if norm is None else norm
-                rows += [torch.addcmul(norm, norm, weight, value=-1).abs_(), weight]
-                total_weight = weight if total_weight is None else total_weight * weight
-                gradient = (gradient.mul_ if in_place else gradient.mul)(weight[:, None])
-            else:
-                gradient, delta_norm = method.add_delta(gradient, batch, self.statistics, in_place)
-                check_shape(method, "norm", delta_norm, gradient, base_norm.shape)
-                # The second is only read where it is a weight.
-                rows += [delta_norm] * 2
-            norm = None
-        # Only read if there is a weight.
-        return gradient, rows + [base_norm if total_weight is None else total_weight] * 2
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -276,9 +271,16 @@ class LPGLoss(nn.Module):
         Args:
             reduce (`Callable`, *optional*): Sums a tensor over processes.
         """
+        if reduce is None:
+            self._run(self._step, device=self._telemetry.device)
+        else:
+            self._step(reduce)
+
+    def _step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         self.statistics.step(reduce)
         for method in self._methods:
             method.step(reduce)
+        return []
 
     def end_epoch(self) -> None:
         """Ends an epoch. From then on dampening may act, and classes that are being counted have a prior."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .batch import LogitBatch
+from .batch import LogitBatch, stack_rows
 from .class_shares import PriorTerms, check_class_counts, check_shares, min_counted_samples, prior_terms
 
 
@@ -114,7 +114,8 @@ class ClassStatistics(nn.Module):
         self.register_buffer("_least_error", torch.tensor(torch.inf))
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(7, num_labels), persistent=False)
-        # The prior's terms, and last the offset of the judged logits. They stay in one place: a CUDA graph reads them.
+        # The terms of the prior in their order, and the offset of the judged logits. They stay in one place, where a
+        # CUDA graph finds them.
         self.register_buffer("_prior_rows", torch.zeros(6, num_labels), persistent=False)
         self._update_prior()
 
@@ -130,7 +131,12 @@ class ClassStatistics(nn.Module):
     @property
     def prior(self) -> Tensor:
         """Share of each class in the training set, `[C]`; uniform while it is unknown."""
-        return self.prior_terms.shares
+        return self._prior_rows[0]
+
+    @property
+    def present_mean(self) -> Tensor:
+        """Weights of a mean over the classes that have samples, `[C]`."""
+        return self._prior_rows[3]
 
     def _update_prior(self) -> None:
         if self.counts_are_given:
@@ -249,7 +255,11 @@ class ClassStatistics(nn.Module):
         Right labels that are hard become fewer from epoch to epoch. Wrong ones stand out more and more, until they are
         memorized.
         """
-        return (self.confident_error_rate @ self.prior - self._least_error).clamp(min=0)
+        return (self._error - self._least_error).clamp(min=0)
+
+    @property
+    def _error(self) -> Tensor:
+        return torch.dot(self.confident_error_rate, self.prior)
 
     @property
     def last_label_prob(self) -> Tensor:
@@ -334,13 +344,6 @@ class ClassStatistics(nn.Module):
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
         torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
-        error = self.confident_error_rate @ self.prior
-        torch.where(is_over, torch.minimum(error, self._least_error), self._least_error, out=self._least_error)
+        torch.where(is_over, torch.minimum(self._error, self._least_error), self._least_error, out=self._least_error)
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over
-
-
-def stack_rows(rows: Sequence[Tensor], batch: LogitBatch) -> Tensor:
-    """Rows of one number per sample as one tensor, `[k, N]`, zero for ignored samples."""
-    # Filled and not multiplied: an ignored sample may have logits that are not finite.
-    return torch.stack(list(rows)).masked_fill_(batch.ignore_mask, 0.0)

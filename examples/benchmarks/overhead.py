@@ -5,9 +5,11 @@ What LPGTrainer costs: time and memory of whole training steps, and of the pertu
     python examples/benchmarks/overhead.py --parts steps --models bert_6     # one part, one model
     torchrun --nproc_per_node 2 examples/benchmarks/overhead.py --parts steps --models vit_tiny --wall_clock
 
-Times are ratios: all candidates take turns, step by step and in random order, in one process, so that what else runs
-on the machine hits them alike. On the CPU they are processor time; on a GPU, or with `--wall_clock`, what a clock
-shows. Data and weights are random; nothing is downloaded. Prints Markdown.
+Times are ratios: all candidates take turns in random order and in one process, so that what else runs on the machine
+hits them alike. On the CPU they are processor time, and a turn is one step. On a GPU, or with `--wall_clock`, they are
+what a clock shows. On a GPU a turn is a block of steps, and the host waits for the card at its end alone, since it may
+run ahead. The launches of a step (kernels, graphs, copies) are counted there, too. Data and weights are random;
+nothing is downloaded. Prints Markdown.
 """
 
 import math
@@ -15,6 +17,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -56,6 +59,12 @@ METHODS = {
     "lpl": ["lpl"],
     "sam": ["sam"],
 }
+# What the profiler calls them.
+LAUNCHES = {
+    "kernels": ("cudaLaunchKernel", "cuLaunchKernel"),
+    "graphs": ("cudaGraphLaunch", "cuGraphLaunch"),
+    "copies": ("cudaMemcpyAsync", "cudaMemsetAsync"),
+}
 # Samples and classes of the matrices: one grows while the other stays.
 MATRICES_BY_N = [(n, 1000) for n in (32, 128, 512, 1024, 2048, 4096)]
 MATRICES_BY_C = [(256, c) for c in (10, 100, 1000, 10_000, 100_000)]
@@ -73,7 +82,8 @@ class OverheadArguments:
         metadata={"help": f"Of {', '.join(['vit_tiny', 'resnet_18', 'bert_6', 'vit_base', 'bert_base'])}; all."},
     )
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What to compare."})
-    rounds: int = field(default=30, metadata={"help": "Steps of each candidate that count."})
+    rounds: int = field(default=30, metadata={"help": "Turns of each candidate that count."})
+    block_steps: int = field(default=0, metadata={"help": "Steps of a turn; 0 for 20 on a GPU and 1 elsewhere."})
     seed: int = field(default=0, metadata={"help": "Of the orders in which candidates are made and take turns."})
     wall_clock: bool = field(default=False, metadata={"help": "Clock instead of processor time on the CPU, too."})
     compile: bool = field(
@@ -169,7 +179,7 @@ def make_trainer(task: Task, perturbations: list[str] | None, output_dir: str, *
 
 
 class Candidate(TrainerCallback):
-    """A training that waits after each step until it is told to go on; a lap is all that happens in between."""
+    """A training that waits after some steps until it is told to go on; a lap is all that happens in between."""
 
     def __init__(self, trainer: Trainer, clock: Callable[[], float]):
         self.trainer, self.clock = trainer, clock
@@ -191,12 +201,16 @@ class Candidate(TrainerCallback):
         self.is_waiting.release()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.steps_left -= 1
+        if self.steps_left > 0:
+            return
         self.laps.append(self.clock() - self.start)
         self.is_waiting.release()
         self.may_go.acquire()
         self.start = self.clock()
 
-    def lap(self) -> None:
+    def lap(self, num_steps: int = 1) -> None:
+        self.steps_left = num_steps
         if not self.thread.is_alive():
             self.start = self.clock()
             self.thread.start()
@@ -206,8 +220,24 @@ class Candidate(TrainerCallback):
             raise self.error
 
 
+def count_launches(candidate: Candidate, num_steps: int) -> str:
+    """Launches and copies of a step, as the profiler sees them."""
+    if not torch.cuda.is_available():
+        return "not run"
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        candidate.lap(num_steps)
+    counts = Counter()
+    for event in profiled.events():
+        kind = next((kind for kind, names in LAUNCHES.items() if event.name.startswith(names)), None)
+        counts[kind] += 1
+    return ", ".join(f"{counts[kind] / num_steps:.0f} {kind}" for kind in LAUNCHES)
+
+
 def time_steps(name: str, task: Task, arguments: OverheadArguments, clock: Callable[[], float]) -> None:
-    warmup = 3
+    has_gpu = torch.cuda.is_available()
+    block_steps = arguments.block_steps or (20 if has_gpu else 1)
+    # Graphs are captured within these.
+    warmup_steps, counted_steps = (10, 2) if has_gpu else (3, 0)
     shuffler = random.Random(arguments.seed)
     chains = {BASELINE: None} | {method: METHODS[method] for method in arguments.methods}
     # Where a candidate lies in memory depends on when it was made, and moves its times by some percent.
@@ -215,7 +245,11 @@ def time_steps(name: str, task: Task, arguments: OverheadArguments, clock: Calla
     with TemporaryDirectory() as folder:
         trainers = {
             method: make_trainer(
-                task, chains[method], folder, max_steps=warmup + arguments.rounds + 1, torch_compile=arguments.compile
+                task,
+                chains[method],
+                folder,
+                max_steps=warmup_steps + arguments.rounds * block_steps + counted_steps + 1,
+                torch_compile=arguments.compile,
             )
             for method in made
         }
@@ -223,15 +257,18 @@ def time_steps(name: str, task: Task, arguments: OverheadArguments, clock: Calla
             trainer.remove_callback(transformers.PrinterCallback)
         candidates = {method: Candidate(trainer, clock) for method, trainer in trainers.items()}
         order = list(candidates.values())
-        for _ in range(warmup + arguments.rounds):
+        for candidate in order:
+            candidate.lap(warmup_steps)
+        for _ in range(arguments.rounds):
             # All processes need the same order.
             shuffler.shuffle(order)
             for candidate in order:
-                candidate.lap()
-    laps = {method: np.array(candidates[method].laps[warmup:]) for method in chains}
-    baseline = laps.pop(BASELINE)
+                candidate.lap(block_steps)
+        laps = {method: np.array(candidates[method].laps[1:]) / block_steps for method in chains}
+        launches = {method: count_launches(candidates[method], counted_steps) for method in chains}
+    baseline = laps[BASELINE]
     for method, times in laps.items():
-        row(name, method, f"{1000 * np.median(baseline):.1f}", spread(times, baseline))
+        row(name, method, f"{1000 * np.median(times):.1f}", spread(times, baseline), launches[method])
 
 
 def spread(times: np.ndarray, baseline: np.ndarray) -> str:
@@ -450,14 +487,14 @@ def main(arguments: OverheadArguments) -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {name}", file=sys.stderr)
     chosen = {name: task for name, task in tasks().items() if not arguments.models or name in arguments.models}
     for part, measure, columns in (
-        ("steps", lambda *task: time_steps(*task, arguments, clock), ("Trainer, ms", "step time / Trainer (90 %)")),
+        ("steps", lambda *task: time_steps(*task, arguments, clock), ("ms", "step time / Trainer (90 %)", "launches")),
         ("memory", lambda *task: peak_of_steps(*task, arguments), ("Trainer, MiB", "peak memory / Trainer")),
     ):
         if part in arguments.parts:
             heading("model", "method", *columns)
             for name, task in chosen.items():
                 if task.gpu_only and not has_gpu:
-                    row(name, "all", "not run", "not run")
+                    row(name, "all", *["not run"] * len(columns))
                 else:
                     measure(name, task)
     if "matrices" in arguments.parts:

@@ -156,7 +156,8 @@ class SampleReweighting(LogitPerturbation):
     Attributes:
         last_weight (`torch.Tensor` of shape `[N]` or `None`): The weights of the last micro-batch of a training.
         uncompensated_weight (`torch.Tensor` of shape `[N]` or `None`):
-            The same before a compensation that depends on their mean per class, which the statistics keep.
+            While the loss runs, the same before a compensation that depends on their mean per class, which the
+            statistics keep.
 
     Example:
 

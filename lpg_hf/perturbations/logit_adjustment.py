@@ -43,7 +43,8 @@ def logit_adjustment_delta(
     # Factors `exp((1 - a) b)` and weights `exp(-a b)`. `exp`, since a compiler may repeat it for each sample.
     both = torch.arange(2, device=base.device, dtype=base.dtype)[:, None]
     factors, weights = terms = torch.mul(1 - weight_share - both, offset).exp_()
-    weights.div_(weights @ shares.to(base))
+    # Not `@`, which autocast would compute in half precision.
+    weights.div_(torch.dot(weights, shares.to(base)))
     factor, weight = terms[:, batch.classes, None]
     # softmax(z + b) is proportional to p exp(b), and off the label the gradient is p.
     p, own, adjusted = batch.label_prob[:, None], batch.label_gradient, base * factors
@@ -138,4 +139,4 @@ class LogitAdjustment(LogitPerturbation):
         if self.learned is None:
             return 0.0
         start, end = self.learned
-        return ramp(statistics.label_prob @ statistics.prior_terms.present_mean, end, start)
+        return ramp(torch.dot(statistics.label_prob, statistics.present_mean), end, start)

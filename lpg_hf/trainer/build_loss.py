@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from accelerate.utils import DynamoBackend
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
 from ..loss import LPGLoss
 from ..perturbations import ClassWeighting, LabelSmoothing, LogitPerturbation, Perturbation, build_chain
+from .compilation import is_compiled, replays_graphs
 from .eval_shares import EvalShares, find_eval_shares
 from .start_line import start_line
 
@@ -55,10 +55,11 @@ def build_loss(
     loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, shares, managed=True)
     if loss_corrects:
         loss.statistics.add_correction(ClassWeighting().log_correction)
-    dynamo = trainer.accelerator.state.dynamo_plugin
-    # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do.
-    if dynamo.backend != DynamoBackend.NO and base_loss is None:
-        loss.compile(**dynamo.to_kwargs())
+    # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do. Where compilation
+    # makes CUDA graphs, the loss has its own: what it keeps from step to step must not lie where the next run writes.
+    accelerator = trainer.accelerator
+    if is_compiled(accelerator) and not replays_graphs(accelerator) and base_loss is None:
+        loss.compile(**accelerator.state.dynamo_plugin.to_kwargs())
     return loss, start_line(chain, methods, class_counts, counts_source, shares_source)
 
 

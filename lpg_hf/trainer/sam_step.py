@@ -9,6 +9,7 @@ from torch.nn.utils import get_total_norm
 
 from ..perturbations import SAM
 from .accumulation import loss_divisor
+from .compilation import begin_model_step, kept
 from .parameter_methods import ParameterMethods, gradient_scale
 from .step_watch import StepWatchMixin
 
@@ -41,15 +42,16 @@ class SAMStepMixin(StepWatchMixin):
         methods = self._lpg_parameter_methods
         loss, parameters, gradients = self._lpg_first_pass(model, inputs, num_items_in_batch)
         with sam.shifted(cast(nn.Module, self.model), parameters, gradients):
+            begin_model_step(self.accelerator)
             super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.num_processes == 1 and self.args.gradient_accumulation_steps == 1:
             # Elsewhere this process lacks a part of the second gradient, and to get it would cost a reduction.
             methods.record(sam, _delta_norm(parameters, gradients) / gradient_scale(self.accelerator))
-        return loss.detach() / loss_divisor(self, num_items_in_batch)
+        return loss / loss_divisor(self, num_items_in_batch)
 
     def _lpg_first_pass(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor, list[nn.Parameter], tuple[Tensor | None, ...]]:
+    ) -> tuple[Tensor, list[nn.Parameter], list[Tensor | None]]:
         """Returns the loss, the parameters that train, and their gradients (`None` for unused parameters)."""
         model.train()
         # Schedule-free optimizers swap the weights here, which must not happen while the weights are shifted.
@@ -67,10 +69,13 @@ class SAMStepMixin(StepWatchMixin):
         parameters = [parameter for parameter in all_parameters if parameter.requires_grad]
         # SAM needs only the direction, but under fp16 the unscaled gradient would underflow.
         scaled = loss * gradient_scale(self.accelerator)
-        return loss, parameters, torch.autograd.grad(scaled, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(scaled, parameters, allow_unused=True)
+        # The second pass runs the model again.
+        kept_loss, *kept_gradients = kept([loss.detach(), *gradients], self.accelerator)
+        return cast(Tensor, kept_loss), parameters, kept_gradients
 
 
-def _delta_norm(parameters: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> Tensor:
+def _delta_norm(parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> Tensor:
     """The norm of the difference between the gradients of both passes."""
     # A pass may leave a parameter out, as layer drop does.
     deltas: list[Tensor] = []

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
+from .compilation import begin_model_step
+
 
 class StepWatch:
     """
@@ -83,6 +85,7 @@ class StepWatchMixin(Trainer):
 
     def _lpg_begin_micro_batch(self, inputs: Any) -> None:
         """Called before every training step."""
+        begin_model_step(self.accelerator)
         self._lpg_step_watch.begin(inputs)
 
     @contextmanager

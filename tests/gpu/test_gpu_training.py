@@ -169,7 +169,7 @@ def test_a_model_loaded_in_bfloat16_learns(name, tmp_path):
 
 
 @needs_cuda
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"], ids=["inductor", "CUDA graphs"])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"], ids=str)
 def test_a_compiled_training_is_the_uncompiled(mode, tmp_path):
     torch._dynamo.reset()
     model, batches = make_model("vit", exact=True).float(), batches_of("vit")
@@ -180,3 +180,17 @@ def test_a_compiled_training_is_the_uncompiled(mode, tmp_path):
     means = [class_means(trainer.lpg_loss).cpu() for trainer in (compiled, eager)]
     torch.testing.assert_close(*means, rtol=0, atol=1e-3)  # sums over an epoch among them
     assert compiled.lpg_loss.statistics.class_counts.tolist() == COUNTS
+
+
+@needs_cuda
+@pytest.mark.parametrize("chain", [["sam(rho=0.05)"], WITH_SAM, []], ids=["sam", "auto and sam", "none"])
+def test_what_is_kept_of_a_model_of_cuda_graphs_is_not_overwritten(chain, tmp_path):
+    """Two passes in one step, accumulation, and losses that are logged later."""
+    torch._dynamo.reset()
+    model, batches = make_model("vit", exact=True).float(), batches_of("vit")
+    args = {"gradient_accumulation_steps": 2, "logging_steps": 5}
+    graphs = args | {"torch_compile": True, "torch_compile_mode": "reduce-overhead"}
+    compiled, eager = (train(model, batches, tmp_path, args=a, perturbations=chain) for a in (graphs, args))
+    assert (weights_of(eager) - flat_parameters(model).double()).norm() > 1e-2
+    torch.testing.assert_close(weights_of(compiled), weights_of(eager), rtol=0, atol=1e-4)
+    assert losses_of(compiled) == pytest.approx(losses_of(eager), abs=1e-3)
