@@ -258,6 +258,18 @@ class ClassStatistics(nn.Module):
         return (self._error - self._least_error).clamp(min=0)
 
     @property
+    def error_share(self) -> Tensor:
+        """
+        Share of the belief that the labels of all samples lack, which those that the model contradicts could make up
+        for, a scalar in [0, 1].
+
+        A model that is still learning its classes is mostly unsure where it errs. One that has learned them and meets
+        wrong labels is sure of itself.
+        """
+        missing = 1 - torch.dot(self.confidence_ratio, self.prior)
+        return self._error / missing.clamp(min=torch.finfo(missing.dtype).eps)
+
+    @property
     def _error(self) -> Tensor:
         return torch.dot(self.confident_error_rate, self.prior)
 

@@ -41,19 +41,40 @@ def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor
     return confidence_ratio ** (2 - decidedness)
 
 
-#: The least weight of a sample in epoch e is this, divided by e.
-LEAST_WEIGHT = 0.3
+#: The least weight of a sample where the model has decided on nothing.
+LEAST_WEIGHT = 0.2
+#: Where the second gate starts to open by the rise of contradicted samples, and where it is open.
+RISING = (0.01, 0.03)
+#: The same for the third gate, by the share of contradicted samples in all that is not believed.
+DECIDED = (0.2, 0.3)
+
+
+def dampening_least(decidedness: Tensor) -> Tensor:
+    """
+    The least weight of the samples of each class, `0.2 (1 - d_c)`.
+
+    A model that learns from scratch would soon believe only itself if it silenced what it does not believe yet. Once
+    it tells right from wrong labels, little is left of the least weight, so that wrong labels are not memorized.
+
+    Source: ours.
+
+    Args:
+        decidedness (`torch.Tensor` of shape `[C]`): See [`ClassStatistics.decidedness`], `d_c` in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: In [0, 0.2].
+    """
+    return LEAST_WEIGHT * (1 - decidedness)
 
 
 def dampening_weight(
     confidence_ratio: Tensor, reference: Tensor, exponent: Tensor, least: Tensor | float = 0.0
 ) -> Tensor:
     r"""
-    Weight of each sample under class-relative dampening: `max(l, min(1, rho_i / r_c) ^ (power gamma_c))`.
+    Weight of each sample under class-relative dampening: `max(l_c, min(1, rho_i / r_c) ^ (power gamma_c))`.
 
     `rho_i` says how far the model believes the label of sample i ([`LogitBatch.confidence_ratio`]). Every sample of a
-    class with a closed gate has weight 1. A least weight `l` that falls with the epochs keeps a model that learns from
-    scratch from believing only itself. What it adds up to over a training is small.
+    class with a closed gate has weight 1.
 
     Source: ours.
 
@@ -63,7 +84,8 @@ def dampening_weight(
             The belief that a sample of its class needs for its full weight, `r_c`, above 0.
         exponent (`torch.Tensor` of shape `[N]`):
             How far dampening acts on its class, `power gamma_c` with `gamma_c` in [0, 1].
-        least (`float` or `torch.Tensor` of shape `[N]`, *optional*, defaults to 0.0): The least weight, in [0, 1].
+        least (`float` or `torch.Tensor` of shape `[N]`, *optional*, defaults to 0.0):
+            The least weight of its class, `l_c` in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `[N]`: In [0, 1].
@@ -86,11 +108,11 @@ def dampening_gate(
     learned: Sequence[float] = (0.05, 0.3),
     contradicted: Sequence[float] = (0.05, 0.15),
     error_rise: Tensor | float = 0.0,
-    rising: Sequence[float] = (0.01, 0.03),
+    error_share: Tensor | float = 1.0,
 ) -> Tensor:
     """
-    How far class-relative dampening acts on each class: on classes that have been learned, and of which the model
-    contradicts a share.
+    How far class-relative dampening acts on each class: on classes that have been learned, of which the model
+    contradicts a part, and not before it is sure of itself where it errs.
 
     Source: ours.
 
@@ -102,15 +124,16 @@ def dampening_gate(
         contradicted (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.15)`):
             Values of `confident_error_rate` where the second gate starts to open, and where it is open.
         error_rise (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
-            How far the share of all samples has risen, see [`ClassStatistics.error_rise`].
-        rising (`tuple[float, float]`, *optional*, defaults to `(0.01, 0.03)`):
-            Values of `error_rise` where the second gate starts to open for all classes, and where it is open.
+            How far that share of all samples has risen, see [`ClassStatistics.error_rise`]. From 0.01 to 0.03, it
+            opens the second gate for all classes.
+        error_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 1.0):
+            See [`ClassStatistics.error_share`]. From 0.2 to 0.3, it opens the third gate.
 
     Returns:
-        `torch.Tensor` of shape `[C]`: The product of the two gates, in [0, 1].
+        `torch.Tensor` of shape `[C]`: The product of the three gates, in [0, 1].
     """
-    second = torch.maximum(ramp(confident_error_rate, *contradicted), ramp(torch.as_tensor(error_rise), *rising))
-    return ramp(label_prob, *learned) * second
+    second = torch.maximum(ramp(confident_error_rate, *contradicted), ramp(torch.as_tensor(error_rise), *RISING))
+    return ramp(label_prob, *learned) * second * ramp(torch.as_tensor(error_share), *DECIDED)
 
 
 def dampening_compensation(mean_weight: Tensor) -> Tensor:
@@ -148,13 +171,13 @@ class ClassRelativeDampening(SampleReweighting):
     - In the first epoch it does not act. Nothing can be memorized before a second visit.
     - Its gate `gamma_c`, see [`dampening_gate`], never closes again. A model that has memorized its wrong labels
       contradicts none of them any more.
-    - No sample is silenced: in epoch e its weight is at least 0.3 / e, see [`dampening_weight`].
+    - No sample is silenced before the model has decided which labels it believes, see [`dampening_least`].
     - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
 
     Labels are judged at the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
-    Formula: `delta = (w - 1) g` with `w = max(0.3 / epoch, min(1, rho / r_c) ^ (power gamma_c))`,
+    Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power gamma_c))`,
     `rho = q_y / max_j q_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorize.
     Hurts: data that is hard for the model and has right labels, a little.
@@ -213,12 +236,12 @@ class ClassRelativeDampening(SampleReweighting):
     def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
         label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
-        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, statistics.error_rise)
+        rise, share = statistics.error_rise, statistics.error_share
+        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, rise, share)
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
         reference = reference.clamp(min=torch.finfo(reference.dtype).tiny)
-        least = LEAST_WEIGHT / (statistics.epochs + 1).to(reference.dtype)
-        return reference, self.power * self._gate, least.expand_as(reference)
+        return reference, self.power * self._gate, dampening_least(statistics.decidedness)
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         terms = torch.stack(self._class_terms(statistics)) if self._terms is None else self._terms
