@@ -12,6 +12,8 @@ from .class_shares import PriorTerms, check_class_counts, check_shares, min_coun
 
 # Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
 INERTIA = 20
+# The `error_share` of a model that is sure of itself where it errs.
+SURE = 0.25
 # Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
 
@@ -250,7 +252,8 @@ class ClassStatistics(nn.Module):
     @property
     def error_rise(self) -> Tensor:
         """
-        How far the share of all samples that the model contradicts has risen above its smallest, a scalar.
+        How far the share of all samples that the model contradicts has risen above its smallest since the model has
+        been sure of itself, a scalar.
 
         Right labels that are hard become fewer from epoch to epoch. Wrong ones stand out more and more, until they are
         memorized.
@@ -356,6 +359,8 @@ class ClassStatistics(nn.Module):
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
         torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
-        torch.where(is_over, torch.minimum(self._error, self._least_error), self._least_error, out=self._least_error)
+        # Before, a model that becomes sure of itself contradicts more and more labels, and be they right.
+        is_sure = is_over & (self.error_share >= SURE)
+        torch.where(is_sure, torch.minimum(self._error, self._least_error), self._least_error, out=self._least_error)
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over
