@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import Trainer
 
@@ -10,6 +11,9 @@ from ..loss import LPGLoss
 from ..model_card import add_section
 from ..perturbations import Perturbation
 from .summary import summarize_for_report, summarize_training
+
+
+logger = get_logger(__name__)
 
 
 class ReportsMixin(Trainer):
@@ -63,9 +67,16 @@ class ReportsMixin(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Writes the Trainer's model card, with tags and a section on the perturbations: methods, settings, classes, and
-        the `certificate.json` in the output folder if there is one. Without perturbations it is the Trainer's card.
+        the `certificate.json` in the output folder if there is one. Without perturbations it is the Trainer's card. A
+        section that cannot be written is a warning.
         """
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            methods = self._lpg_active_methods()
-            add_section(summarize_training(self, self._lpg_built_loss(), methods, self._lpg_norms()))
+            try:
+                methods = self._lpg_active_methods()
+                add_section(summarize_training(self, self._lpg_built_loss(), methods, self._lpg_norms()))
+            except Exception as error:  # a push to the Hub in a training writes a card, and must not end it
+                logger.warning(
+                    f"The model card has no section on the perturbations, because it could not be written: {error!r}.",
+                    exc_info=True,
+                )
