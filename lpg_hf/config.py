@@ -31,6 +31,8 @@ class LPGConfig(TrainingArguments):
         eval_shares (`str`, *optional*, defaults to `"eval_dataset"`):
             The class shares of the data that the model will meet: `"eval_dataset"`, `"train"`, `"uniform"`, or one
             number per class with commas between them, such as `"0.9,0.1"`.
+        track_rows (`bool`, *optional*, defaults to `True`):
+            Whether training records how it sees each row, 24 bytes on the host, for [`LPGTrainer.label_issues`].
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
             The measure that decides sign and radius of each class: `"frequency"` or `"accuracy"`.
         lpg_epsilon (`float`, *optional*, defaults to `0.1`):
@@ -79,6 +81,10 @@ class LPGConfig(TrainingArguments):
             "help": "Class shares of the data that the model will meet: eval_dataset, train, uniform, or numbers with "
             "commas between them."
         },
+    )
+    track_rows: bool = field(
+        default=True,
+        metadata={"help": "Whether training records how it sees each row, for `label_issues` and the report."},
     )
     lpg_strategy: str = field(
         default="frequency",

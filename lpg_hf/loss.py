@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .added_gradient import add_gradient
 from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, stack_rows, zero_ignored_
 from .chain import last_weights, reweighting_methods, run_chain
+from .input_checks import check_inputs
 from .loss_graphs import LossGraphs
 from .perturbations import LogitPerturbation, build_chain
 from .perturbations.base import uncompensated_weight
@@ -45,7 +46,6 @@ class LPGLoss(nn.Module):
         eval_shares (`Sequence[float]`, *optional*):
             Share of each class in the data that the model will meet, up to a factor. Left out, it is the one in the
             training set. `"auto"` trains the logits for shares halfway from these to all classes alike.
-
         managed (`bool`, *optional*, defaults to `False`):
             Whether the caller ends each optimizer step with [`~LPGLoss.step`], over all micro-batches and processes,
             and the first epoch with [`~LPGLoss.end_epoch`], as [`LPGTrainer`] does. Otherwise each call is a step.
@@ -146,7 +146,7 @@ class LPGLoss(nn.Module):
         Raises:
             ValueError: If logits and labels do not fit together or a label is out of range.
         """
-        logits, labels = self._check(logits_of(outputs), labels)
+        logits, labels = check_inputs(logits_of(outputs), labels, self.num_labels)
         z = logits if logits.dtype == torch.float64 else logits.float()
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         # A step without a labeled sample has loss and gradient zero, and not 0 / 0.
@@ -162,7 +162,8 @@ class LPGLoss(nn.Module):
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
             batch = LogitBatch(z.detach(), labels, self.statistics.judged_offset_or_none)
-            return self.perturb_loss(self._values(z, labels).sum() / divisor, z, batch, divisor, observer)
+            value = self._values(z, labels).sum() / divisor
+            return self.perturb_loss(value, z, batch, divisor, observer, logits.dtype)
         step = self._whole_gradient if model_loss is None else self._sum_of_deltas
         if self.is_frozen or observer is not None:
             results: Sequence[Tensor] = step(z.detach(), labels, observer)
@@ -171,6 +172,7 @@ class LPGLoss(nn.Module):
         gradient, *weights = results if model_loss is not None else results[1:]
         for method, weight in zip(reweighting_methods(self._methods), weights, strict=True):
             method.last_weight = weight
+        gradient = self._watched(gradient, divisor, logits.dtype)
         if model_loss is None:
             return add_gradient(results[0], logits, gradient, divisor, divides_value=True)
         return add_gradient(model_loss, logits, gradient, divisor)
@@ -198,6 +200,7 @@ class LPGLoss(nn.Module):
         batch: LogitBatch,
         divisor: Tensor | float,
         observer: DeltaObserver | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """
         Adds the deltas to the gradient that any loss has at the logits. The loss keeps its graph.
@@ -208,6 +211,7 @@ class LPGLoss(nn.Module):
             batch ([`LogitBatch`]): The micro-batch with these logits, in float32 or float64.
             divisor (`torch.Tensor`, scalar, or `float`): The number by which the loss of a sample has been divided.
             observer (`Callable[[Tensor], None]`, *optional*): As for [`LPGLoss.forward`].
+            dtype (`torch.dtype`, *optional*): Precision of the model's logits, if `logits` are a copy in another one.
 
         Returns:
             `torch.Tensor`: The loss.
@@ -225,7 +229,14 @@ class LPGLoss(nn.Module):
         # Where a loss reaches ignored samples, its gradient there is left alone.
         gradient = gradient.to(batch.logits.dtype, copy=True, memory_format=torch.contiguous_format)
         gradient = zero_ignored_(gradient, batch.labels, batch.valid_bits)
-        return add_gradient(loss, logits, self.perturb(gradient, batch, observer).sub_(gradient), divisor)
+        perturbed = self._watched(self.perturb(gradient, batch, observer), divisor, dtype or logits.dtype)
+        return add_gradient(loss, logits, perturbed.sub_(gradient), divisor)
+
+    def _watched(self, gradient: Tensor, divisor: Tensor | float, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.float16:  # the others hold all numbers of float32
+            has_ended = not (self.managed or self.is_frozen)
+            self._telemetry.note_overflow(gradient, divisor, self.statistics.steps - int(has_ended))
+        return gradient
 
     @torch.no_grad()
     def perturb(self, gradient: Tensor, batch: LogitBatch, observer: DeltaObserver | None = None) -> Tensor:
@@ -302,16 +313,6 @@ class LPGLoss(nn.Module):
         """
         report = mean_norms_and_weights(self._telemetry.read(gather), self._methods)
         return report | head_and_tail_accuracy(self.statistics) if report else {}
-
-    def _check(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if logits.ndim != 2 or logits.shape[1] != self.num_labels or labels.numel() != len(logits):
-            raise ValueError(
-                f"`logits` must be [N, {self.num_labels}] and `labels` [N] or [N, 1]; found shapes "
-                f"{list(logits.shape)} and {list(labels.shape)}. `num_labels` is the number of logits per sample."
-            )
-        if labels.is_floating_point():
-            raise ValueError(f"`labels` must be integer class indices; found {labels.dtype}. Convert them to int64.")
-        return logits, labels.reshape(-1).long()
 
     def _values(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Base loss of each sample, `[N]`; 0 for ignored ones."""

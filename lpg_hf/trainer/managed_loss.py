@@ -20,7 +20,7 @@ from .build_loss import build_loss, logit_methods
 from .checkpoint import SavedState
 from .eval_shares import EvalShares
 from .imbalance_watch import ImbalanceWatch, describe_difference
-from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
+from .label_messages import warn_of_correcting_loss, warn_of_counts
 from .loss_scale import LossScale
 from .loss_state import hand_on, load_into, state_of
 from .parameter_methods import gradient_scale
@@ -141,17 +141,14 @@ class ManagedLoss:
         if saved is not None:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
-            self.load_state_dict(saved.renumbered(self.methods))
+            saved.restore_loss(self, self.methods)
             # The checkpoint may stand at the end of an epoch, and the first step has begun before it was loaded.
             self._num_epochs = int(loss.statistics.epochs)
             self._end_epochs()
             if self.watch.begins_anew:  # the samples of the first run had other labels
                 self.loss.statistics.seen_counts.zero_()
         self.watch.begin(self._trainer.state.global_step)
-        if loss.statistics.counts_are_given:
-            warn_of_missing_classes(loss.statistics.class_counts.tolist())
-        else:
-            warn_of_unknown_counts(self._trainer.train_dataset, loss.num_labels, self.disagreement)
+        warn_of_counts(self._own_counts(), self._trainer.train_dataset, loss.num_labels, self.disagreement)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the loss."""
@@ -180,10 +177,7 @@ class ManagedLoss:
             return
         if watch.watches_loss:
             if watch.judge_loss(trainer.accelerator):
-                logger.warning(
-                    "`compute_loss_func` corrects the class imbalance already, as class weights do, so `auto` leaves "
-                    "its own correction out. To let `auto` correct it, pass a loss without weights."
-                )
+                warn_of_correcting_loss()
             else:
                 self._rebuild(self._own_counts())
         seen, had_met_others = self.loss.statistics.seen_counts.tolist(), watch.met_other_labels
