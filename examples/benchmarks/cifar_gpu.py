@@ -23,7 +23,7 @@ the last, the share of wrong labels that the network has learned by heart, and t
 in the last epoch. Times per step have the evaluations in them. A table of all runs comes at the end. `--max_seconds`
 ends runs early; their lines say so.
 
-`--data` is an npz file with these arrays, in the order of the Python version of CIFAR-10:
+`--data` is an npz file with these arrays:
 
 | array | content |
 | --- | --- |
@@ -31,9 +31,7 @@ ends runs early; their lines say so.
 | `y`, `yt` | their clean labels, `[50000]` and `[10000]` |
 | `worse`, `aggre`, `rand1` | `worse_label`, `aggre_label` and `random_label1` of CIFAR-10N, `[50000]` each |
 
-CIFAR-10 is at https://www.cs.toronto.edu/~kriz/cifar.html: `data` of data_batch_1 to 5 and test_batch has one image
-per row, which `.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)` turns into `x`. CIFAR-10N is at
-https://github.com/UCSC-REAL/cifar-10-100n: CIFAR-10_human.pt is a dictionary of arrays in the same order.
+cifar_pack.py makes it from the files that are published.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from cifar_data import MEAN, PADDING, STD, VIEWS, Cifar, crop_and_flip, load_cifar, make_task
 from cifar_gpu import CifarArguments, main, table
 from cifar_networks import FreeShortcut, build_network
+from cifar_pack import pack
 from cifar_settings import RunSettings, batch_plan, epoch_ends, learning_rates, read_run
 from cifar_training import CifarRun, NesterovSGD
 from hypothesis import given
@@ -151,6 +153,35 @@ def test_files_that_do_not_fit_are_refused(data, tmp_path):
     np.savez(tmp_path / "less.npz", **{name: arrays[name] for name in arrays if name != "aggre"})
     with pytest.raises(ValueError, match="has no array 'aggre'"):
         load_cifar(str(tmp_path / "less.npz"), device)
+
+
+def test_published_files_are_packed(tmp_path):
+    """Tiny ones in the formats of CIFAR-10 and CIFAR-10N: the channels one after the other, each row by row."""
+    rng = np.random.default_rng(0)
+    names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+    pixels, labels = rng.integers(0, 256, (6, 2, 3072), dtype=np.uint8), rng.integers(0, 10, (6, 2))
+    for name, data, batch_labels in zip(names, pixels, labels, strict=True):
+        batch = {b"data": data, b"labels": batch_labels.tolist()}
+        (tmp_path / name).write_bytes(pickle.dumps(batch))
+    clean = labels[:5].flatten()
+    human = {"clean_label": clean, "worse_label": (clean + 1) % 10, "aggre_label": clean}
+    human |= {f"random_label{number}": (clean + 1 + number) % 10 for number in (1, 2, 3)}
+    torch.save(human, tmp_path / "CIFAR-10_human.pt")
+    pack(tmp_path, tmp_path / "CIFAR-10_human.pt", tmp_path / "cifar.npz")
+
+    with np.load(tmp_path / "cifar.npz") as file:
+        packed = {name: file[name] for name in file.files}
+    assert packed["x"].shape == (12, 32, 32, 3)
+    for row, y, x, channel in [(0, 0, 0, 0), (3, 5, 31, 1), (11, 31, 7, 2)]:
+        assert packed["x"][row, y, x, channel] == pixels[row // 2, row % 2, 1024 * channel + 32 * y + x]
+    assert packed["y"].tolist() == clean.tolist() and packed["yt"].tolist() == labels[5].tolist()
+    assert packed["worse"].tolist() == ((clean + 1) % 10).tolist() and packed["aggre"].tolist() == clean.tolist()
+    assert packed["rand1"].tolist() == ((clean + 2) % 10).tolist()
+    assert len(load_cifar(str(tmp_path / "cifar.npz"), torch.device("cpu")).test_images) == 2
+
+    torch.save(human | {"clean_label": clean[::-1].copy()}, tmp_path / "ordered.pt")
+    with pytest.raises(ValueError, match="are not those in"):
+        pack(tmp_path, tmp_path / "ordered.pt", tmp_path / "cifar.npz")
 
 
 # Settings
