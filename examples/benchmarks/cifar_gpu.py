@@ -148,7 +148,7 @@ def train_all(
                 active.pop(slot, None)
                 yield describe(now, arguments) | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         if was_idle and active:
-            time.sleep(1e-3)  # all streams are busy
+            time.sleep(5e-4)  # all streams are busy
 
 
 def describe(settings: RunSettings, arguments: CifarArguments) -> dict[str, object]:

@@ -24,8 +24,9 @@ from lpg_hf import LogitNoise, LPGLoss
 from lpg_hf.perturbations import SampleReweighting
 
 
-# Steps that are started at once. While the device works on one turn, the host starts the next one.
-STEPS_PER_TURN = 32
+# Steps that are started at once. While the device works on one turn, the host starts the next one. Few, since a launch
+# waits where many are pending, and with it the launches of the runs beside it.
+STEPS_PER_TURN = 8
 EVAL_BATCH_SIZE = 1000
 # In the first steps CUDA sets up libraries and their memory, which a capture does not allow.
 NUM_REHEARSALS = 3
