@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from torch import nn
 
+from .card_certificate import read_certificate
 from .perturbations import Perturbation, method_card
 from .summary import TrainingSummary
 
@@ -18,14 +20,16 @@ TITLE = "## Gradient perturbation"
 MOST_CLASSES = 40
 
 
-def add_section(summary: TrainingSummary) -> None:
+def add_section(summary: TrainingSummary, model: nn.Module) -> None:
     """
     Adds the section, and the tags, to the `README.md` that the Trainer has written to the output folder.
 
-    Without perturbations the card stays as it is. A `certificate.json` in the same folder becomes part of the section.
+    Without perturbations the card stays as it is. A `certificate.json` in the same folder becomes part of the section
+    if it belongs to the weights of the model.
 
     Args:
         summary ([`TrainingSummary`]): The training.
+        model (`torch.nn.Module`): The model that was trained.
     """
     if not summary.active_perturbations:
         return
@@ -33,11 +37,12 @@ def add_section(summary: TrainingSummary) -> None:
     card = ModelCard.load(path)
     tags = list(card.data.tags or [])
     card.data.tags = tags + [tag for tag in TAGS if tag not in tags]
-    card.text = f"{card.text.partition(TITLE)[0].rstrip()}\n\n{_section(summary, path.parent / CERTIFICATE_FILE)}"
+    certificate = read_certificate(path.parent / CERTIFICATE_FILE, model)
+    card.text = f"{card.text.partition(TITLE)[0].rstrip()}\n\n{_section(summary, certificate)}"
     card.save(path)
 
 
-def _section(summary: TrainingSummary, certificate: Path) -> str:
+def _section(summary: TrainingSummary, certificate: dict[str, Any] | None) -> str:
     parts = [
         f"{TITLE}\n\nTrained with `LPGTrainer` of `lpg_hf`. Each method below adds its delta to the gradient that the "
         "previous one left.",
@@ -49,8 +54,8 @@ def _section(summary: TrainingSummary, certificate: Path) -> str:
     if summary.class_names is not None and summary.class_counts is not None and summary.class_accuracy is not None:
         table = _class_table(summary.class_names, summary.class_counts, summary.class_accuracy)
         parts.append(f"### Classes\n\n{table}")
-    if certificate.is_file():
-        parts.append("### Certificate\n\n" + _certificate_table(json.loads(certificate.read_text())))
+    if certificate is not None:
+        parts.append("### Certificate\n\n" + _certificate_table(certificate))
     return "\n\n".join(parts) + "\n"
 
 

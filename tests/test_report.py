@@ -4,7 +4,6 @@ import base64
 import csv
 import dataclasses
 import io
-import json
 import re
 import sys
 from html import unescape
@@ -15,6 +14,7 @@ import pytest
 import torch
 from datasets import Audio, ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
+from make_certificate import write_certificate
 from PIL import Image as PILImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import NUM_LABELS, make_model
@@ -409,7 +409,7 @@ def test_the_model_card_says_how_it_was_trained(tmp_path):
         perturbations=["auto", "lpg", Halving(), SAM(0.1)],
     )
     trainer.train()
-    (tmp_path / "certificate.json").write_text(json.dumps({"risk bound": 0.31, "delta": 0.05, "note": "a|b"}))
+    write_certificate(tmp_path / "certificate.json", trainer.model, scope="a|b")
     for _ in range(2):  # written again it does not grow
         trainer.create_model_card(tags="mine")
         card = ModelCard.load(tmp_path / "README.md")
@@ -424,7 +424,7 @@ def test_the_model_card_says_how_it_was_trained(tmp_path):
     accuracy = trainer.lpg_loss.statistics.accuracy
     for label, name in enumerate(["ant", "bee", "cat & <b>dog</b>", "d\\|og"]):
         assert f"| {name} | {counts.count(label)} | {accuracy[label]:.3f} |" in card.text
-    assert "| risk bound | 0.31 |" in card.text and "| note | a\\|b |" in card.text
+    assert "| delta | 0.05 |" in card.text and "| scope | a\\|b |" in card.text
 
 
 def test_without_perturbations_the_model_card_is_the_trainers(tmp_path):

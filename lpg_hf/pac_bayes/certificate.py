@@ -1,11 +1,11 @@
 """`Certificate`: the numbers of a certificate, printed as a table and stored as JSON."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from .certificate_json import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ class Certificate:
             set; `None` if no `prior_dataset` was given, so that the prior's independence is taken on trust.
         seed (`int`): Seed of the draws.
         selection (`tuple[ScaleChoice, ...]`): Scales that `sigma` was chosen from; empty for a grid of one.
+        num_near_copies (`int` or `None`): Rows whose texts differ from a row of `prior_dataset` in case and spacing
+            alone; `None` if no `prior_dataset` was given.
+        weights_hash (`str` or `None`): Hash of the weights that are certified, with which a model card compares the
+            model's; `None` in certificates of older versions.
 
     Example:
 
@@ -114,6 +118,8 @@ class Certificate:
     num_prior_rows: int | None
     seed: int
     selection: tuple[ScaleChoice, ...]
+    num_near_copies: int | None = None
+    weights_hash: str | None = None
 
     def __str__(self) -> str:
         rows = [("overall", self.overall), ("balanced", self.balanced)]
@@ -133,6 +139,8 @@ class Certificate:
             if self.num_prior_rows is None
             else f"trained on {self.num_prior_rows} rows, none of which is in the set"
         )
+        if self.num_near_copies:
+            prior += f"; {self.num_near_copies} rows of the set differ from one of them in case and spacing alone"
         return "\n".join(
             [
                 f"Error of the classifier with weights N(w, {self.sigma:.4g}^2 I) on {self.scope} parameters "
@@ -149,29 +157,24 @@ class Certificate:
 
     def save(self, path: str | Path) -> None:
         """Writes the certificate as JSON, with `null` for `nan`."""
-        Path(path).write_text(json.dumps(_to_json(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n")
+        write_json(dataclasses.asdict(self), path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Certificate":
-        """Reads a certificate that [`~Certificate.save`] wrote."""
-        content = json.loads(Path(path).read_text())
-        for name in ("overall", "balanced", "clean"):
-            content[name] = content[name] and _load_bound(content[name])
-        content["per_class"] = tuple(map(_load_bound, content["per_class"]))
-        content["selection"] = tuple(ScaleChoice(**entry) for entry in content["selection"])
-        for name in ("sigma_grid", "label_names"):
-            content[name] = tuple(content[name])
-        return cls(**content)
+        """
+        Reads a certificate that [`~Certificate.save`] wrote.
 
-
-def _to_json(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _to_json(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _load_bound(content: dict[str, Any]) -> ErrorBound:
-    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in content.items()}
-    return ErrorBound(**values)
+        Raises:
+            OSError: If there is no such file.
+            ValueError: If the file holds something else.
+        """
+        certificate = read_json(cls, path)
+        lengths = {len(certificate.per_class), len(certificate.label_names), certificate.num_labels}
+        entries = [certificate.overall, certificate.balanced, certificate.clean, *certificate.per_class]
+        bounds = [entry.bound for entry in entries if entry is not None and not math.isnan(entry.bound)]
+        if len(lengths) > 1 or not 0 < certificate.delta < 1 or not all(0 <= bound <= 1 for bound in bounds):
+            raise ValueError(
+                f"{path} holds no certificate: its bounds must lie in [0, 1], `delta` strictly between 0 and 1, and "
+                "there must be one bound and one name for each class. Certify again if the file was changed."
+            )
+        return certificate

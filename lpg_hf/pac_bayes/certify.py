@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..weights_hash import weights_hash
 from .bounds import (
     balanced_error_bound,
     clean_error_bound,
@@ -19,15 +20,18 @@ from .bounds import (
 from .certificate import Certificate, ErrorBound, ScaleChoice
 from .checks import (
     check_draws_suffice,
-    check_independent_rows,
     check_label_noise,
-    check_same_rows,
     check_settings,
     squared_distance_to_prior,
 )
+from .drawn_logits import DrawnLogits
 from .gibbs import count_errors, evaluation_mode
+from .independence import check_independent_rows, check_same_reading
+from .loaded_weights import LoadedWeights
 from .loading import FingerprintingCollator, MapStyleDataset, count_labels, make_loader
+from .prior_function import check_prior_computes_the_same
 from .scope import find_pretrained_model, parameters_in_scope
+from .stale_weights import check_noise_reaches_logits
 from .weight_noise import CERTIFICATION, SELECTION, WeightNoise
 
 
@@ -71,28 +75,36 @@ def certify(
 
     The bounds rest on these conditions, which are checked:
 
-    - The prior has the same architecture.
+    - The prior has the same architecture. With the weights of `model` it predicts the same.
     - Everything without noise, including buffers such as BatchNorm statistics, equals the prior's.
-    - A row reads the same each time (no augmentation).
-    - No row occurs twice in `dataset`, and none of them is in `prior_dataset`.
+    - The predictions are those of the drawn weights. For every batch, one draw is compared with weights that are
+      loaded as from a checkpoint. A module that goes on with values of old weights is refused.
+    - A row and a batch read the same each time (no augmentation), and so does a row of `prior_dataset`.
+    - No row occurs twice in `dataset`, and none of them is in `prior_dataset`, in whatever container or dtype, or
+      under whatever transform of the same stored rows. Rows of `dataset` that differ from one of the prior's in case
+      and spacing alone are counted, and a warning names them.
 
     The scale is chosen on other draws than the ones that certify. These conditions cannot be checked:
 
     - The rows are independent draws from the distribution that the model will meet.
     - A prior that was trained without `prior_dataset` has never seen the rows.
+    - A copy of a row that was changed for good (another resolution, a paraphrase) is not known as one.
     - Nothing else (a normalizer, a vocabulary, `sigma_grid`) was fitted to the rows.
     - No other prior or seed was tried and dropped. If k were tried, pass `delta / k`.
 
+    A certificate belongs to the weights of `model` as they are, bit for bit, and keeps their hash. Dropout that stays
+    active in evaluation mode is part of the certified classifier.
+
     Args:
         model (`torch.nn.Module`): Trained classifier of `transformers` (or a peft model around one) whose forward
-            returns logits `[N, C]`. It is not modified and stays on its device.
+            returns logits `[N, C]`. Draws are loaded into it; at the end it is as before. It stays on its device.
         dataset: The certificate set, a map-style data set with labels and without augmentation, as for the Trainer's
             `train_dataset`.
         prior (`torch.nn.Module`): A model of the same architecture that has not seen `dataset`, either trained on
             other rows or copied from `model` before its training (`copy.deepcopy`).
         prior_dataset (*optional*):
-            The rows that the prior was trained on, to check that none of them is in `dataset`. `None` for a prior
-            that was trained elsewhere, or not at all.
+            The rows that the prior was trained on, without augmentation, to check that none of them is in `dataset`.
+            They are read twice. `None` for a prior that was trained elsewhere, or not at all.
         scope (`str`, *optional*, defaults to `"trained"`):
             Parameters that get noise: `"trained"` (all that require a gradient), `"head"` (all outside the base
             model) or `"lora"` (adapters of peft, with the modules saved with them).
@@ -100,7 +112,8 @@ def certify(
             data was seen. Defaults to 31 values from 4 down to 1.2e-4.
         delta (`float`, *optional*, defaults to 0.05): Probability of failure, in (0, 1).
         num_draws (`int`, *optional*, defaults to 1000): Draws of the weights that certify. Each draw costs one
-            evaluation on `dataset` (of the head alone if only the head is noisy). Fewer draws loosen the bounds.
+            evaluation on `dataset` (of what lies behind the base model if its inputs and weights have no noise). Fewer
+            draws loosen the bounds.
         num_selection_draws (`int`, *optional*, defaults to 20): Draws to evaluate each scale of the grid by.
         label_noise (`float`, *optional*):
             For noisy labels in `dataset`, the probability in [0, (C-1)/C) that a label is one of the wrong classes,
@@ -116,9 +129,10 @@ def certify(
         [`Certificate`]: It prints as a table and is saved as JSON.
 
     Raises:
-        ValueError: If an argument is out of range, the prior does not fit, a tensor without noise differs from the
-            prior's, BatchNorm is in training mode or has no running statistics, rows change from one reading to the
-            next, occur twice or in `prior_dataset`, or there are fewer draws than the bound can use.
+        ValueError: If an argument is out of range, the prior does not fit or predicts differently, a tensor without
+            noise differs from the prior's, BatchNorm is in training mode or has no running statistics, a module keeps
+            values of old weights, rows change from one reading to the next, occur twice or in `prior_dataset`, or
+            there are fewer draws than the bound can use.
 
     Example:
 
@@ -138,30 +152,34 @@ def certify(
     sigma_grid = check_settings(sigma_grid, delta, num_draws, num_selection_draws)
     names = parameters_in_scope(model, scope)
     squared_distance = squared_distance_to_prior(model, prior, names)
+    certified_hash = weights_hash(model)
     collator = FingerprintingCollator(model, data_collator)
     loader = make_loader(dataset, collator, batch_size)
     noise = WeightNoise(model, names, seed)
     sample_level = _SAMPLE_SHARE * delta / _NUM_CERTIFICATES
     draw_level = (1 - _SAMPLE_SHARE) * delta / _NUM_CERTIFICATES
 
-    with evaluation_mode(model):
-        class_counts = count_labels(model, loader)
-        check_independent_rows(collator, prior_dataset)
-        rows = collator.take_rows()
+    with evaluation_mode(model), LoadedWeights(model, noise.weights) as loaded:
+        class_counts, inputs = count_labels(model, loader)
+        num_near_copies = check_independent_rows(collator, dataset, prior_dataset)
+        reading = collator.take_reading()
         num_labels, num_samples = len(class_counts), int(class_counts.sum())
         check_draws_suffice(num_draws, num_labels, draw_level)
         check_label_noise(label_noise, num_labels)
+        check_noise_reaches_logits(noise, loaded, inputs)
+        check_prior_computes_the_same(noise, loaded, prior, inputs)
+        drawn = DrawnLogits(noise, loaded)
 
         selection: tuple[ScaleChoice, ...] = ()
         if len(sigma_grid) > 1:
-            errors = count_errors(noise, loader, num_labels, sigma_grid, num_selection_draws, SELECTION, disable_tqdm)
+            errors = count_errors(drawn, loader, num_labels, sigma_grid, num_selection_draws, SELECTION, disable_tqdm)
             rates = (errors.sum(-1) / num_samples).mean(-1).tolist()
             selection = _evaluate_scales(sigma_grid, rates, squared_distance, num_samples, sample_level)
-            check_same_rows(rows, collator.take_rows())
+            check_same_reading(reading, collator.take_reading())
         sigma = min(selection, key=lambda choice: choice.bound).sigma if selection else sigma_grid[0]
 
-        errors = count_errors(noise, loader, num_labels, [sigma], num_draws, CERTIFICATION, disable_tqdm)[0]
-        check_same_rows(rows, collator.take_rows())
+        errors = count_errors(drawn, loader, num_labels, [sigma], num_draws, CERTIFICATION, disable_tqdm)[0]
+        check_same_reading(reading, collator.take_reading())
 
     kl = squared_distance / (2 * sigma**2)
     counts = class_counts.long().tolist()
@@ -193,6 +211,8 @@ def certify(
         num_prior_rows=None if prior_dataset is None else len(prior_dataset),
         seed=seed,
         selection=selection,
+        num_near_copies=num_near_copies,
+        weights_hash=certified_hash,
     )
 
 
@@ -256,4 +276,4 @@ def _certify_clean(overall: ErrorBound, label_noise: float, num_labels: int) -> 
 def _label_names(model: nn.Module, num_labels: int) -> tuple[str, ...]:
     inner = find_pretrained_model(model)
     names: Mapping[Any, str] = (inner.config.id2label or {}) if isinstance(inner, PreTrainedModel) else {}
-    return tuple(names.get(label, str(label)) for label in range(num_labels))
+    return tuple(str(names.get(label, label)) for label in range(num_labels))

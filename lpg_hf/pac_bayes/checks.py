@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from .loading import FingerprintingCollator, MapStyleDataset
-
 
 def check_settings(
     sigma_grid: Sequence[float], delta: float, num_draws: int, num_selection_draws: int
@@ -130,49 +128,3 @@ def _check_batch_norm(model: nn.Module) -> None:
                 "statistics). If the model was trained this way, call `model.eval()`. The statistics must equal the "
                 "prior's."
             )
-
-
-def check_independent_rows(collator: FingerprintingCollator, prior_dataset: MapStyleDataset | None) -> None:
-    """
-    Refuses copies within the certificate set, and rows that the certificate set shares with the prior's data.
-
-    Args:
-        collator ([`FingerprintingCollator`]): It has seen all rows of the certificate set once.
-        prior_dataset (*optional*): The rows that the prior was trained on.
-
-    Raises:
-        ValueError: If there is a copy, or the two data sets have different input columns.
-    """
-    inputs = set(collator.inputs)
-    num_copies = len(collator.inputs) - len(inputs)
-    if num_copies:
-        raise ValueError(
-            f"{num_copies} rows of `dataset` have the inputs of another row, so they are not independent. Use "
-            "`split_for_certificate(dataset, columns=[...])` with the columns that the model reads, which keeps one "
-            "row of each."
-        )
-    if prior_dataset is None or len(prior_dataset) == 0:
-        return
-    prior_columns = collator.input_columns(prior_dataset[0])
-    if prior_columns != collator.seen_columns:
-        raise ValueError(
-            f"The rows of `prior_dataset` have the inputs {sorted(prior_columns)}, but the rows of `dataset` have "
-            f"{sorted(collator.seen_columns)}, so they cannot be compared. Preprocess both for the model."
-        )
-    num_shared = sum(collator.fingerprint_inputs(prior_dataset[row]) in inputs for row in range(len(prior_dataset)))
-    if num_shared:
-        raise ValueError(
-            f"{num_shared} rows of `prior_dataset` have the inputs of a row of `dataset`, so the prior has seen rows "
-            "of the certificate set. Split with `split_for_certificate`, which leaves copies out."
-        )
-
-
-def check_same_rows(before: Sequence[str], after: Sequence[str]) -> None:
-    """Refuses rows whose fingerprints changed from one reading to the next."""
-    changed = [row for row, (first, second) in enumerate(zip(before, after, strict=True)) if first != second]
-    if changed:
-        raise ValueError(
-            f"{len(changed)} of {len(before)} rows of `dataset` changed between two readings (row {changed[0]} is the "
-            "first), because inputs are augmented or labels are drawn anew. Certify on a data set without a random "
-            "transform."
-        )

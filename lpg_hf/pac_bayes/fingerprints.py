@@ -1,4 +1,4 @@
-"""Fingerprints of rows, equal for rows with equal values whatever container holds them."""
+"""Fingerprints of rows, equal for rows with equal values whatever container and dtype hold them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,37 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
+from .remembered_outputs import tensors_in
 
-def row_fingerprint(row: Mapping[str, object]) -> str:
-    """Fingerprint of the names and values of a row."""
+
+#: From here on, float32 does not hold every integer.
+_LARGEST_EXACT = 2**24
+
+
+def row_fingerprint(row: Mapping[str, object], precision: torch.dtype = torch.float32) -> str:
+    """
+    Fingerprint of the names and values of a row.
+
+    Numbers are compared by value: integers, booleans, and floats without a fraction are one kind. Other floats are
+    rounded to `precision`.
+
+    Args:
+        row (`Mapping[str, object]`): Names and values.
+        precision (`torch.dtype`, *optional*, defaults to `torch.float32`): A half precision finds rows that were
+            stored in it.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(row):
         digest.update(name.encode())
-        digest.update(_value_fingerprint(row[name]))
+        digest.update(_value_fingerprint(row[name], precision))
     return digest.hexdigest()
+
+
+def half_precisions(row: Mapping[str, object]) -> set[torch.dtype]:
+    """Half precisions among the values of a row."""
+    found = {tensor.dtype for tensor in tensors_in(row)} & {torch.float16, torch.bfloat16}
+    arrays = [value for value in row.values() if isinstance(value, np.ndarray | np.generic)]
+    return found | ({torch.float16} if any(array.dtype == np.float16 for array in arrays) else set())
 
 
 def stored_fingerprints(dataset: Dataset, columns: Sequence[str]) -> list[str]:
@@ -50,24 +73,46 @@ def _file_content(file: Mapping | None) -> bytes | None:
         return opened.read()
 
 
-def _value_fingerprint(value: object) -> bytes:
-    numbers = _as_numbers(value)
-    if numbers is None:
-        return Hasher.hash(value).encode()
-    return f"{numbers.dtype}{numbers.shape}".encode() + numbers.tobytes()
+def _value_fingerprint(value: object, precision: torch.dtype) -> bytes:
+    numbers = _as_numbers(value, precision)
+    if numbers is not None:
+        return f"{numbers.dtype}{numbers.shape}".encode() + numbers.tobytes()
+    if isinstance(value, np.ndarray):  # of objects, such as arrays of unequal length
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        # Lengths separate what the entries would run together.
+        parts = [_value_fingerprint(entry, precision) for entry in value]
+        return b"[" + b"".join(f"{len(part)}:".encode() + part for part in parts) + b"]"
+    return Hasher.hash(value).encode()
 
 
-def _as_numbers(value: object) -> np.ndarray | None:
-    """Numbers in one dtype for all containers and precisions. `None` if the value is not an array of numbers."""
+def _as_numbers(value: object, precision: torch.dtype) -> np.ndarray | None:
+    """Numbers as int64, or float32 if they have fractions. `None` if the value is not an array of numbers."""
+    array = _as_array(value)
+    if array is None or array.dtype.kind not in "fbiu":
+        return None
+    if array.dtype.kind != "f":
+        return array.astype(np.int64)
+    with np.errstate(over="ignore"):
+        floats = array.astype(np.float32)
+    if precision != torch.float32:
+        floats = torch.from_numpy(np.atleast_1d(floats)).to(precision).float().numpy().reshape(floats.shape)
+    if ((floats == np.floor(floats)) & (np.abs(floats) <= _LARGEST_EXACT)).all():
+        return floats.astype(np.int64)
+    floats = floats + np.float32(0.0)  # no negative zero
+    return np.where(np.isnan(floats), np.float32(np.nan), floats)
+
+
+def _as_array(value: object) -> np.ndarray | None:
     if isinstance(value, Tensor):
         # NumPy has no bfloat16, and float32 holds every bfloat16 exactly.
-        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
     if not isinstance(value, np.ndarray | np.generic | list | tuple | int | float):
         return None
     try:
-        array = np.asarray(value)
+        if isinstance(value, list | tuple) and any(isinstance(entry, Tensor) for entry in value):
+            arrays = [_as_array(entry) for entry in value]
+            return None if any(array is None for array in arrays) else np.stack(arrays)  # type: ignore[arg-type]
+        return np.asarray(value)
     except ValueError:  # nested lists of unequal length
         return None
-    if array.dtype.kind == "f":
-        return array.astype(np.float32)
-    return array.astype(np.int64) if array.dtype.kind in "biu" else None

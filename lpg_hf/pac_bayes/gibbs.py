@@ -1,6 +1,5 @@
 """The Gibbs error: how often the classifier with noise on its weights is wrong, over many draws."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,13 +8,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce, send_to_device
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..batch import IGNORE_INDEX, logits_of
+from ..batch import IGNORE_INDEX
+from .drawn_logits import DrawnLogits
+from .loaded_weights import LoadedWeights
 from .loading import FingerprintingCollator, MapStyleDataset, count_labels, make_loader, split_labels
 from .scope import device_of, parameters_in_scope
+from .stale_weights import check_noise_reaches_logits
 from .weight_noise import EVALUATION, STREAM_NAMES, WeightNoise
 
 
@@ -53,7 +54,7 @@ def gibbs_error(
     Measures the error of a classifier with Gaussian noise on its weights, which is the error that [`certify`] bounds.
 
     Args:
-        model (`torch.nn.Module`): Classifier of `transformers`. It is not modified.
+        model (`torch.nn.Module`): Classifier of `transformers`. At the end it is as before.
         dataset: Map-style data set, as for the Trainer.
         sigma (`float`): Standard deviation of the noise, at least 0, such as [`Certificate.sigma`].
         scope (`str`, *optional*, defaults to `"trained"`): Parameters that get noise, as for [`certify`].
@@ -67,13 +68,16 @@ def gibbs_error(
         [`GibbsError`]
 
     Raises:
-        ValueError: If `scope` selects no parameter, or a label is out of range.
+        ValueError: If `scope` selects no parameter, a label is out of range, or a module goes on with values of old
+            weights.
     """
     loader = make_loader(dataset, FingerprintingCollator(model, data_collator), batch_size)
     noise = WeightNoise(model, parameters_in_scope(model, scope), seed)
-    with evaluation_mode(model):
-        class_counts = count_labels(model, loader)
-        errors = count_errors(noise, loader, len(class_counts), [sigma], num_draws, EVALUATION, disable_tqdm)[0]
+    with evaluation_mode(model), LoadedWeights(model, noise.weights) as loaded:
+        class_counts, inputs = count_labels(model, loader)
+        check_noise_reaches_logits(noise, loaded, inputs)
+        drawn = DrawnLogits(noise, loaded)
+        errors = count_errors(drawn, loader, len(class_counts), [sigma], num_draws, EVALUATION, disable_tqdm)[0]
     draws = errors.sum(-1) / class_counts.sum()
     per_class = (errors / class_counts).mean(0)
     return GibbsError(draws.mean().item(), tuple(per_class.tolist()), per_class.mean().item(), tuple(draws.tolist()))
@@ -85,15 +89,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        # Writes to tensors of the inference mode are not counted, and what is remembered relies on the count.
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
+        # Parents come first. By `train`, which some modules override to drop or restore what evaluation left in them.
+        for module, is_training in modes.items():
+            if module.training != is_training:
+                module.train(is_training)
         for module, is_training in modes.items():
             module.training = is_training
 
 
 def count_errors(
-    noise: WeightNoise,
+    drawn: DrawnLogits,
     loader: DataLoader,
     num_labels: int,
     sigmas: Sequence[float],
@@ -109,7 +118,7 @@ def count_errors(
     processes. A prediction from logits with a NaN is wrong.
 
     Args:
-        noise ([`WeightNoise`]): Noise of a model in evaluation mode.
+        drawn ([`DrawnLogits`]): Logits of a model in evaluation mode.
         loader (`torch.utils.data.DataLoader`): Batches with labels in [0, `num_labels`) or -100.
         num_labels (`int`): Number of classes C.
         sigmas (`Sequence[float]` of length m): Scales. A draw has the same `z` at all of them.
@@ -122,7 +131,7 @@ def count_errors(
     """
     state = PartialState()
     draws = range(state.process_index, num_draws, state.num_processes)
-    model, device, backbone = noise.model, device_of(noise.model), noise.noise_free_backbone()
+    noise, device = drawn.noise, device_of(drawn.noise.model)
     errors = torch.zeros(len(sigmas), num_draws, num_labels, dtype=torch.float64, device=device)
     progress = tqdm(
         total=len(loader) * len(draws) * len(sigmas),
@@ -133,46 +142,13 @@ def count_errors(
         for batch in loader:
             inputs, labels = split_labels(send_to_device(batch, device))
             valid_mask = labels != IGNORE_INDEX
-            with _cached_outputs(backbone) as rewind:
+            check_weights = noise.noisy_weights(noise.sample(stream, state.process_index), max(sigmas))
+            with drawn.on_batch(inputs, check_weights) as logits_at:
                 for draw in draws:
                     z = noise.sample(stream, draw)
                     for row, sigma in enumerate(sigmas):
-                        rewind()
-                        logits = logits_of(functional_call(model, noise.noisy_weights(z, sigma), kwargs=inputs))
+                        logits = logits_at(noise.noisy_weights(z, sigma))
                         is_wrong = (logits.argmax(-1) != labels) | logits.isnan().any(-1)
                         errors[row, draw].scatter_add_(0, labels.clamp(min=0), (is_wrong & valid_mask).double())
                         progress.update()
     return reduce(errors.to(state.device), "sum").cpu()
-
-
-@contextmanager
-def _cached_outputs(backbone: nn.Module | None) -> Iterator[Callable[[], None]]:
-    """Runs the backbone once and returns the same outputs from then on. Call the yielded function before a forward."""
-    if backbone is None:
-        yield lambda: None
-        return
-    forward = backbone.forward
-    outputs: list[object] = []
-    position = 0
-
-    def rewind() -> None:
-        nonlocal position
-        position = 0
-
-    def cached_forward(*args: object, **kwargs: object) -> object:
-        nonlocal position
-        if position == len(outputs):
-            outputs.append(forward(*args, **kwargs))
-        position += 1
-        # A copy, because later layers may work in place.
-        return copy.deepcopy(outputs[position - 1])
-
-    was_replaced = "forward" in vars(backbone)
-    backbone.forward = cached_forward
-    try:
-        yield rewind
-    finally:
-        if was_replaced:
-            backbone.forward = forward
-        else:
-            del backbone.forward

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -13,7 +14,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..batch import IGNORE_INDEX, logits_of
 from ..data import LABEL_COLUMNS
-from .fingerprints import row_fingerprint
+from .fingerprints import half_precisions, row_fingerprint
 from .scope import device_of, find_pretrained_model
 
 
@@ -25,6 +26,20 @@ class MapStyleDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Reading:
+    """
+    One reading of a data set.
+
+    Attributes:
+        rows (`list[str]`): Fingerprints of the rows, labels included.
+        batches (`list[str]`): Fingerprints of what the collator made of them.
+    """
+
+    rows: list[str]
+    batches: list[str]
+
+
 class FingerprintingCollator:
     """
     Collates rows after dropping the columns that the model does not take, as the Trainer does, and fingerprints them.
@@ -34,38 +49,48 @@ class FingerprintingCollator:
         collator (`Callable`, *optional*): Defaults to [`~transformers.default_data_collator`].
 
     Attributes:
-        inputs (`list[str]`): Fingerprints of the rows since the last [`~FingerprintingCollator.take_rows`], without
+        inputs (`list[str]`): Fingerprints of the rows since the last [`~FingerprintingCollator.take_reading`], without
             their labels.
+        half_precisions (`set[torch.dtype]`): Half precisions that the rows came in.
         seen_columns (`set[str]`): Input columns of the rows.
     """
 
     def __init__(self, model: nn.Module, collator: Callable | None = None):
         columns = [*inspect.signature(find_pretrained_model(model).forward).parameters, *LABEL_COLUMNS]
         self.inputs: list[str] = []
+        self.half_precisions: set[torch.dtype] = set()
         self.seen_columns: set[str] = set()
-        self._rows: list[str] = []
+        self._reading = Reading([], [])
         self._columns = set(columns)
         self._collate = RemoveColumnsCollator(default_data_collator if collator is None else collator, columns)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         for row in rows:
-            self._rows.append(row_fingerprint({name: value for name, value in row.items() if name in self._columns}))
-            self.inputs.append(self.fingerprint_inputs(row))
+            known = self.known_columns(row)
+            self._reading.rows.append(row_fingerprint(known))
+            self.inputs.append(self.fingerprint_inputs(known))
+            self.half_precisions |= half_precisions(known)
         self.seen_columns = self.input_columns(rows[0])
-        return self._collate(rows)
+        batch = self._collate(rows)
+        self._reading.batches.append(row_fingerprint(batch))
+        return batch
+
+    def known_columns(self, row: Mapping[str, object]) -> dict[str, object]:
+        """The part of a row that reaches the collator, labels included."""
+        return {name: value for name, value in row.items() if name in self._columns}
 
     def input_columns(self, row: Mapping[str, object]) -> set[str]:
         """Columns of a row that the model takes, without the labels."""
         return set(row) & (self._columns - set(LABEL_COLUMNS))
 
-    def fingerprint_inputs(self, row: Mapping[str, object]) -> str:
-        """Fingerprint of a row without its labels."""
-        return row_fingerprint({name: row[name] for name in self.input_columns(row)})
+    def fingerprint_inputs(self, row: Mapping[str, object], precision: torch.dtype = torch.float32) -> str:
+        """Fingerprint of a row without its labels, see [`row_fingerprint`]."""
+        return row_fingerprint({name: row[name] for name in self.input_columns(row)}, precision)
 
-    def take_rows(self) -> list[str]:
-        """Returns the fingerprints of the rows since the last call, labels included, and forgets them."""
-        rows, self._rows, self.inputs = self._rows, [], []
-        return rows
+    def take_reading(self) -> Reading:
+        """Returns what was read since the last call, and forgets it."""
+        reading, self._reading, self.inputs = self._reading, Reading([], []), []
+        return reading
 
 
 def make_loader(dataset: MapStyleDataset, collator: FingerprintingCollator, batch_size: int) -> DataLoader:
@@ -105,7 +130,7 @@ def split_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor
     return inputs, labels.reshape(-1).long()
 
 
-def count_labels(model: nn.Module, loader: DataLoader) -> Tensor:
+def count_labels(model: nn.Module, loader: DataLoader) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Reads all rows once and counts the samples of each class.
 
@@ -114,17 +139,20 @@ def count_labels(model: nn.Module, loader: DataLoader) -> Tensor:
         loader (`torch.utils.data.DataLoader`): From [`make_loader`].
 
     Returns:
-        `torch.Tensor` of shape `[C]`: Counts in float64, on the CPU, ignored labels left out.
+        `tuple[torch.Tensor, dict]`: Counts `[C]` in float64, on the CPU, ignored labels left out. Then the inputs of
+        the first batch, on the model's device.
 
     Raises:
         ValueError: If a label is out of range, or all labels are ignored.
     """
+    first_inputs: dict[str, Tensor] = {}
     num_labels, found = 0, []
     for batch in loader:
         inputs, labels = split_labels(batch)
         found.append(labels.cpu())
         if num_labels == 0:
-            num_labels = logits_of(model(**send_to_device(inputs, device_of(model)))).shape[-1]
+            first_inputs = send_to_device(inputs, device_of(model))
+            num_labels = logits_of(model(**first_inputs)).shape[-1]
     labels = torch.cat(found)
     labels = labels[labels != IGNORE_INDEX]
     if len(labels) == 0:
@@ -136,4 +164,4 @@ def count_labels(model: nn.Module, loader: DataLoader) -> Tensor:
             f"Labels must lie in [0, {num_labels}), the width of the model's logits, or be {IGNORE_INDEX}; found "
             f"{labels.min().item()} to {labels.max().item()}. Check `num_labels` of the model and the label column."
         )
-    return torch.bincount(labels, minlength=num_labels).double()
+    return torch.bincount(labels, minlength=num_labels).double(), first_inputs

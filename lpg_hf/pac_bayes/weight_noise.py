@@ -28,13 +28,13 @@ class WeightNoise:
         seed (`int`): All draws follow from it.
 
     Attributes:
-        weights (`dict[str, torch.Tensor]`): The parameters that get noise, without it.
+        weights (`dict[str, torch.Tensor]`): Copies of the parameters that get noise, without it.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], seed: int):
         self.model = model
         parameters = dict(model.named_parameters())
-        self.weights = {name: parameters[name].detach() for name in names}
+        self.weights = {name: parameters[name].detach().clone() for name in names}
         self._noisy_ids = {id(parameters[name]) for name in names}
         self._base = int(np.random.SeedSequence(seed).generate_state(1)[0])
         # Reused, because generators of torch are slow to construct.
@@ -59,7 +59,7 @@ class WeightNoise:
         return {name: (w + sigma * noise[name]).to(w.dtype) for name, w in self.weights.items()}
 
     def noise_free_backbone(self) -> nn.Module | None:
-        """The base model if none of its parameters gets noise, so that its output is the same for all draws."""
+        """The base model if none of its parameters gets noise. Its inputs may still depend on the draw."""
         backbone = find_backbone(self.model)
         if backbone is None or self._noisy_ids & set(map(id, backbone.parameters())):
             return None

@@ -63,9 +63,11 @@ class ReportsMixin(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Writes the Trainer's model card, with tags and a section on the perturbations: methods, settings, classes, and
-        the `certificate.json` in the output folder if there is one. Without perturbations it is the Trainer's card.
+        the `certificate.json` in the output folder if it belongs to the model's weights (a warning says if it does
+        not). Without perturbations it is the Trainer's card.
         """
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             methods = self._lpg_active_methods()
-            add_section(summarize_training(self, self._lpg_built_loss(), methods, self._lpg_norms()))
+            summary = summarize_training(self, self._lpg_built_loss(), methods, self._lpg_norms())
+            add_section(summary, self.accelerator.unwrap_model(self.model))

@@ -205,14 +205,15 @@ def test_the_model_and_the_random_state_stay_as_they_are():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_fixed_backbone_runs_once_per_batch():
+def test_a_fixed_backbone_runs_as_often_for_many_draws_as_for_few():
     model, prior = model_and_prior("bert", "head")
     calls = []
     model.bert.encoder.register_forward_hook(lambda *_: calls.append(1))
     rows = distinct_rows("bert", 20, dtype=torch.float64)
     certify(model, rows, prior=prior, scope="head", sigma_grid=[0.1], batch_size=5, **FEW)
-    # Four batches, and one forward pass that counts the classes.
-    assert len(calls) == 5
+    # For each of four batches, one that is remembered and one that checks it. Before that, one forward pass that
+    # counts the classes and one that is compared with the prior.
+    assert len(calls) == 4 * 2 + 2
     assert "forward" not in vars(model.bert)
 
 

@@ -1,0 +1,137 @@
+"""Checks that the rows of a certificate set are independent of each other and of the prior."""
+
+from collections.abc import Sequence
+
+from datasets import Dataset
+from transformers.utils import logging
+
+from ..data import CLEAN_LABEL_COLUMN, LABEL_COLUMNS
+from .fingerprints import half_precisions, row_fingerprint, stored_fingerprints
+from .loading import FingerprintingCollator, MapStyleDataset, Reading
+from .near_copies import find_near_copies
+
+
+logger = logging.get_logger(__name__)
+
+_SHOWN = 5
+
+
+def check_independent_rows(
+    collator: FingerprintingCollator, dataset: MapStyleDataset, prior_dataset: MapStyleDataset | None
+) -> int | None:
+    """
+    Refuses copies within the certificate set, and rows that the certificate set shares with the prior's data.
+
+    Args:
+        collator ([`FingerprintingCollator`]): It has seen all rows of the certificate set once.
+        dataset: The certificate set.
+        prior_dataset (*optional*): The rows that the prior was trained on.
+
+    Returns:
+        `int`, *optional*: Number of rows whose texts differ from one of the prior's in case and spacing alone.
+
+    Raises:
+        ValueError: If there is a copy, the two data sets have different input columns, or the prior's rows change
+            from one reading to the next.
+    """
+    inputs = set(collator.inputs)
+    num_copies = len(collator.inputs) - len(inputs)
+    if num_copies:
+        raise ValueError(
+            f"{num_copies} rows of `dataset` have the inputs of another row, so they are not independent. Use "
+            "`split_for_certificate(dataset, columns=[...])` with the columns that the model reads, which keeps one "
+            "row of each."
+        )
+    if prior_dataset is None:
+        return None
+    if len(prior_dataset) == 0:
+        return 0
+    prior_columns = collator.input_columns(prior_dataset[0])
+    if prior_columns != collator.seen_columns:
+        raise ValueError(
+            f"The rows of `prior_dataset` have the inputs {sorted(prior_columns)}, but the rows of `dataset` have "
+            f"{sorted(collator.seen_columns)}, so they cannot be compared. Preprocess both for the model."
+        )
+    num_shared = _count_shared_rows(collator, inputs, dataset, prior_dataset)
+    if num_shared:
+        raise ValueError(
+            f"{num_shared} rows of `prior_dataset` have the inputs of a row of `dataset`, so the prior has seen rows "
+            "of the certificate set. Split with `split_for_certificate`, which leaves copies out."
+        )
+    return _count_near_copies(dataset, prior_dataset)
+
+
+def check_same_reading(before: Reading, after: Reading) -> None:
+    """Refuses a certificate set whose rows or batches changed from one reading to the next."""
+    _check_same_rows(before.rows, after.rows, "dataset")
+    if before.batches != after.batches:
+        raise ValueError(
+            "`data_collator` made other batches of the same rows of `dataset` when they were read again, because it "
+            "augments or draws at random. Certify with a collator that does not."
+        )
+
+
+def _check_same_rows(before: Sequence[str], after: Sequence[str], name: str) -> None:
+    changed = [row for row, (first, second) in enumerate(zip(before, after, strict=True)) if first != second]
+    if changed:
+        cure = (
+            "Certify on a data set without a random transform."
+            if name == "dataset"
+            else "They cannot be compared with the rows of `dataset`. Pass the same rows without a random transform."
+        )
+        raise ValueError(
+            f"{len(changed)} of {len(before)} rows of `{name}` changed between two readings (row {changed[0]} is the "
+            f"first), because inputs are augmented or labels are drawn anew. {cure}"
+        )
+
+
+def _count_shared_rows(
+    collator: FingerprintingCollator, inputs: set[str], dataset: MapStyleDataset, prior_dataset: MapStyleDataset
+) -> int:
+    first_reading, prior_inputs = [], []
+    halves = set(collator.half_precisions)
+    for number in range(len(prior_dataset)):
+        row = collator.known_columns(prior_dataset[number])
+        first_reading.append(row_fingerprint(row))
+        prior_inputs.append(collator.fingerprint_inputs(row))
+        halves |= half_precisions(row)
+    second_reading = [
+        row_fingerprint(collator.known_columns(prior_dataset[number])) for number in range(len(prior_dataset))
+    ]
+    _check_same_rows(first_reading, second_reading, "prior_dataset")
+    num_shared = sum(fingerprint in inputs for fingerprint in prior_inputs)
+    # What was stored in half precision equals the other rows only after these are rounded as well.
+    for precision in halves:
+        rounded = {collator.fingerprint_inputs(dataset[number], precision) for number in range(len(dataset))}
+        num_rounded = sum(
+            collator.fingerprint_inputs(prior_dataset[number], precision) in rounded
+            for number in range(len(prior_dataset))
+        )
+        num_shared = max(num_shared, num_rounded)
+    return max(num_shared, _count_shared_below_transforms(dataset, prior_dataset))
+
+
+def _count_shared_below_transforms(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -> int:
+    """Counts the prior's rows that are stored as a row of the certificate set is, and only shown in another way."""
+    if not isinstance(dataset, Dataset) or not isinstance(prior_dataset, Dataset):
+        return 0
+    if "custom" not in (dataset.format["type"], prior_dataset.format["type"]):
+        return 0
+    columns = [name for name in dataset.features if name not in (*LABEL_COLUMNS, CLEAN_LABEL_COLUMN)]
+    other = [name for name in prior_dataset.features if name not in (*LABEL_COLUMNS, CLEAN_LABEL_COLUMN)]
+    if not columns or sorted(columns) != sorted(other):
+        return 0
+    stored = set(stored_fingerprints(dataset, columns))
+    return sum(fingerprint in stored for fingerprint in stored_fingerprints(prior_dataset, columns))
+
+
+def _count_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -> int:
+    columns, rows = find_near_copies(dataset, prior_dataset)
+    if rows:
+        shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+        logger.warning(
+            f"{len(rows)} rows of `dataset` differ from a row of `prior_dataset` in case and spacing alone, by the "
+            f"columns {', '.join(columns)} (rows {shown}). The prior has nearly seen them. If they are the same "
+            "sample, leave them out."
+        )
+    return len(rows)

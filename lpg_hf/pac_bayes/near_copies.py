@@ -1,0 +1,63 @@
+"""Finds rows whose texts differ in case and spacing alone."""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, Value
+
+from ..data import CLEAN_LABEL_COLUMN, LABEL_COLUMNS
+from .loading import MapStyleDataset
+
+
+def find_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -> tuple[list[str], list[int]]:
+    """
+    Finds rows whose texts occur in the prior's data, up to case, spacing, and the form of Unicode.
+
+    A column is text if it holds strings in both data sets, and most of them are several words or not ASCII. Names and
+    identifiers are not compared. A row is found if all of its texts are those of one row of the prior's data.
+
+    Args:
+        dataset: The certificate set.
+        prior_dataset: The rows that the prior was trained on.
+
+    Returns:
+        `tuple[list[str], list[int]]`: Names of the text columns, and numbers of the rows of `dataset`.
+    """
+    names = [name for name in _string_columns(dataset) if name in _string_columns(prior_dataset)]
+    texts = _texts(dataset, names)
+    columns = [name for name in names if _is_text([value for value in texts[name] if value is not None])]
+    if not columns:
+        return [], []
+    prior_texts = _texts(prior_dataset, columns)
+    known = set(zip(*(map(_normalize, prior_texts[name]) for name in columns), strict=True))
+    rows = zip(*(map(_normalize, texts[name]) for name in columns), strict=True)
+    return columns, [number for number, row in enumerate(rows) if row in known]
+
+
+def _string_columns(dataset: MapStyleDataset) -> list[str]:
+    no_inputs = (*LABEL_COLUMNS, CLEAN_LABEL_COLUMN)
+    if isinstance(dataset, Dataset):
+        kinds = (Value("string"), Value("large_string"))
+        return [name for name, kind in dataset.features.items() if kind in kinds and name not in no_inputs]
+    if len(dataset) == 0:
+        return []
+    return [name for name, value in dataset[0].items() if isinstance(value, str) and name not in no_inputs]
+
+
+def _texts(dataset: MapStyleDataset, names: Sequence[str]) -> dict[str, list[Any]]:
+    if isinstance(dataset, Dataset):  # as it is stored, because a transform may leave the texts out
+        stored = dataset.with_format(None)
+        return {name: stored[name][:] for name in names}
+    if not names:
+        return {}
+    rows = [dataset[row] for row in range(len(dataset))]
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def _is_text(values: Sequence[str]) -> bool:
+    return 2 * sum(len(value.split()) > 1 or not value.isascii() for value in values) > len(values)
+
+
+def _normalize(value: str | None) -> str | None:
+    return None if value is None else "".join(unicodedata.normalize("NFKC", value).casefold().split())
