@@ -110,7 +110,7 @@ def _as_array(value: object) -> np.ndarray | None:
     if not isinstance(value, np.ndarray | np.generic | list | tuple | int | float):
         return None
     try:
-        if isinstance(value, list | tuple) and any(isinstance(entry, Tensor) for entry in value):
+        if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
             arrays = [_as_array(entry) for entry in value]
             return None if any(array is None for array in arrays) else np.stack(arrays)  # type: ignore[arg-type]
         return np.asarray(value)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from ..data import CLEAN_LABEL_COLUMN, LABEL_COLUMNS
-from .fingerprints import half_precisions, row_fingerprint, stored_fingerprints
+from .fingerprints import half_precisions, stored_fingerprints
 from .loading import FingerprintingCollator, MapStyleDataset, Reading
 from .near_copies import find_near_copies
 
@@ -88,24 +88,21 @@ def _check_same_rows(before: Sequence[str], after: Sequence[str], name: str) -> 
 def _count_shared_rows(
     collator: FingerprintingCollator, inputs: set[str], dataset: MapStyleDataset, prior_dataset: MapStyleDataset
 ) -> int:
-    first_reading, prior_inputs = [], []
+    numbers = range(len(prior_dataset))
     halves = set(collator.half_precisions)
-    for number in range(len(prior_dataset)):
-        row = collator.known_columns(prior_dataset[number])
-        first_reading.append(row_fingerprint(row))
-        prior_inputs.append(collator.fingerprint_inputs(row))
-        halves |= half_precisions(row)
-    second_reading = [
-        row_fingerprint(collator.known_columns(prior_dataset[number])) for number in range(len(prior_dataset))
-    ]
-    _check_same_rows(first_reading, second_reading, "prior_dataset")
-    num_shared = sum(fingerprint in inputs for fingerprint in prior_inputs)
+    first_reading = []
+    for number in numbers:
+        row = prior_dataset[number]
+        first_reading.append(collator.fingerprint_row(row))
+        halves |= half_precisions({name: row[name] for name in collator.input_columns(row)})
+    second_reading = [collator.fingerprint_row(prior_dataset[number]) for number in numbers]
+    _check_same_rows([whole for _, whole in first_reading], [whole for _, whole in second_reading], "prior_dataset")
+    num_shared = sum(fingerprint in inputs for fingerprint, _ in first_reading)
     # What was stored in half precision equals the other rows only after these are rounded as well.
     for precision in halves:
         rounded = {collator.fingerprint_inputs(dataset[number], precision) for number in range(len(dataset))}
         num_rounded = sum(
-            collator.fingerprint_inputs(prior_dataset[number], precision) in rounded
-            for number in range(len(prior_dataset))
+            collator.fingerprint_inputs(prior_dataset[number], precision) in rounded for number in numbers
         )
         num_shared = max(num_shared, num_rounded)
     return max(num_shared, _count_shared_below_transforms(dataset, prior_dataset))

@@ -66,18 +66,14 @@ class FingerprintingCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         for row in rows:
-            known = self.known_columns(row)
-            self._reading.rows.append(row_fingerprint(known))
-            self.inputs.append(self.fingerprint_inputs(known))
-            self.half_precisions |= half_precisions(known)
+            inputs, whole = self.fingerprint_row(row)
+            self._reading.rows.append(whole)
+            self.inputs.append(inputs)
+            self.half_precisions |= half_precisions({name: row[name] for name in self.input_columns(row)})
         self.seen_columns = self.input_columns(rows[0])
         batch = self._collate(rows)
         self._reading.batches.append(row_fingerprint(batch))
         return batch
-
-    def known_columns(self, row: Mapping[str, object]) -> dict[str, object]:
-        """The part of a row that reaches the collator, labels included."""
-        return {name: value for name, value in row.items() if name in self._columns}
 
     def input_columns(self, row: Mapping[str, object]) -> set[str]:
         """Columns of a row that the model takes, without the labels."""
@@ -86,6 +82,11 @@ class FingerprintingCollator:
     def fingerprint_inputs(self, row: Mapping[str, object], precision: torch.dtype = torch.float32) -> str:
         """Fingerprint of a row without its labels, see [`row_fingerprint`]."""
         return row_fingerprint({name: row[name] for name in self.input_columns(row)}, precision)
+
+    def fingerprint_row(self, row: Mapping[str, object]) -> tuple[str, str]:
+        """Fingerprints of a row without its labels and with them."""
+        inputs = self.fingerprint_inputs(row)
+        return inputs, inputs + row_fingerprint({name: row[name] for name in LABEL_COLUMNS if name in row})
 
     def take_reading(self) -> Reading:
         """Returns what was read since the last call, and forgets it."""
