@@ -38,9 +38,16 @@ def read_certificate(path: Path, model: nn.Module) -> dict[str, Any] | None:
         return None
     if certificate.weights_hash is None:
         problem = "does not say which weights it belongs to (it is from an older version)"
-    elif certificate.weights_hash != weights_hash(model):
-        problem = "belongs to other weights than those of the model"
-    else:
+    elif certificate.weights_hash == _hash_if_readable(model):
         return json.loads(path.read_text(encoding="utf-8"))
+    else:
+        problem = "belongs to other weights than those of the model"
     logger.warning(f"The model card shows no certificate, because {path} {problem}. Certify the model as it is now.")
     return None
+
+
+def _hash_if_readable(model: nn.Module) -> str | None:
+    try:
+        return weights_hash(model)
+    except RuntimeError:  # weights that are not here, such as those of other processes
+        return None

@@ -205,6 +205,12 @@ def test_whatever_an_entry_is_the_file_loads_or_is_refused(data, tmp_path_factor
         assert repr(Certificate.load(file)) == repr(loaded)
 
 
+def test_weights_that_are_not_here_do_not_fit(tmp_path, log):
+    write_certificate(tmp_path / "certificate.json", nn.Linear(1, 1))
+    assert read_certificate(tmp_path / "certificate.json", nn.Linear(1, 1, device="meta")) is None
+    assert len(log.warnings) == 1 and "belongs to other weights" in log.warnings[0]
+
+
 def test_a_certificate_of_an_older_version_loads_and_is_not_shown(tmp_path, log):
     file, model = tmp_path / "certificate.json", nn.Linear(1, 1)
     write_certificate(file, model)

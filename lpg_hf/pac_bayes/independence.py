@@ -1,6 +1,6 @@
 """Checks that the rows of a certificate set are independent of each other and of the prior."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 from datasets import Dataset
 from transformers.utils import logging
@@ -44,6 +44,11 @@ def check_independent_rows(
         )
     if prior_dataset is None:
         return None
+    if not isinstance(prior_dataset, Sized):
+        raise ValueError(
+            "`prior_dataset` must be map-style (with a length, and rows by number), because it is read twice in the "
+            f"same order; found {type(prior_dataset).__name__}. Load a stream into a `datasets.Dataset` first."
+        )
     if len(prior_dataset) == 0:
         return 0
     prior_columns = collator.input_columns(prior_dataset[0])

@@ -52,7 +52,7 @@ def _texts(dataset: MapStyleDataset, names: Sequence[str]) -> dict[str, list[Any
     if not names:
         return {}
     rows = [dataset[row] for row in range(len(dataset))]
-    return {name: [row[name] for row in rows] for name in names}
+    return {name: [row[name] if isinstance(row.get(name), str) else None for row in rows] for name in names}
 
 
 def _is_text(values: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..batch import logits_of
 from .gibbs import evaluation_mode
 from .loaded_weights import LoadedWeights
-from .scope import device_of
+from .scope import device_of, fork_random_state
 from .weight_noise import WeightNoise
 
 
@@ -35,13 +35,13 @@ def check_prior_computes_the_same(
     """
     rows = _few_rows(inputs)
     loaded.load(noise.weights)
-    expected = _seeded_logits(noise.model, rows)
+    expected = _logits(noise.model, rows)
     device = device_of(prior)
     parameters = dict(prior.named_parameters())
     own = {name: parameters[name].detach().clone() for name in noise.weights}
     with evaluation_mode(prior), LoadedWeights(prior, own) as loaded_prior:
         loaded_prior.load({name: weight.to(own[name]) for name, weight in noise.weights.items()})
-        found = _seeded_logits(prior, send_to_device(rows, device)).to(expected.device)
+        found = _logits(prior, send_to_device(rows, device)).to(expected.device)
     epsilon = max(torch.finfo(logits.dtype).eps for logits in (expected, found))
     difference = (expected.double() - found.double()).abs().max().item()
     # Kernels and devices round differently, by less than the root of the precision.
@@ -62,8 +62,7 @@ def _few_rows(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     )
 
 
-def _seeded_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Dropout that stays active in evaluation mode takes the same numbers for both models."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+def _logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    # Dropout that stays active in evaluation mode takes the same numbers for both models.
+    with fork_random_state(model):
         return logits_of(model(**inputs)).clone()

@@ -1,5 +1,7 @@
 """Scope of a certificate: the parameters that get noise, and the base model that may stay without."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -64,3 +66,9 @@ def find_backbone(model: nn.Module) -> nn.Module | None:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter, which is where the inputs go."""
     return next(model.parameters()).device
+
+
+def fork_random_state(model: nn.Module) -> AbstractContextManager[None]:
+    """Context that puts the random state of the CPU and of the model's device back at its end."""
+    device = device_of(model)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

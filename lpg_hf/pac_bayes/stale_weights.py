@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..batch import logits_of
 from .loaded_weights import LoadedWeights, same_logits
 from .remembered_outputs import tensors_in
+from .scope import fork_random_state
 from .weight_noise import WeightNoise
 
 
@@ -32,8 +33,8 @@ def check_noise_reaches_logits(noise: WeightNoise, loaded: LoadedWeights, inputs
     keepers = _modules_that_keep_tensors(noise, loaded, inputs)
     if not keepers:
         return
-    names = set().union(*keepers.values())
-    suspects = (names & _reached(noise, inputs, is_training=True)) - _reached(noise, inputs, is_training=False)
+    suspects = set().union(*keepers.values()) & _reached(noise, inputs, is_training=True)
+    suspects -= _reached(noise, inputs, is_training=False)
     loaded.load(noise.weights)
     expected = _logits(noise, inputs)
     for name in sorted(suspects):
@@ -114,7 +115,7 @@ def _reached(noise: WeightNoise, inputs: Mapping[str, Tensor], is_training: bool
         name: weight.clone().requires_grad_(weight.is_floating_point()) for name, weight in noise.weights.items()
     }
     # Dropout must not move the random state of the caller.
-    with torch.random.fork_rng(), torch.enable_grad():
+    with fork_random_state(model), torch.enable_grad():
         logits = logits_of(functional_call(model, weights, kwargs=dict(inputs)))
         if not logits.requires_grad:
             return set()

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -163,8 +163,13 @@ def test_rows_of_the_prior_that_change(change):
         run(rows, Changing(prior_rows, change))
 
 
-@pytest.mark.parametrize("transformed", ["prior", "certificate", "both"])
-def test_stored_rows_that_a_transform_shows_in_another_way(transformed):
+def test_a_stream_for_the_prior():
+    stream = IterableDataset.from_generator(lambda: iter(make_rows(seed=1)))
+    with pytest.raises(ValueError, match=r"`prior_dataset` must be map-style .*found IterableDataset"):
+        run(make_rows(), stream)
+
+
+def test_stored_rows_that_a_transform_shows_in_another_way():
     """The same pictures, always flipped: no row changes, and none looks like another."""
     stored = Dataset.from_dict({"image": [row["x"].tolist() for row in make_rows()], "label": [0, 1] * 10})
     other = Dataset.from_dict({"image": [row["x"].tolist() for row in make_rows(seed=1)], "label": [0, 1] * 10})
@@ -241,6 +246,8 @@ def test_names_labels_and_identifiers_are_no_texts():
     certificate, prior = rows(0, ["what a day", "not so good"]), rows(10, ["another one", "Not so  good"])
     assert find_near_copies(certificate, prior) == (["text"], [1])
     assert find_near_copies(certificate, rows(10, ["another one"])) == (["text"], [])
+    incomplete = [{"text": "not so good"}, {"text": 3}, {}]
+    assert find_near_copies(certificate, incomplete) == (["text"], [1])
     without = [{"id": "A", "x": 1}]
     assert find_near_copies(without, without) == ([], [])
 
