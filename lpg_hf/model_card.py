@@ -10,6 +10,7 @@ from torch import nn
 
 from .card_certificate import read_certificate
 from .perturbations import Perturbation, method_card
+from .safe_text import code_span, escape_markdown, shown
 from .summary import TrainingSummary
 
 
@@ -38,7 +39,8 @@ def add_section(summary: TrainingSummary, model: nn.Module) -> None:
     tags = list(card.data.tags or [])
     card.data.tags = tags + [tag for tag in TAGS if tag not in tags]
     certificate = read_certificate(path.parent / CERTIFICATE_FILE, model)
-    card.text = f"{card.text.partition(TITLE)[0].rstrip()}\n\n{_section(summary, certificate)}"
+    before = card.text.partition(f"\n{TITLE}\n")[0].rstrip()
+    card.text = f"{before}\n\n{_section(summary, certificate)}"
     card.save(path)
 
 
@@ -49,7 +51,7 @@ def _section(summary: TrainingSummary, certificate: dict[str, Any] | None) -> st
         _methods_table(summary.active_perturbations),
     ]
     if summary.changed_settings:
-        settings = [f"- `{name}={value!r}`" for name, value in summary.changed_settings.items()]
+        settings = [f"- {code_span(f'{name}={value!r}')}" for name, value in summary.changed_settings.items()]
         parts.append("### Settings other than the defaults\n\n" + "\n".join(settings))
     if summary.class_names is not None and summary.class_counts is not None and summary.class_accuracy is not None:
         table = _class_table(summary.class_names, summary.class_counts, summary.class_accuracy)
@@ -62,17 +64,18 @@ def _section(summary: TrainingSummary, certificate: dict[str, Any] | None) -> st
 def _methods_table(methods: Sequence[Perturbation]) -> str:
     # A user's own method may have no card.
     formulas = [method_card(type(method)).get("Formula", "") for method in methods]
-    lines = [[f"`{method!r}`", formula] for method, formula in zip(methods, formulas, strict=True)]
-    return _table([["method", "delta"], *lines])
+    # The author of a method writes its formula in Markdown. A bar would end the cell.
+    cells = [[code_span(repr(method)), formula] for method, formula in zip(methods, formulas, strict=True)]
+    return _markup_table([["method", "delta"], *([cell.replace("|", "\\|") for cell in line] for line in cells)])
 
 
 def _class_table(names: Sequence[str], counts: Sequence[int], accuracy: Sequence[float]) -> str:
     order = sorted(range(len(names)), key=lambda label: -counts[label])
     half = MOST_CLASSES // 2
     left_out = max(len(order) - MOST_CLASSES, 0)
-    shown = order[:half] + order[half + left_out :]
+    listed = order[:half] + order[half + left_out :]
     lines = [["class", "training rows", "running training accuracy"]]
-    lines += [[names[label], str(counts[label]), f"{accuracy[label]:.3f}"] for label in shown]
+    lines += [[shown(names[label]), str(counts[label]), f"{accuracy[label]:.3f}"] for label in listed]
     if left_out:
         lines.insert(half + 1, [f"... {left_out} more classes ...", "", ""])
     return _table(lines)
@@ -87,7 +90,11 @@ def _certificate_table(certificate: dict[str, Any]) -> str:
 
 
 def _table(lines: list[list[str]]) -> str:
-    # A bar or a line break would end a cell.
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
-    rows = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
+    """A table of plain text."""
+    return _markup_table([[escape_markdown(cell) for cell in line] for line in lines])
+
+
+def _markup_table(lines: list[list[str]]) -> str:
+    """A table of Markdown, without line breaks or bare bars in its cells."""
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

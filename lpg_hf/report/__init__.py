@@ -1,5 +1,6 @@
 """The report of a training: one HTML page with its figures inside, the figures as PNG and the numbers as CSV."""
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,6 +8,9 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..summary import TrainingSummary
+
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -54,7 +58,7 @@ def check_installed() -> None:
 
 class ReportCallback(TrainerCallback):
     r"""
-    Writes the report when training ends.
+    Writes the report when training ends. A report that fails is a warning, and `train` returns all the same.
 
     Args:
         trainer ([`LPGTrainer`]): The trainer that the callback is added to.
@@ -88,4 +92,11 @@ class ReportCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.report(self.output_dir)
+        try:
+            self.trainer.report(self.output_dir)
+        except Exception as error:  # whatever it is, `train` shall return
+            logger.warning(
+                f"The report could not be written: {error!r}. The training is complete, and `trainer.report()` tries "
+                "again.",
+                exc_info=True,
+            )

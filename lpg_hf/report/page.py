@@ -1,8 +1,7 @@
 """The files of the report: tables as CSV, figures as PNG, and one HTML page with everything inside."""
 
 import base64
-import csv
-import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..calibration import CalibrationBin
-from .plots import FIGURES, make_figures, most_confused_classes
+from ..safe_text import shown
+from .csv_files import write_issues, write_lines
+from .plots import FIGURES, draw_figures, most_confused_classes
 from .previews import preview
 from .tables import ReportTables
 
+
+logger = logging.getLogger(__name__)
 
 SHOWN_ISSUES = 50
 SHOWN_PAIRS = 15
@@ -33,59 +36,65 @@ def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, f
         `Path`: The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    issues = named_issues(tables)
-    _write_csv(folder / "classes.csv", tables.classes)
-    _write_csv(folder / "norms.csv", tables.norms)
-    _write_csv(folder / "calibration.csv", [_calibration_line(each) for each in tables.calibration])
-    _write_csv(folder / "confusion.csv", confused_pairs(tables))
-    _write_csv(folder / "label_issues.csv", issues)
+    pairs = confused_pairs(tables)
+    write_lines(folder / "classes.csv", tables.classes)
+    write_lines(folder / "norms.csv", tables.norms)
+    write_lines(folder / "calibration.csv", [_calibration_line(each) for each in tables.calibration])
+    write_lines(folder / "confusion.csv", pairs)
+    write_issues(folder / "label_issues.csv", tables.issues)
 
-    figures = {}
     for name in FIGURES:  # an earlier report may have had more of them
         (folder / f"{name}.png").unlink(missing_ok=True)
-    for name, figure in make_figures(tables).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        (folder / f"{name}.png").write_bytes(buffer.getvalue())
-        figures[name] = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    drawn, failed = draw_figures(tables)
+    figures = {}
+    for name, image in drawn.items():
+        (folder / f"{name}.png").write_bytes(image)
+        figures[name] = f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
     environment = Environment(
         loader=PackageLoader("lpg_hf.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["shown"] = shown
+    issues = most_doubtful(tables)
+    previews = _previews(train_dataset, [line["row"] for line in issues], tokenizer)
     page = environment.get_template("report.html.j2").render(
         tables=tables,
         figures=figures,
-        issues=[line | {"preview": preview(train_dataset, line["row"], tokenizer)} for line in issues[:SHOWN_ISSUES]],
-        num_issues=len(issues),
+        failed=failed,
+        issues=[line | {"preview": shown_row} for line, shown_row in zip(issues, previews, strict=True)],
+        num_issues=0 if tables.issues is None else len(tables.issues),
         classes=sorted(tables.classes, key=lambda line: -line.get("train_rows", 0)),
-        pairs=[line for line in confused_pairs(tables) if line["label"] != line["predicted"]][:SHOWN_PAIRS],
+        pairs=[line for line in pairs if line["label"] != line["predicted"]][:SHOWN_PAIRS],
         num_in_confusion=0 if tables.confusion is None else len(most_confused_classes(tables.confusion)),
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
 
 
-def named_issues(tables: ReportTables) -> list[dict[str, Any]]:
-    """The label issues, the most doubtful first, with the number and the name of each class."""
+def most_doubtful(tables: ReportTables) -> list[dict[str, Any]]:
+    """The label issues that the page shows, the most doubtful first, with the name of each class."""
     if tables.issues is None:
         return []
     names = tables.issues.features["label"].names
-    lines = []
-    for line in tables.issues:
-        label, suggested = line.pop("label"), line.pop("suggested_label")
-        row = line.pop("row")
-        lines.append(
-            {
-                "row": row,
-                "label": label,
-                "label_name": names[label],
-                "suggested_label": suggested,
-                "suggested_label_name": names[suggested],
-            }
-            | line
-        )
-    return lines
+    return [
+        line | {"label_name": names[line["label"]], "suggested_label_name": names[line["suggested_label"]]}
+        for line in tables.issues.select(range(min(SHOWN_ISSUES, len(tables.issues))))
+    ]
+
+
+def _previews(train_dataset: object, rows: list[int], tokenizer: object) -> list[dict[str, str]]:
+    """What [`preview`] shows of each row; nothing where it fails."""
+    previews, errors = [], []
+    for row in rows:
+        try:
+            previews.append(preview(train_dataset, row, tokenizer))
+        except Exception as error:  # data set and tokenizer are the user's, and may raise anything
+            previews.append({})
+            errors.append(f"row {row} raised {error!r}")
+    if errors:
+        logger.warning(f"{len(errors)} of {len(rows)} rows in the report have no preview: {errors[0]}.")
+    return previews
 
 
 def confused_pairs(tables: ReportTables) -> list[dict[str, Any]]:
@@ -115,14 +124,3 @@ def _calibration_line(each: CalibrationBin) -> dict[str, Any]:
         "confidence": each.confidence,
         "accuracy": each.accuracy,
     }
-
-
-def _write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Writes the lines. Without lines there is no file, and the file of an earlier report is removed."""
-    path.unlink(missing_ok=True)
-    if not lines:
-        return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)

@@ -1,5 +1,10 @@
 """The figures of the report. They stay readable with many classes."""
 
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,8 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..safe_text import shown
 from .tables import ReportTables
 
+
+logger = logging.getLogger(__name__)
 
 BLUE, ORANGE, GRAY, RED = "#2563eb", "#ea8a12", "#8a94a6", "#dc2626"
 COLORS = [GRAY, BLUE, ORANGE, "#16a34a", "#9333ea", "#0891b2", "#be185d"]
@@ -25,6 +33,8 @@ STYLE: dict[Any, Any] = {
     "xtick.color": "#39424e",
     "ytick.color": "#39424e",
     "legend.frameon": False,
+    # TeX would read class names as commands.
+    "text.usetex": False,
 }
 #: A figure with more classes leaves their names out.
 MOST_NAMED_CLASSES = 30
@@ -38,26 +48,48 @@ ACCURACY_LABELS = {
 FIGURES = ("class_accuracy", "calibration", "norms", "dampening", "signs", "confusion")
 
 
-def make_figures(tables: ReportTables) -> dict[str, Figure]:
-    """The figures for which there are numbers, by name."""
+def draw_figures(tables: ReportTables) -> tuple[dict[str, bytes], dict[str, str]]:
+    """
+    Draws the figures for which there are numbers.
+
+    Returns:
+        `tuple[dict[str, bytes], dict[str, str]]`: The images as PNG, and why a figure could not be drawn, by its name.
+    """
+    images, failed = {}, {}
+    with rc_context(STYLE), warnings.catch_warnings():
+        # Scripts that the font does not have are drawn as boxes. The tables have the names.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for name, draw in _figures(tables).items():
+            buffer = io.BytesIO()
+            try:
+                draw().savefig(buffer, format="png")
+            except Exception as error:  # whatever matplotlib makes of unusual names and numbers
+                logger.warning(f"The figure {name!r} of the report could not be drawn: {error!r}.")
+                failed[name] = f"The figure could not be drawn: {error!r}."
+            else:
+                images[name] = buffer.getvalue()
+    return images, failed
+
+
+def _figures(tables: ReportTables) -> dict[str, Callable[[], Figure]]:
+    """What draws each figure, by its name."""
     columns = set(tables.classes[0]) if tables.classes else set()
-    with rc_context(STYLE):
-        figures = {}
-        column = "eval_accuracy" if "eval_accuracy" in columns else "train_accuracy"
-        if {"train_rows", column} <= columns:
-            lines = [line for line in tables.classes if line[column] is not None and line["train_rows"] > 0]
-            if lines:
-                figures["class_accuracy"] = _class_accuracy(lines, column)
-        if tables.calibration:
-            figures["calibration"] = _calibration(tables)
-        if tables.norms:
-            figures["norms"] = _norms(tables)
-        if "weight" in columns:
-            figures["dampening"] = _dampening(tables)
-        if "sign" in columns:
-            figures["signs"] = _signs(tables)
-        if tables.confusion is not None:
-            figures["confusion"] = _confusion(tables.confusion, tables.names)
+    figures: dict[str, Callable[[], Figure]] = {}
+    column = "eval_accuracy" if "eval_accuracy" in columns else "train_accuracy"
+    if {"train_rows", column} <= columns:
+        lines = [line for line in tables.classes if line[column] is not None and line["train_rows"] > 0]
+        if lines:
+            figures["class_accuracy"] = partial(_class_accuracy, lines, column)
+    if tables.calibration:
+        figures["calibration"] = partial(_calibration, tables)
+    if tables.norms:
+        figures["norms"] = partial(_norms, tables)
+    if "weight" in columns:
+        figures["dampening"] = partial(_dampening, tables)
+    if "sign" in columns:
+        figures["signs"] = partial(_signs, tables)
+    if tables.confusion is not None:
+        figures["confusion"] = partial(_confusion, tables.confusion, tables.names)
     return figures
 
 
@@ -83,6 +115,7 @@ def _class_accuracy(lines: list[dict[str, Any]], column: str) -> Figure:
         textcoords="offset points",
         ha="left" if is_left else "right",
         fontsize=8,
+        parse_math=False,  # a dollar is a dollar
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(xlabel="training rows of the class", ylabel=ACCURACY_LABELS[column], ylim=(-0.03, 1.03))
@@ -155,10 +188,12 @@ def _bars(axes: Axes, names: list[str], heights: list[float], color: str | list[
         axes.set_xlabel("classes, largest first")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
+        names = [_short(name) for name in names]
         is_long = max(map(len, names)) > 4 and len(names) > 4
         axes.set_xticks(
             positions,
-            [_short(name) for name in names],
+            names,
+            parse_math=False,
             rotation=40 if is_long else 0,
             ha="right" if is_long else "center",
             fontsize=8 if len(names) <= 12 else 6.5,
@@ -176,8 +211,8 @@ def _confusion(confusion: np.ndarray, names: list[str]) -> Figure:
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.grid(visible=False)
     fontsize = 8
-    axes.set_xticks(range(len(names)), names, rotation=50, ha="right", fontsize=fontsize)
-    axes.set_yticks(range(len(names)), names, fontsize=fontsize)
+    axes.set_xticks(range(len(names)), names, rotation=50, ha="right", fontsize=fontsize, parse_math=False)
+    axes.set_yticks(range(len(names)), names, fontsize=fontsize, parse_math=False)
     axes.set(xlabel="predicted", ylabel="label")
     if len(names) <= MOST_WRITTEN_CELLS:
         for i, j in np.argwhere(part > 0):
@@ -200,5 +235,4 @@ def _by_size(tables: ReportTables) -> list[dict[str, Any]]:
 
 
 def _short(name: str) -> str:
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
+    return shown(name, LONGEST_NAME)

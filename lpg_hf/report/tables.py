@@ -93,7 +93,7 @@ def _classes(names: list[str], summary: TrainingSummary, tables: ReportTables) -
     if summary.class_counts is not None and any(summary.class_counts):
         columns["train_rows"] = summary.class_counts
     elif issues is not None:
-        columns["train_rows"] = np.bincount(issues["label"], minlength=num_labels).tolist()
+        columns["train_rows"] = np.bincount(_array(issues, "label"), minlength=num_labels).tolist()
     if summary.class_accuracy is not None:
         columns["train_accuracy"] = summary.class_accuracy
     if tables.confusion is not None:
@@ -101,8 +101,8 @@ def _classes(names: list[str], summary: TrainingSummary, tables: ReportTables) -
         columns["eval_rows"] = rows.tolist()
         columns["eval_accuracy"] = _means(tables.confusion.diagonal(), rows)
     if issues is not None and "weight" in issues.column_names:
-        visits, labels = np.array(issues["visits"]), np.array(issues["label"])
-        weights = np.bincount(labels, visits * np.array(issues["weight"]), minlength=num_labels)
+        visits, labels = _array(issues, "visits"), _array(issues, "label")
+        weights = np.bincount(labels, visits * _array(issues, "weight"), minlength=num_labels)
         columns["weight"] = _means(weights, np.bincount(labels, visits, minlength=num_labels))
     else:
         tables.missing["dampening"] = "The chain has no class-relative dampening, or the rows are not known."
@@ -111,6 +111,11 @@ def _classes(names: list[str], summary: TrainingSummary, tables: ReportTables) -
     else:
         tables.missing["signs"] = "The chain has no method with a sign and a bound per class (LPG, LPL)."
     return [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+
+
+def _array(issues: Dataset, column: str) -> np.ndarray:
+    # A loop over the column would take minutes for millions of rows, and the format "numpy" rounds to float32.
+    return issues.with_format("arrow")[:].column(column).to_numpy()
 
 
 def _means(sums: np.ndarray, counts: np.ndarray) -> list[float | None]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import Trainer
 
@@ -10,6 +11,9 @@ from ..loss import LPGLoss
 from ..model_card import add_section
 from ..perturbations import Perturbation
 from .summary import summarize_for_report, summarize_training
+
+
+logger = get_logger(__name__)
 
 
 class ReportsMixin(Trainer):
@@ -64,10 +68,16 @@ class ReportsMixin(Trainer):
         """
         Writes the Trainer's model card, with tags and a section on the perturbations: methods, settings, classes, and
         the `certificate.json` in the output folder if it belongs to the model's weights (a warning says if it does
-        not). Without perturbations it is the Trainer's card.
+        not). Without perturbations it is the Trainer's card. A section that cannot be written is a warning.
         """
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            methods = self._lpg_active_methods()
-            summary = summarize_training(self, self._lpg_built_loss(), methods, self._lpg_norms())
-            add_section(summary, self.accelerator.unwrap_model(self.model))
+            try:
+                methods = self._lpg_active_methods()
+                summary = summarize_training(self, self._lpg_built_loss(), methods, self._lpg_norms())
+                add_section(summary, self.accelerator.unwrap_model(self.model))
+            except Exception as error:  # a push to the Hub in a training writes a card, and must not end it
+                logger.warning(
+                    f"The model card has no section on the perturbations, because it could not be written: {error!r}.",
+                    exc_info=True,
+                )

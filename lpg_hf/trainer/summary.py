@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 
 import numpy as np
+from accelerate.logging import get_logger
 from datasets import Dataset
 from scipy.special import softmax
 from torch import nn
@@ -15,8 +16,11 @@ from ..data.labels import label_names
 from ..loss import LPGLoss
 from ..perturbations import Perturbation
 from ..perturbations.strategy import ClassLevelPerturbation
+from ..safe_text import unique_names
 from ..summary import Evaluation, TrainingSummary, Unavailable
 
+
+logger = get_logger(__name__)
 
 NOT_COLLECTED = Unavailable("This summary was made without it.")
 
@@ -112,8 +116,8 @@ def evaluate_classifier(trainer: Trainer) -> Evaluation | Unavailable:
         trainer ([`~transformers.Trainer`]): The trainer; its metrics are not computed.
 
     Returns:
-        [`Evaluation`] or [`Unavailable`]: The latter without an evaluation set, or if labels or logits do not fit a
-            single-label classifier.
+        [`Evaluation`] or [`Unavailable`]: The latter without an evaluation set, if it cannot be predicted, if labels
+            or logits do not fit a single-label classifier, or if they are not finite.
     """
     dataset, name = trainer.eval_dataset, "eval_dataset"
     if isinstance(dataset, dict):
@@ -126,6 +130,9 @@ def evaluate_classifier(trainer: Trainer) -> Evaluation | Unavailable:
     trainer.compute_metrics = trainer.preprocess_logits_for_metrics = None
     try:
         output = trainer.predict(dataset)
+    except Exception as error:  # data set and collator are the user's, and the rest of the report does not need them
+        logger.warning(f"Predicting `{name}` for the report failed: {error!r}.", exc_info=True)
+        return Unavailable(f"Predicting `{name}` failed: {error!r}.")
     finally:
         trainer.compute_metrics, trainer.preprocess_logits_for_metrics = metrics, preprocess
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
@@ -134,17 +141,33 @@ def evaluate_classifier(trainer: Trainer) -> Evaluation | Unavailable:
         return Unavailable(f"`{name}` does not have one integer label per row.")
     if np.ndim(logits) != 2 or logits.shape[1] < 2:
         return Unavailable("The model's logits do not have the shape [N, C] with C > 1.")
-    labels = labels.reshape(-1)
+    return _evaluation(name, np.asarray(logits, dtype=np.float64), labels.reshape(-1))
+
+
+def _evaluation(name: str, logits: np.ndarray, labels: np.ndarray) -> Evaluation | Unavailable:
+    """What the report shows of logits `[N, C]` and labels `[N]`, if they are whole."""
     is_labeled = labels != IGNORE_INDEX
-    if not is_labeled.any():
+    logits, labels = logits[is_labeled], labels[is_labeled]
+    num_labels = logits.shape[1]
+    if len(labels) == 0:
         return Unavailable(f"No row of `{name}` has a label.")
-    probabilities = softmax(np.asarray(logits, dtype=np.float64)[is_labeled], axis=1)
-    return Evaluation(name, labels[is_labeled], probabilities)
+    is_out_of_range = (labels < 0) | (labels >= num_labels)
+    if is_out_of_range.any():
+        return Unavailable(
+            f"{is_out_of_range.sum()} of {len(labels)} rows of `{name}` have labels outside of 0 to {num_labels - 1}, "
+            f"{labels[is_out_of_range][0]} among them. Rows without a label are marked {IGNORE_INDEX}."
+        )
+    is_finite = np.isfinite(logits).all(1)
+    if not is_finite.all():
+        return Unavailable(
+            f"The logits of {(~is_finite).sum()} of {len(labels)} rows of `{name}` are not finite (NaN or infinite)."
+        )
+    return Evaluation(name, labels, softmax(logits, axis=1))
 
 
 def find_class_names(num_labels: int, train_dataset: object, model: nn.Module) -> list[str]:
     """
-    Names the classes as the data set does, or else as the model does.
+    Names the classes as the data set does, or else as the model does. Names that occur twice get their number.
 
     Args:
         num_labels (`int`): Number of classes.
@@ -164,11 +187,11 @@ def find_class_names(num_labels: int, train_dataset: object, model: nn.Module) -
     ```
     """
     names = label_names(train_dataset)
-    if len(names) >= num_labels:
-        return names[:num_labels]
-    config = getattr(model, "config", None)
-    id2label = getattr(config, "id2label", None) or {}
-    return [str(id2label.get(label, label)) for label in range(num_labels)]
+    if len(names) < num_labels:
+        config = getattr(model, "config", None)
+        id2label = getattr(config, "id2label", None) or {}
+        names = [str(id2label.get(label, label)) for label in range(num_labels)]
+    return unique_names(names[:num_labels])
 
 
 def changed_settings(args: TrainingArguments) -> dict[str, object]:
