@@ -127,6 +127,7 @@ def test_the_trainer_is_thin():
         own_classes("label_issues.py")["LabelIssuesMixin"],
         own_classes("sam_step.py")["SAMStepMixin"],
         own_classes("reports.py")["ReportsMixin"],
+        own_classes("checkpoint_mixin.py")["CheckpointMixin"],
         own_classes("resumable.py")["ResumableTrainer"],
     ]
     assert {base.id for base in trainer.bases} == {part.name for part in parts[1:]}

@@ -104,8 +104,7 @@ class CifarRun:
         self.loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
         self._reweighting: list[SampleReweighting] = []
         if settings.chain is not None:
-            # The test set has as many images of each class.
-            loss_fn = LPGLoss(NUM_LABELS, settings.chain, task.class_counts, eval_shares=[1.0] * NUM_LABELS)
+            loss_fn = LPGLoss(NUM_LABELS, settings.chain, task.class_counts)
             self.loss_fn = loss_fn.to(device)
             self._reweighting = [method for method in loss_fn.perturbations if isinstance(method, SampleReweighting)]
         self.optimizer = NesterovSGD(list(self.network.parameters()), settings.momentum, settings.weight_decay)

@@ -1,26 +1,23 @@
-"""What a checkpoint holds of the perturbations, when a checkpoint is complete, and what it fits."""
+"""What a checkpoint holds of the perturbations, and whether it fits a run."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from accelerate.logging import get_logger
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch import Tensor
 
 from ..perturbations import Perturbation
+from .state_files import damaged, find_bad_value, find_misfit, read_tensors, write_tensors
 
 
 logger = get_logger(__name__)
 
 STATE_FILE = "lpg_state.safetensors"
-ROWS_FILE = "lpg_rows.safetensors"
+_CONTENTS = "the state of the perturbations (class statistics, counters, lengths)"
 
 
 class Stateful(Protocol):
@@ -36,7 +33,7 @@ def save_state(
     parts: Mapping[str, Stateful],
     chains: Mapping[str, Sequence[Perturbation]],
     requested: Mapping[str, Sequence[str]],
-    num_processes: int,
+    facts: Mapping[str, int],
 ) -> None:
     """
     Writes the state of the perturbations into a checkpoint, as one safetensors file.
@@ -48,7 +45,7 @@ def save_state(
             The methods of a part under the same prefix. A resumed run must have the same ones.
         requested (`Mapping[str, Sequence[str]]`):
             What the user asked for, under the same prefix, where `"auto"` has not been replaced by its methods.
-        num_processes (`int`): Number of processes that train.
+        facts (`Mapping[str, int]`): The entries `num_processes`, `num_labels` (0 without a loss) and `step`.
 
     Raises:
         TypeError: If a state is not a tensor.
@@ -60,15 +57,10 @@ def save_state(
                 f"The state {name} is a {type(value).__name__}, but a checkpoint holds only tensors. Let "
                 "`get_extra_state` return a tensor."
             )
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     reprs = {prefix: list(map(repr, chain)) for prefix, chain in chains.items()}
     asked = reprs | {prefix: list(chain) for prefix, chain in requested.items()}
-    metadata = {
-        "perturbations": json.dumps(reprs),
-        "requested": json.dumps(asked),
-        "num_processes": str(num_processes),
-    }
-    save_file(tensors, Path(folder) / STATE_FILE, metadata=metadata)
+    metadata = {"perturbations": json.dumps(reprs), "requested": json.dumps(asked), "facts": json.dumps(dict(facts))}
+    write_tensors(Path(folder) / STATE_FILE, state, metadata)
 
 
 @dataclass
@@ -77,15 +69,21 @@ class SavedState:
     The state that [`save_state`] wrote.
 
     Attributes:
+        path (`Path`): The file, for messages.
         chains (`dict[str, list[str]]`): The `repr` of the methods by the prefix of their part.
         requested (`dict[str, list[str]]`): The same as the user asked for it, with `"auto"` as such.
         num_processes (`int`): Number of processes that trained.
+        num_labels (`int`): Number of classes; 0 if there was no perturbed loss.
+        step (`int`): Optimizer steps before the checkpoint.
         tensors (`dict[str, torch.Tensor]`): The state by prefix and name.
     """
 
+    path: Path
     chains: dict[str, list[str]]
     requested: dict[str, list[str]]
     num_processes: int
+    num_labels: int
+    step: int
     tensors: dict[str, Tensor]
 
     def has(self, prefix: str) -> bool:
@@ -93,13 +91,51 @@ class SavedState:
         return any(name.startswith(f"{prefix}.") for name in self.tensors)
 
     def restore(self, part: Stateful, prefix: str) -> None:
-        """Loads the state under a prefix into a part of the training."""
-        start = f"{prefix}."
-        part.load_state_dict(
-            {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
-        )
+        """
+        Loads the state under a prefix into a part of the training.
 
-    def renumbered(self, methods: Sequence[Perturbation]) -> dict[str, Tensor]:
+        Raises:
+            ValueError: If the state does not fit the part.
+        """
+        start = f"{prefix}."
+        state = {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+        try:
+            part.load_state_dict(state)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            if not state and isinstance(error, ValueError):  # nothing was saved, as the part has said itself
+                raise
+            raise damaged(self.path, f"the state of {prefix!r} does not fit ({error})", _CONTENTS) from error
+
+    def restore_loss(self, part: Stateful, methods: Sequence[Perturbation]) -> None:
+        """
+        Loads the state of the loss. Methods that the checkpoint does not have start anew.
+
+        Args:
+            part ([`Stateful`]): The loss.
+            methods (`Sequence[Perturbation]`): The methods of this run.
+
+        Raises:
+            ValueError: If the state does not fit the loss.
+        """
+        state, expected = self._renumbered(methods), dict(part.state_dict())
+        # Counts are there if they were counted, and are taken if this run counts as well.
+        counts = "statistics.class_counts"
+        # Where `auto` stands for other methods now, those of the same name may have other settings.
+        is_same = self.chains.get("loss", []) == list(map(repr, methods))
+        checked = {name for name in {*state, *expected} if is_same or name.startswith("statistics.")} - {counts}
+        problem = find_misfit(
+            {name: value for name, value in state.items() if name in checked},
+            {name: value for name, value in expected.items() if name in checked},
+        )
+        if counts in state and (state[counts].is_floating_point() or state[counts].shape != (self.num_labels,)):
+            problem = f"{counts} is not one integer per class"
+        statistics = {name: value for name, value in state.items() if name.startswith("statistics.")}
+        problem = problem or find_bad_value(statistics)
+        if problem is not None:
+            raise damaged(self.path, f"the state of 'loss' does not fit: {problem}", _CONTENTS)
+        part.load_state_dict(state)
+
+    def _renumbered(self, methods: Sequence[Perturbation]) -> dict[str, Tensor]:
         """
         The state of the loss by name, with the methods at their places in this run.
 
@@ -113,11 +149,28 @@ class SavedState:
         state: dict[str, Tensor] = {}
         for name, value in self.tensors.items():
             part, _, name = name.partition(".")
-            match = re.fullmatch(r"perturbations\.(\d+)\.(.*)", name)
-            place = None if match is None else places.get(before[int(match[1])])
-            if part == "loss" and (match is None or place is not None):
-                state[name if match is None else f"perturbations.{place}.{match[2]}"] = value
+            match = re.fullmatch(r"perturbations\.(\d{1,9})\.(.*)", name)
+            if part != "loss":
+                continue
+            if match is None:
+                state[name] = value
+            elif int(match[1]) >= len(before):
+                raise damaged(self.path, f"loss.{name} belongs to no method", _CONTENTS)
+            elif before[int(match[1])] in places:
+                state[f"perturbations.{places[before[int(match[1])]]}.{match[2]}"] = value
         return state
+
+    def check_step(self, step: int) -> None:
+        """
+        Checks that the file belongs to the checkpoint that it lies in.
+
+        Args:
+            step (`int`): Optimizer steps before the checkpoint, as the Trainer's state has them.
+
+        Raises:
+            ValueError: If it was written at another step.
+        """
+        check_step(self.path, self.step, step, _CONTENTS)
 
     def check_chain(
         self,
@@ -168,11 +221,10 @@ class SavedState:
         Raises:
             ValueError: If it was written for another number.
         """
-        saved = self.tensors["loss.statistics._running"].shape[-1]
-        if saved != num_labels:
+        if self.num_labels != num_labels:
             raise ValueError(
-                f"The checkpoint was written for {saved} classes, but this model has {num_labels}. Resume with the "
-                "model of that run."
+                f"The checkpoint was written for {self.num_labels} classes, but this model has {num_labels}. Resume "
+                "with the model of that run."
             )
 
 
@@ -187,103 +239,29 @@ def load_state(folder: str | Path) -> SavedState | None:
         ValueError: If the file is damaged.
     """
     path = Path(folder) / STATE_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
+    tensors, entries = read_tensors(path, _CONTENTS)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        chains = json.loads(metadata["perturbations"])
-        requested = json.loads(metadata.get("requested", metadata["perturbations"]))
-        return SavedState(chains, requested, int(metadata["num_processes"]), load_file(path))
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise _damaged(path, error) from error
+        chains, requested = (_read_chains(entries[name]) for name in ("perturbations", "requested"))
+        facts = json.loads(entries["facts"])
+        num_processes, num_labels, step = (int(facts[name]) for name in ("num_processes", "num_labels", "step"))
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise damaged(path, f"its metadata are not those of a checkpoint ({error!r})", _CONTENTS) from error
+    return SavedState(path, chains, requested, num_processes, num_labels, step, tensors)
 
 
-def save_rows(folder: str | Path, records: nn.Module) -> None:
-    """Writes the records of the training rows, in a file of their own because they do not depend on the chain."""
-    save_file(records.state_dict(), Path(folder) / ROWS_FILE)
+def check_step(path: Path, saved: int, step: int, contents: str) -> None:
+    """Raises if a file was written at another step than the checkpoint that it lies in."""
+    if saved != step:
+        raise damaged(path, f"it was written at step {saved}, but its checkpoint at step {step}", contents)
 
 
-def load_rows(folder: str | Path) -> dict[str, Tensor] | None:
-    """
-    Reads the records that [`save_rows`] wrote.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Their state; `None` if the checkpoint does not have any.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
-    path = Path(folder) / ROWS_FILE
-    if not path.is_file():
-        return None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} cannot be read ({error}): it is truncated or was changed. Resume from an older checkpoint, or start "
-        "a new run from the checkpoint's model."
-    )
-
-
-def is_complete(checkpoint: str | Path) -> bool:
-    """
-    Whether a checkpoint was saved completely.
-
-    The state of the Trainer is written last, after all processes have saved their parts.
-
-    Args:
-        checkpoint (`str` or `Path`): The folder of the checkpoint.
-    """
-    try:
-        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def is_damaged(checkpoint: str | Path) -> bool:
-    """
-    Whether a checkpoint has a state of the Trainer that cannot be read.
-
-    Args:
-        checkpoint (`str` or `Path`): The folder of the checkpoint.
-    """
-    return (Path(checkpoint) / TRAINER_STATE_NAME).is_file() and not is_complete(checkpoint)
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    Finds the newest complete checkpoint. Incomplete checkpoints are skipped, with a warning.
-
-    Args:
-        output_dir (`str` or `Path`): The folder that holds the checkpoints.
-
-    Returns:
-        `str` or `None`: The folder of the checkpoint; `None` if the folder holds no checkpoint at all.
-
-    Raises:
-        ValueError: If all checkpoints are incomplete.
-    """
-    checkpoints = {
-        int(match[1]): path
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
-    }
-    for step in sorted(checkpoints, reverse=True):
-        if is_complete(checkpoints[step]):
-            return str(checkpoints[step])
-        logger.warning(f"{checkpoints[step]} is incomplete and is skipped.")
-    if checkpoints:
-        raise ValueError(
-            f"No valid checkpoint found in output directory ({output_dir}): all {len(checkpoints)} are incomplete. "
-            "Train without `resume_from_checkpoint`."
-        )
-    return None
+def _read_chains(text: str) -> dict[str, list[str]]:
+    chains: Any = json.loads(text)
+    if not isinstance(chains, dict) or not all(isinstance(chain, list) for chain in chains.values()):
+        raise ValueError(f"found {text[:80]!r} instead of chains")
+    return {prefix: list(map(str, chain)) for prefix, chain in chains.items()}
 
 
 def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:

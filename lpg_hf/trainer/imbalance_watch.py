@@ -147,13 +147,32 @@ class ImbalanceWatch:
         return tensors | {"verdicts": torch.tensor(self._verdicts), "start": torch.tensor(self._start)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores the verdicts. On labels of other counts the labels are judged anew, from the first samples on."""
+        """
+        Restores the verdicts. On labels of other counts the labels are judged anew, from the first samples on.
+
+        Raises:
+            ValueError: If the state is not one of [`~ImbalanceWatch.state_dict`].
+        """
+        _check_state(tensors)
         verdicts = tensors["verdicts"].tolist()
         if tensors["counted"].tolist() == list(self.counted or []):
             self._verdicts, self.found = verdicts, tensors["found"].tolist() or None
             self._start = int(tensors["start"])
         else:
             self._verdicts, self.begins_anew = [UNDECIDED, verdicts[1], YES], True
+
+
+def _check_state(tensors: Mapping[str, Tensor]) -> None:
+    names = ("counted", "found", "verdicts", "start")
+    if set(tensors) != set(names) or any(tensor.dtype != torch.int64 for tensor in tensors.values()):
+        raise ValueError(f"it must have the integers {', '.join(names)}; found {', '.join(tensors)}")
+    counted, found, verdicts, start = (tensors[name].tolist() for name in names)
+    is_count = all(isinstance(counts, list) and all(count >= 0 for count in counts) for counts in (counted, found))
+    is_found = is_count and len(found) in (0, len(counted))
+    if not is_found or not isinstance(start, int) or start < -1:
+        raise ValueError(f"counts {counted} and {found} or the start {start} are out of range")
+    if not isinstance(verdicts, list) or len(verdicts) != 3 or not set(verdicts) <= {UNDECIDED, NO, YES}:
+        raise ValueError(f"the verdicts must be 3 numbers from 0 to 2; found {verdicts}")
 
 
 def shares_differ(seen: Sequence[int], counted: Sequence[int], is_epoch: bool) -> bool:

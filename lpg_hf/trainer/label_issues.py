@@ -16,7 +16,7 @@ from ..distributed import stack_processes
 from ..perturbations import ClassRelativeDampening
 from ..row_numbers import ROWS_KEY, UNKNOWN, has_rows, number_rows
 from ..row_records import DynamicsBuffer, TrainingDynamics
-from .checkpoint import load_rows, save_rows
+from .row_file import load_rows, save_rows
 from .step_watch import StepWatchMixin
 from .summary import find_class_names
 
@@ -195,10 +195,10 @@ class LabelIssuesMixin(StepWatchMixin):
     def _lpg_save_rows(self, output_dir: str) -> None:
         records = None if self._lpg_row_tracker is None else self._lpg_row_tracker.merged()
         if records is not None and records.has_visits and self.args.should_save:
-            save_rows(output_dir, records)
+            save_rows(output_dir, records, self.state.global_step)
 
     def _lpg_load_rows(self, checkpoint: str) -> None:
-        saved = load_rows(checkpoint)
+        saved = load_rows(checkpoint, self.state.global_step)
         if saved is None or self._lpg_row_tracker is None or self._lpg_row_tracker.buffer is None:
             return
         num_rows, records = TrainingDynamics.num_rows_of(saved), self._lpg_row_tracker.buffer.records

@@ -11,6 +11,30 @@ from ..statistics import min_counted_samples
 logger = get_logger(__name__)
 
 
+def warn_of_counts(
+    class_counts: Sequence[int] | None, dataset: object, num_labels: int, disagreement: ValueError | None
+) -> None:
+    """
+    Warns of classes without training rows, or of class counts that are not known.
+
+    Args:
+        class_counts (`Sequence[int]`, *optional*): The class counts, if they are known.
+        dataset, num_labels and disagreement: As for [`warn_of_unknown_counts`].
+    """
+    if class_counts is None:
+        warn_of_unknown_counts(dataset, num_labels, disagreement)
+    else:
+        warn_of_missing_classes(class_counts)
+
+
+def warn_of_correcting_loss() -> None:
+    """Warns that `auto` does not correct what the user's loss corrects."""
+    logger.warning(
+        "`compute_loss_func` corrects the class imbalance already, as class weights do, so `auto` leaves its own "
+        "correction out. To let `auto` correct it, pass a loss without weights."
+    )
+
+
 def warn_of_missing_classes(class_counts: Sequence[int]) -> None:
     """Warns of classes that have no training rows."""
     missing = [label for label, count in enumerate(class_counts) if count == 0]

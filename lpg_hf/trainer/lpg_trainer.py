@@ -1,4 +1,4 @@
-"""LPGTrainer: where in a training step the perturbations act, what is logged, and what a checkpoint holds."""
+"""LPGTrainer: where in a training step the perturbations act, and what is logged."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
@@ -22,7 +22,7 @@ from ..config import LPGConfig
 from ..loss import LPGLoss
 from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver
-from .checkpoint import STATE_FILE, SavedState, Stateful, load_state, save_state
+from .checkpoint_mixin import CheckpointMixin
 from .classifier import ClassifierCheck
 from .label_issues import LabelIssuesMixin, RowTracker
 from .label_messages import explain_label_errors
@@ -40,7 +40,7 @@ logger = get_logger(__name__)
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
 
-class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer):
+class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, CheckpointMixin, ResumableTrainer):
     r"""
     A [`~transformers.Trainer`] that perturbs the gradient at the logits of a classification model.
 
@@ -172,8 +172,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         self._lpg_step_watch = StepWatch()
         self._lpg_row_tracker = None
         self._lpg_perturbation_log = PerturbationLog(isinstance(self.args, LPGConfig) and self.args.log_perturbations)
-        # The state of a checkpoint, until the first batch decides whether there is a loss to load it into.
-        self._lpg_saved_state: SavedState | None = None
+        self._lpg_saved_state = None  # until there is a loss to load it into
         num_labels = self._lpg_classifier.declared_num_labels()
         if num_labels is not None:
             self._lpg_managed.build_early(num_labels)
@@ -299,52 +298,3 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ResumableTrainer)
         if "loss" in logs:
             logs |= self._lpg_perturbation_log.take(self.state.global_step, self.state.epoch)
         super().log(logs, start_time)
-
-    # Checkpoints
-
-    def _lpg_observers_by_prefix(self) -> dict[str, Stateful]:
-        names = [type(observer).__name__ for observer in self._lpg_observers]
-        numbers = [names[:position].count(name) for position, name in enumerate(names)]
-        prefixes = [f"observer.{name}.{number}" for name, number in zip(names, numbers, strict=True)]
-        return dict(zip(prefixes, self._lpg_observers, strict=True))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Stateful callbacks have a JSON state, which cannot hold tensors, and `on_save` comes when the checkpoint is
-        # complete already. https://github.com/huggingface/transformers/pull/29666, unchanged in 5.24
-        super()._save_optimizer_and_scheduler(output_dir)
-        parts = self._lpg_observers_by_prefix()
-        chains: dict[str, Sequence[Perturbation]] = {}
-        if self._lpg_perturbs_logits:
-            parts["loss"], chains["loss"] = self._lpg_managed, self._lpg_managed.methods
-            parts["imbalance"] = self._lpg_managed.watch
-        if len(self._lpg_parameter_methods) > 0:
-            parts["parameters"] = self._lpg_parameter_methods
-            chains["parameters"] = self._lpg_parameter_methods.methods
-        if self._lpg_perturbation_log.norms:
-            parts["log"] = self._lpg_perturbation_log
-        if parts and self.args.should_save:
-            requested = {"loss": self._lpg_managed.requested} if self._lpg_perturbs_logits else {}
-            save_state(output_dir, parts, chains, requested, self.accelerator.num_processes)
-        self._lpg_save_rows(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # The counterpart of `_save_optimizer_and_scheduler`.
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._lpg_load_rows(checkpoint)
-        saved = self._lpg_saved_state = load_state(checkpoint)
-        if saved is None:
-            if self._lpg_managed.has_methods or len(self._lpg_parameter_methods) > 0 or self._lpg_observers:
-                logger.warning(
-                    f"{checkpoint} has no {STATE_FILE}: it was written with `save_only_model`, or without "
-                    "perturbations. Their state (class statistics, counters, lengths) starts anew."
-                )
-            return
-        for prefix, observer in self._lpg_observers_by_prefix().items():
-            saved.restore(observer, prefix)
-        saved.restore(self._lpg_perturbation_log, "log")
-        saved.check_chain("parameters", self._lpg_parameter_methods.methods, self.accelerator.num_processes)
-        saved.restore(self._lpg_parameter_methods, "parameters")
-        if not self._lpg_managed.has_methods:
-            saved.check_chain("loss", [], self.accelerator.num_processes)

@@ -19,7 +19,7 @@ from .accumulation import StepItems
 from .build_loss import build_loss, logit_methods
 from .checkpoint import SavedState
 from .imbalance_watch import ImbalanceWatch, describe_difference
-from .label_messages import warn_of_missing_classes, warn_of_unknown_counts
+from .label_messages import warn_of_correcting_loss, warn_of_counts
 from .loss_scale import LossScale
 from .parameter_methods import gradient_scale
 from .skipped_steps import SkippedSteps
@@ -136,14 +136,11 @@ class ManagedLoss:
         if saved is not None:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
-            self.load_state_dict(saved.renumbered(self.methods))
+            saved.restore_loss(self, self.methods)
             if self.watch.begins_anew:  # the samples of the first run had other labels
                 self.loss.statistics.seen_counts.zero_()
         self.watch.begin(self._trainer.state.global_step)
-        if loss.statistics.counts_are_given:
-            warn_of_missing_classes(loss.statistics.class_counts.tolist())
-        else:
-            warn_of_unknown_counts(self._trainer.train_dataset, loss.num_labels, self.disagreement)
+        warn_of_counts(self._own_counts(), self._trainer.train_dataset, loss.num_labels, self.disagreement)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the loss. Counts that were given or read are not part of it: they belong to the data."""
@@ -191,10 +188,7 @@ class ManagedLoss:
             return
         if watch.watches_loss:
             if watch.judge_loss(trainer.accelerator):
-                logger.warning(
-                    "`compute_loss_func` corrects the class imbalance already, as class weights do, so `auto` leaves "
-                    "its own correction out. To let `auto` correct it, pass a loss without weights."
-                )
+                warn_of_correcting_loss()
             else:
                 self._rebuild(self._own_counts())
         seen, had_met_others = self.loss.statistics.seen_counts.tolist(), watch.met_other_labels

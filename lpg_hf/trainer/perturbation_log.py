@@ -56,6 +56,17 @@ class PerturbationLog:
         return {"norms": torch.tensor(list(json.dumps(self.norms).encode()), dtype=torch.uint8)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores the norms of a checkpoint. One that was written without them has no tensors."""
+        """
+        Restores the norms of a checkpoint. One that was written without them has no tensors.
+
+        Raises:
+            ValueError: If the state is not one of [`~PerturbationLog.state_dict`].
+        """
         if tensors:
-            self.norms = json.loads(bytes(tensors["norms"].tolist()))
+            norms = json.loads(bytes(tensors["norms"].tolist()))
+            is_log = isinstance(norms, list) and all(
+                isinstance(line, dict) and {"step", "epoch"} <= line.keys() for line in norms
+            )
+            if not is_log or not all(isinstance(value, int | float) for line in norms for value in line.values()):
+                raise ValueError("its norms are no list of numbers by step and epoch")
+            self.norms = norms

@@ -8,10 +8,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .checkpoint import is_damaged, last_complete_checkpoint
+from .complete_checkpoints import is_damaged, last_complete_checkpoint
+from .output_lock import sole_writer
 
 
 class ResumableTrainer(Trainer):
@@ -36,6 +37,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: If the checkpoint is damaged, or if there is no complete one.
+            RuntimeError: If another training writes its checkpoints to `output_dir`.
             FileNotFoundError: If a folder holds a model, but not the state of a training, as `save_model` writes it.
         """
         # `Trainer` of 5.24 resumes from the newest folder even if it is incomplete, and fails.
@@ -49,6 +51,14 @@ class ResumableTrainer(Trainer):
                 "older checkpoint, or `resume_from_checkpoint=True` for the newest complete one."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Checkpoints of 5.24 go straight into their folders, and old ones are deleted by their names: two trainings
+        # with one `output_dir` mix theirs without a word. No upstream thread.
+        if self.args.save_strategy == SaveStrategy.NO:
+            return super()._inner_training_loop(*args, **kwargs)
+        with sole_writer(self._get_output_dir(kwargs.get("trial")), self.accelerator):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # 5.24 writes straight into the final folder. If an earlier run left a `trainer_state.json` there, which is

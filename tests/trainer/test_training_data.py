@@ -1,7 +1,6 @@
 """The class counts are those of this run's data, read before the first step or counted, also after a resume."""
 
 import copy
-import json
 import logging
 
 import pytest
@@ -285,12 +284,16 @@ def test_a_checkpoint_of_the_model_alone_resumes_as_with_the_trainer(tmp_path, w
     assert "written with `save_only_model`, or without perturbations" in message and "starts anew" in message
 
 
-def test_a_checkpoint_without_the_request_compares_methods(tmp_path):
-    """Files of an earlier version name methods alone."""
+def test_the_state_of_an_earlier_version_is_refused_and_can_be_left_out(tmp_path, warnings):
+    """It has no checksum, so nobody knows whether it is whole."""
     train(tmp_path, make_rows(LONG_TAIL), perturbations="lpg")
     file = tmp_path / "checkpoint-7" / STATE_FILE
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-    assert json.loads(metadata.pop("requested")) == {"loss": ["lpg()"]}
+    del metadata["checksum"]
     save_file(load_file(file), file, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"{STATE_FILE} cannot be read: it has no checksum.* delete this file"):
+        train(tmp_path, make_rows(LONG_TAIL), perturbations="lpg", epochs=2, resume=True)
+    file.unlink()
     assert train(tmp_path, make_rows(LONG_TAIL), perturbations="lpg", epochs=2, resume=True).state.global_step == 14
+    assert f"has no {STATE_FILE}" in warnings()[-1]
