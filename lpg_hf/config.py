@@ -28,6 +28,8 @@ class LPGConfig(TrainingArguments):
         log_perturbations (`bool`, *optional*, defaults to `False`):
             Whether all numbers of the perturbations are logged with each training loss, and not only the three that
             `docs/logged_keys.md` marks.
+        track_rows (`bool`, *optional*, defaults to `True`):
+            Whether training records how it sees each row, 24 bytes on the host, for [`LPGTrainer.label_issues`].
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
             The measure that decides sign and radius of each class: `"frequency"` or `"accuracy"`.
         lpg_epsilon (`float`, *optional*, defaults to `0.1`):
@@ -69,6 +71,10 @@ class LPGConfig(TrainingArguments):
     log_perturbations: bool = field(
         default=False,
         metadata={"help": "Whether norms, ratios and weights of every method are logged with each training loss."},
+    )
+    track_rows: bool = field(
+        default=True,
+        metadata={"help": "Whether training records how it sees each row, for `label_issues` and the report."},
     )
     lpg_strategy: str = field(
         default="frequency",

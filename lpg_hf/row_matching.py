@@ -13,8 +13,8 @@ class ItemLabels:
     """
     The labels of the items of a batch, read before the collator may change them.
 
-    `None` marks an item without data, such as a damaged file, and is not part of `labels`. Where no label has one of
-    the usual names, every column of integers may be the one with the labels.
+    `None` marks an item without data, such as a damaged file, and is not part of `labels`. Every column of integers
+    may be the one with the labels, whatever its name.
 
     Args:
         items: What the data set handed out for a batch.
@@ -24,11 +24,13 @@ class ItemLabels:
         positions (`list[int]` or `None`):
             Positions of the items that are not `None`; `None` if all count, or if `items` is not a list.
         labels (`dict[Hashable, list[int]]`): The labels of these items, by their column.
+        usual (`list[int]` or `None`): The first of them under a usual name.
     """
 
     def __init__(self, items: object, candidates: Sequence[Hashable] | None = None):
         self.positions: list[int] | None = None
         self.labels: dict[Hashable, list[int]] = {}
+        self.usual: list[int] | None = None
         if not isinstance(items, list):
             return
         present = items
@@ -40,6 +42,7 @@ class ItemLabels:
             labels = _read_column(present, column)
             if labels is not None:
                 self.labels[column] = labels
+        self.usual = next((self.labels[name] for name in LABEL_COLUMNS if name in self.labels), None)
 
 
 def match_labels(before: Sequence[int], after: Sequence[int]) -> list[int | None] | None:
@@ -101,8 +104,7 @@ def _label_columns(items: Sequence[object]) -> Sequence[Hashable]:
         return []
     first = items[0]
     if isinstance(first, Mapping):
-        named = next((name for name in LABEL_COLUMNS if name in first), None)
-        return list(first) if named is None else [named]
+        return list(first)
     return range(len(first)) if isinstance(first, list | tuple) else []
 
 

@@ -15,9 +15,9 @@ from .row_matching import ItemLabels, match_labels
 
 #: The key under which a batch carries its row numbers. The collator adds it and the trainer takes it out again.
 ROWS_KEY = "lpg_rows"
-# Marks that stand in place of a row number; a data set of n rows adds n to them.
-UNKNOWN, REORDERED = 0, 1
-NUM_MARKS = 2
+# Marks that stand in place of a row number; a data set of n rows adds n to them. The last one is for counting alone.
+UNKNOWN, REORDERED, UNVERIFIED = 0, 1, 2
+NUM_MARKS = 3
 
 Copied = TypeVar("Copied")
 
@@ -101,7 +101,9 @@ class IndexedCollator:
 
     The labels of the items and of the batch tell which items the collator left out, repeated or replaced. A sample
     whose row they do not tell gets the number `num_rows`, which means "unknown". All samples of a batch in another
-    order than its items get the number `num_rows + 1`. A batch without labels gets no numbers.
+    order than its items get the number `num_rows + 1`. Where the items do not show their labels, a batch of as many
+    samples as items counts as one in their order, and the numbers are those of [`mark_unverified`]. A batch without
+    labels gets no numbers.
 
     Args:
         collator (`Callable`): Turns a list of items into a batch.
@@ -133,36 +135,47 @@ class IndexedCollator:
         labels = batch.get("labels") if is_dict or isinstance(batch, MutableMapping) else None
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return batch
-        numbers = self._row_numbers(rows, before, labels)
+        if labels.numel() != len(labels) or labels.is_floating_point() or labels.is_complex():
+            # Segmentation masks, tokens or mixed labels: nothing to compare, and much to convert.
+            numbers = torch.full((len(labels),), self.num_rows + UNKNOWN)
+        else:
+            numbers = torch.tensor(self._row_numbers(rows, before, labels.flatten().tolist()), dtype=torch.int64)
         batch = {**batch} if is_dict else copy.copy(batch)  # the collator may hand out an object that it keeps
-        batch[ROWS_KEY] = torch.tensor(numbers, dtype=torch.int64)
+        batch[ROWS_KEY] = numbers
         return batch
 
-    def _row_numbers(self, rows: Sequence[int | None], before: ItemLabels, labels: Tensor) -> Sequence[int]:
+    def _row_numbers(self, rows: Sequence[int | None], before: ItemLabels, after: list[int]) -> Sequence[int]:
         if before.positions is not None:
             rows = [rows[position] for position in before.positions]
-        after = labels.flatten().tolist()
         same = [column for column, values in before.labels.items() if values == after]
+        found: Sequence[int | None] | None = rows
         if same:
             self._columns = same
-            found: Sequence[int | None] | None = rows
-        elif len(after) != len(labels):  # such as mixed labels
-            found = [None] * len(labels)
-        else:
-            found = self._match(rows, before, after)
+        elif before.usual is not None:
+            items = match_labels(before.usual, after)
+            found = None if items is None else [None if item is None else rows[item] for item in items]
+        else:  # a column of integers may hold anything
+            self._columns = None
+            found = rows if len(after) == len(rows) else [None] * len(after)
         if found is None:
-            return [self.num_rows + REORDERED] * len(labels)
-        return [self.num_rows + UNKNOWN if row is None else row for row in found]
+            return [self.num_rows + REORDERED] * len(after)
+        marked = [self.num_rows + UNKNOWN if row is None else row for row in found]
+        return marked if same or before.usual is not None else mark_unverified(marked)
 
-    def _match(self, rows: Sequence[int | None], before: ItemLabels, after: list) -> Sequence[int | None] | None:
-        """The rows of a batch that does not have the labels of its items."""
-        if not before.labels and len(after) == len(rows):  # the items do not show them: their number must do
-            return rows
-        if len(before.labels) != 1:
-            return [None] * len(after)
-        (values,) = before.labels.values()
-        items = match_labels(values, after)
-        return None if items is None else [None if item is None else rows[item] for item in items]
+
+def mark_unverified(rows: Sequence[int]) -> list[int]:
+    """
+    Marks row numbers whose order was not compared with anything, as `-1 - row`.
+
+    Example:
+
+    ```python
+    >>> mark_unverified([0, 5]), mark_unverified(mark_unverified([0, 5]))
+    ([-1, -6], [0, 5])
+
+    ```
+    """
+    return [-1 - row for row in rows]
 
 
 def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:

@@ -2,25 +2,67 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 from torch import Tensor, nn
 
-from .row_numbers import NUM_MARKS, REORDERED, UNKNOWN
+from .row_numbers import NUM_MARKS, REORDERED, UNKNOWN, UNVERIFIED
 
 
 # Smaller ratios of confidence count as this one, so that one visit cannot outweigh all others.
 SMALLEST_CONFIDENCE = 1e-4
+# As many rows are gathered from all processes at once.
+MERGED_ROWS = 2**20
 # Largest number of micro-batches, and of logits in all of them, that wait to be added up.
 MAX_WAITING_BATCHES = 32
 MAX_WAITING_LOGITS = 2**20
 
 
+class Visits(NamedTuple):
+    """
+    What the visits of some samples say of their rows, without the logits.
+
+    Attributes:
+        numbers (`torch.Tensor` of shape `[3, N]`): As int64: row, label, and the most likely class other than it.
+        values (`torch.Tensor` of shape `[4, N]`):
+            As float32: 1 (0 for ignored samples), log of the confidence ratio, weight, and vote for the other class.
+    """
+
+    numbers: Tensor
+    values: Tensor
+
+
+@torch.no_grad()
+def look_at(rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Visits:
+    """
+    Sums up a micro-batch on its device, without a wait for it.
+
+    Args:
+        rows, logits, labels and weight: As for [`TrainingDynamics.update`].
+    """
+    # A custom loss may ignore other labels than -100.
+    classes = labels.clamp(0, logits.shape[-1] - 1)
+    valid_mask = classes == labels
+    log_probabilities = logits.log_softmax(-1)
+    label_log_prob = log_probabilities.gather(-1, classes[:, None])[:, 0]
+    largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)
+    log_ratio = (label_log_prob - largest).clamp(max=0)
+    # `clamp` would keep a NaN for good.
+    floor = math.log(SMALLEST_CONFIDENCE)
+    log_ratio = torch.where(log_ratio > floor, log_ratio, floor)
+    visit = valid_mask.to(label_log_prob.dtype)
+    vote = torch.where(largest.isfinite(), largest.exp(), 0.0)
+    # A weight above 1 compensates for other samples and says nothing about this one.
+    values = torch.stack([visit, log_ratio, visit if weight is None else weight.clamp(max=1), vote])
+    return Visits(torch.stack([rows, classes, others]), torch.where(valid_mask, values, 0.0).float())
+
+
 class TrainingDynamics(nn.Module):
     r"""
-    Sums over the visits of each row of a data set during one training run, kept on the device.
+    Sums over the visits of each row of a data set during one training run, kept on the host: 24 bytes per row.
 
     The score of a row is one minus the geometric mean of `p_y / max_j p_j` over its visits. The ratio says how far the
     model believed the label just before it learned from it; it is 1 if no class was more likely. A network believes
@@ -55,23 +97,18 @@ class TrainingDynamics(nn.Module):
 
     def __init__(self, num_rows: int):
         super().__init__()
-        # The last columns of each buffer are for samples whose row is unknown.
+        # The last columns of each buffer are for samples whose row is unknown, and count those that are unverified.
         size = num_rows + NUM_MARKS
         # Visits, log of the confidence ratio, weight under class-relative dampening (1 without it).
         self.register_buffer("_sums", torch.zeros(3, size))
         # The label (-1 before the first visit), and the class that leads the vote with the votes below.
-        self.register_buffer("_labels", torch.full((2, size), -1, dtype=torch.int64))
+        self.register_buffer("_labels", torch.full((2, size), -1, dtype=torch.int32))
         self.register_buffer("_votes", torch.zeros(size))
 
     @property
     def num_rows(self) -> int:
         """Number of rows of the data set."""
         return len(self._votes) - NUM_MARKS
-
-    @property
-    def device(self) -> torch.device:
-        """Where the records are kept."""
-        return self._sums.device
 
     @staticmethod
     def num_rows_of(state: Mapping[str, Tensor]) -> int:
@@ -84,9 +121,19 @@ class TrainingDynamics(nn.Module):
         return bool(self._sums[0].any())
 
     @property
+    def has_unverified(self) -> bool:
+        """Whether a sample was recorded whose row is known only if the collator keeps the order of its items."""
+        return bool(self._sums[0, self.num_rows + UNVERIFIED] > 0)
+
+    @property
     def largest_label(self) -> int:
         """The largest of the labels seen and suggested."""
         return int(self._labels.max())
+
+    def labels_of_visited(self) -> dict[int, int]:
+        """The label of each row that was visited."""
+        rows = self._sums[0, : self.num_rows].nonzero()[:, 0]
+        return dict(zip(rows.tolist(), self._labels[0, rows].tolist(), strict=True))
 
     @property
     def num_samples(self) -> tuple[int, int, int]:
@@ -128,40 +175,39 @@ class TrainingDynamics(nn.Module):
 
         Args:
             rows (`torch.Tensor` of shape `[N]`): Row of each sample; `num_rows` if it is unknown, `num_rows + 1` if
-                the batch was reordered.
+                the batch was reordered, and `-1 - row` if nothing has verified the row.
             logits (`torch.Tensor` of shape `[N, C]`): Logits of the model, float32 or float64.
             labels (`torch.Tensor` of shape `[N]`): Class indices. Other values, such as -100, mark ignored samples.
             weight (`torch.Tensor` of shape `[N]`, *optional*): Weight of each sample under class-relative dampening.
         """
-        # A custom loss may ignore other labels than -100.
-        classes = labels.clamp(0, logits.shape[-1] - 1)
-        valid_mask = classes == labels
-        log_probabilities = logits.log_softmax(-1)
-        label_log_prob = log_probabilities.gather(-1, classes[:, None])[:, 0]
-        largest, others = log_probabilities.scatter_(-1, classes[:, None], -torch.inf).max(-1)
-        log_ratio = (label_log_prob - largest).clamp(max=0)
-        # `clamp` would keep a NaN for good.
-        floor = math.log(SMALLEST_CONFIDENCE)
-        log_ratio = torch.where(log_ratio > floor, log_ratio, floor)
+        self.add(look_at(rows, logits, labels, weight))
+
+    @torch.no_grad()
+    def add(self, visits: Visits) -> None:
+        """
+        Adds what [`look_at`] has seen of a micro-batch.
+
+        Args:
+            visits ([`Visits`]): The visits, on the host.
+        """
+        rows, labels, others = visits.numbers
+        vote, valid_mask = visits.values[3], visits.values[0] > 0
+        self._sums[0, self.num_rows + UNVERIFIED] += ((rows < 0) & valid_mask).sum()
+        rows = torch.where(rows < 0, -1 - rows, rows)  # as `mark_unverified` does
         label, leader = self._labels[:, rows]
         is_relabeled = valid_mask & (label >= 0) & (label != labels) & (rows < self.num_rows)
         former = self._sums[:, rows]
         self._sums[:, rows] = former.masked_fill(is_relabeled, 0.0)
         self._sums[0, self.num_rows + UNKNOWN] += (former[0] * is_relabeled).sum()
-        visit = valid_mask.to(label_log_prob.dtype)
-        # A weight above 1 compensates for other samples and says nothing about this one.
-        values = torch.stack([visit, log_ratio, visit if weight is None else weight.clamp(max=1)])
-        self._sums.index_add_(1, rows, torch.where(valid_mask, values, 0.0).to(self._sums.dtype))
-
-        vote = torch.where(valid_mask & largest.isfinite(), largest.exp(), 0.0).to(self._votes.dtype)
+        self._sums.index_add_(1, rows, visits.values[:3])
         leader, votes = leader.masked_fill(is_relabeled, -1), self._votes[rows].masked_fill(is_relabeled, 0.0)
         leader, votes = _merge_votes(leader, votes, others, vote)
-        self._labels[:, rows] = torch.stack([torch.where(valid_mask, labels, label), leader])
+        self._labels[:, rows] = torch.stack([torch.where(valid_mask, labels, label), leader]).int()
         self._votes[rows] = votes
 
     def merged(self, gather: Callable[[Tensor], Tensor]) -> "TrainingDynamics":
         """
-        Merges the records of all processes, on the CPU.
+        Merges the records of all processes.
 
         Args:
             gather (`Callable`): Stacks a tensor of every process along a new leading axis.
@@ -169,14 +215,18 @@ class TrainingDynamics(nn.Module):
         Returns:
             [`TrainingDynamics`]: The merged records.
         """
-        sums, labels, votes = gather(self._sums).cpu(), gather(self._labels).cpu(), gather(self._votes).cpu()
         merged = TrainingDynamics(self.num_rows)
-        merged._sums = sums.sum(0)
-        leader, counts = labels[0, 1], votes[0]
-        for other_leader, other_counts in zip(labels[1:, 1], votes[1:], strict=True):
-            leader, counts = _merge_votes(leader, counts, other_leader, other_counts)
-        merged._labels = torch.stack([labels[:, 0].amax(0), leader])
-        merged._votes = counts
+        for start in range(0, len(self._votes), MERGED_ROWS):
+            part = slice(start, start + MERGED_ROWS)
+            sums, labels, votes = (
+                gather(buffer[..., part]).cpu() for buffer in (self._sums, self._labels, self._votes)
+            )
+            merged._sums[:, part] = sums.sum(0)
+            leader, counts = labels[0, 1], votes[0]
+            for other_leader, other_counts in zip(labels[1:, 1], votes[1:], strict=True):
+                leader, counts = _merge_votes(leader, counts, other_leader, other_counts)
+            merged._labels[:, part] = torch.stack([labels[:, 0].amax(0), leader])
+            merged._votes[part] = counts
         return merged
 
     def ranked(self, names: Sequence[str], with_weight: bool = False) -> Dataset:
@@ -191,11 +241,11 @@ class TrainingDynamics(nn.Module):
         Returns:
             `datasets.Dataset`: The table described at [`LPGTrainer.label_issues`].
         """
-        visits, log_confidence, weight = self._sums[:, : self.num_rows].double().cpu()
+        visits, log_confidence, weight = self._sums[:, : self.num_rows].double()
         score = 1 - (log_confidence / visits).exp()
         rows = score.nan_to_num(nan=-1).sort(descending=True, stable=True).indices
         rows = rows[visits[rows] > 0]
-        labels = self._labels[:, rows].cpu()
+        labels = self._labels[:, rows].long()
         columns = {"row": rows, "label": labels[0], "suggested_label": labels[1], "score": score[rows]}
         if with_weight:
             columns["weight"] = weight[rows] / visits[rows]
@@ -212,11 +262,11 @@ class TrainingDynamics(nn.Module):
 
 class DynamicsBuffer:
     """
-    Collects the visits of many micro-batches and adds them up at once.
+    Collects the visits of many micro-batches, sums them up at once, and sends the sums to the host.
 
-    On tensors this small, the number of operations decides how long they take. Call `flush` before reading the
-    records. Each row should be visited at most once between two flushes, because only its last vote counts.
-    [`LPGTrainer`] flushes after each epoch.
+    On tensors this small, the number of operations decides how long they take. A GPU is never waited for: what it
+    sends is added when the next sums follow. Call `flush` before reading the records. Each row should be visited at
+    most once between two flushes, because only its last vote counts. [`LPGTrainer`] flushes after each epoch.
 
     Args:
         records ([`TrainingDynamics`]): Receives the visits.
@@ -226,6 +276,8 @@ class DynamicsBuffer:
         self.records = records
         self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self._num_logits = 0
+        # On their way to the host, with the event of their arrival.
+        self._sent: list[tuple[Visits, torch.cuda.Event | None]] = []
 
     def add(self, rows: Tensor, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
         """
@@ -235,24 +287,50 @@ class DynamicsBuffer:
         the shape `[N, 1]`, and the rows may be on the host. The tensors must not be changed afterwards.
         """
         if self._waiting and (weight is None) != (self._waiting[-1][-1] is None):
-            self.flush()
+            self._send()
         self._waiting.append((rows, logits, labels, weight))
         self._num_logits += logits.numel()
         if len(self._waiting) == MAX_WAITING_BATCHES or self._num_logits >= MAX_WAITING_LOGITS:
-            self.flush()
+            self._send()
 
     def flush(self) -> None:
         """Adds all visits that wait to the records."""
+        self._send()
+        self._receive()
+
+    def _send(self) -> None:
         if self._waiting:
             all_rows, all_logits, all_labels, weights = zip(*self._waiting, strict=True)
             logits = torch.cat(all_logits)
-            self.records.update(
+            visits = look_at(
                 torch.cat(all_rows).to(logits.device),
                 logits.to(torch.promote_types(logits.dtype, torch.float32)),
                 torch.cat(all_labels).reshape(-1).long(),
                 None if weights[0] is None else torch.cat(weights),
             )
             self._waiting, self._num_logits = [], 0
+            self._receive()
+            self._sent.append(_to_host(visits))
+            if self._sent[-1][1] is None:
+                self._receive()
+
+    def _receive(self) -> None:
+        for visits, event in self._sent:
+            if event is not None:
+                event.synchronize()
+            self.records.add(visits)
+        self._sent = []
+
+
+def _to_host(visits: Visits) -> tuple[Visits, torch.cuda.Event | None]:
+    device = visits.values.device
+    if device.type != "cuda":
+        return Visits(*(tensor.cpu() for tensor in visits)), None
+    # Only a copy into pinned memory leaves the host free.
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in visits]
+    for copy, tensor in zip(copies, visits, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    return Visits(*copies), torch.cuda.current_stream(device).record_event()
 
 
 def _merge_votes(leader: Tensor, votes: Tensor, other: Tensor, other_votes: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,21 @@
 """LabelIssuesMixin: numbers the training rows on their way, and ranks them by how likely their labels are wrong."""
 
-from collections.abc import Iterator, MutableMapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..config import LPGConfig
 from ..data.training_labels import labels_or_none
-from ..distributed import stack_processes
 from ..perturbations import ClassRelativeDampening
-from ..row_numbers import ROWS_KEY, UNKNOWN, has_rows, number_rows
-from ..row_records import DynamicsBuffer, TrainingDynamics
+from ..row_numbers import has_rows
+from ..row_records import TrainingDynamics
 from .row_file import load_rows, save_rows
+from .row_tracker import RowTracker
 from .step_watch import StepWatchMixin
 from .summary import find_class_names
 
@@ -25,110 +24,6 @@ logger = get_logger(__name__)
 
 # With fewer known samples than the rest, a ranking would say nothing of the training set.
 MAX_UNKNOWN_SHARE = 0.9
-
-
-class RowTracker:
-    """
-    Carries the row numbers of one training from its batches into [`TrainingDynamics`].
-
-    Args:
-        accelerator (`accelerate.Accelerator`): The accelerator of the training.
-
-    Attributes:
-        buffer ([`DynamicsBuffer`] or `None`): Receives the visits; `None` if the loader has no row numbers.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.buffer: DynamicsBuffer | None = None
-        self._accelerator = accelerator
-        # The data set of the Trainer's loader: the training set, without the columns that the model does not take.
-        self._dataset: object = None
-        # The loader whose workers outlive an epoch.
-        self._persistent: DataLoader | None = None
-        # Shapes and types of logits and labels that are recorded.
-        self._kind: tuple | None = None
-        # The micro-batches of the present step with their rows and labels; rows and labels of the present one.
-        self._step: list[tuple[MutableMapping, Tensor, Tensor]] = []
-        self._present: tuple[Tensor, Tensor] | None = None
-
-    def note(self, loader: DataLoader) -> None:
-        """Notes that the loader reads the rows of the training set, which the Trainer made it for."""
-        if self._dataset is None:
-            self._dataset = loader.dataset
-
-    def start(self, loader: object, train_dataset: Any) -> None:
-        """Begins to record if the rows that the loader reads are those of the training set."""
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None or not has_rows(train_dataset):
-            return
-        if loader.dataset is train_dataset or loader.dataset is self._dataset:
-            records = TrainingDynamics(num_rows=len(train_dataset))
-            self.buffer = DynamicsBuffer(records.to(self._accelerator.device))
-
-    def numbered(self, loader: DataLoader) -> DataLoader:
-        """The loader of an epoch, with row numbers if they are recorded: callbacks may change it between epochs."""
-        if self.buffer is None:
-            return loader
-        numbered = self._persistent or number_rows(loader, self.buffer.records.num_rows)
-        self._persistent = numbered if loader.persistent_workers else None
-        return numbered
-
-    def take_rows(self, batches: list) -> None:
-        """Takes the row numbers out of the micro-batches of a step."""
-        if self.buffer is not None:
-            self._step = [
-                (batch, batch.pop(ROWS_KEY), batch["labels"])
-                for batch in batches
-                if isinstance(batch, MutableMapping) and ROWS_KEY in batch
-            ]
-
-    def follow(self, inputs: object) -> None:
-        """Says to which micro-batch of [`RowTracker.take_rows`] the next visit belongs."""
-        self._present = next(((rows, labels) for batch, rows, labels in self._step if batch is inputs), None)
-
-    @property
-    def is_following(self) -> bool:
-        """Whether the rows of the present micro-batch are known and have not been recorded."""
-        return self._present is not None
-
-    def record(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> None:
-        """
-        Records the present micro-batch once: SAM looks at it a second time.
-
-        A micro-batch of another kind than the first one, as with soft labels, is left out.
-        """
-        present, self._present = self._present, None
-        if present is None or self.buffer is None or not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
-            return
-        kind = (logits.shape[1:], labels.shape[1:], labels.dtype, labels.shape[0] - logits.shape[0])
-        self._kind = self._kind or kind
-        if kind == self._kind:
-            rows, own_labels = present
-            if labels is not own_labels:
-                rows = self._checked_rows(rows, own_labels, labels)
-            # Copies, because a compiled model may write its next results into the same memory.
-            self.buffer.add(rows, logits.detach().clone(), labels, None if weight is None else weight.clone())
-
-    def _checked_rows(self, rows: Tensor, own_labels: Tensor, labels: Tensor) -> Tensor:
-        """The rows of a micro-batch; all unknown if an override has changed its labels."""
-        assert self.buffer is not None
-        unknown = torch.full((labels.numel(),), self.buffer.records.num_rows + UNKNOWN, device=labels.device)
-        if own_labels.shape != labels.shape:
-            return unknown
-        is_same = (own_labels.to(labels.device) == labels).all()
-        return torch.where(is_same, rows.to(labels.device), unknown)
-
-    def end_epoch(self) -> None:
-        """Adds up all visits and lets go of the last batches."""
-        self._step = []
-        if self.buffer is not None:
-            self.buffer.flush()
-
-    def merged(self) -> TrainingDynamics | None:
-        """The records of all processes; `None` if there was no loader. All processes must call it."""
-        if self.buffer is None:
-            return None
-        self.buffer.flush()
-        return self.buffer.records.merged(partial(stack_processes, accelerator=self._accelerator))
 
 
 class LabelIssuesMixin(StepWatchMixin):
@@ -145,6 +40,10 @@ class LabelIssuesMixin(StepWatchMixin):
         """The class-relative dampening of the chain, if it acts."""
         raise NotImplementedError
 
+    @property
+    def _lpg_tracks_rows(self) -> bool:
+        return not isinstance(self.args, LPGConfig) or self.args.track_rows
+
     # Row numbers on their way
 
     def get_train_dataloader(self) -> DataLoader:
@@ -157,7 +56,7 @@ class LabelIssuesMixin(StepWatchMixin):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> tuple:
         # Between the loader and the checkpoint, where no public hook comes. This hook exists since
         # https://github.com/huggingface/transformers/pull/44041, unchanged in 5.24.
-        if self._lpg_row_tracker is not None:
+        if self._lpg_row_tracker is not None and self._lpg_tracks_rows:
             self._lpg_row_tracker.start(train_dataloader, self.train_dataset)
         return super()._prepare_for_training(max_steps, train_dataloader, *args, **kwargs)
 
@@ -216,7 +115,7 @@ class LabelIssuesMixin(StepWatchMixin):
         labels = labels_or_none(self.train_dataset)
         if labels is None:
             return
-        is_relabeled = records.relabeled(torch.from_numpy(labels).to(records.device))
+        is_relabeled = records.relabeled(torch.from_numpy(labels))
         num_relabeled = int(is_relabeled.sum())
         if num_relabeled > 0:
             records.forget(is_relabeled)
@@ -247,9 +146,12 @@ class LabelIssuesMixin(StepWatchMixin):
         Samples whose row is not known, because the collator drops or repeats items or the data set has grown, are left
         out with a warning.
 
+        Where items do not show their labels before they are collated, the recorded labels are compared with those that
+        data set and collator give to single rows.
+
         Raises:
             ValueError: Before training, for a stream (whose rows have no index), if the model is not a classifier, if
-                a collator reorders its items, or if hardly any sample has a row that is known.
+                a collator reorders its items, if hardly any sample has a row that is known, or without `track_rows`.
 
         Example:
 
@@ -277,6 +179,8 @@ class LabelIssuesMixin(StepWatchMixin):
         return self._lpg_ranked_rows()
 
     def _lpg_ranked_rows(self) -> datasets.Dataset:
+        if not self._lpg_tracks_rows:
+            raise ValueError("Training records nothing of its rows: `track_rows` is False. Leave it at True.")
         if not has_rows(self.train_dataset):
             raise ValueError(
                 f"`train_dataset` is of the type {type(self.train_dataset).__name__}, whose rows have no index to "
@@ -298,7 +202,13 @@ class LabelIssuesMixin(StepWatchMixin):
                 "they get."
             )
         self._lpg_check_known(records)
+        self._lpg_check_order(records)
         num_labels = self._lpg_num_labels() or records.largest_label + 1
+        if records.largest_label >= num_labels:
+            raise ValueError(
+                f"The records of the rows have the class {records.largest_label}, but the model has {num_labels} "
+                "classes. Train again, without the checkpoint that they come from."
+            )
         names = find_class_names(num_labels, self.train_dataset, self.accelerator.unwrap_model(self.model))
         return records.ranked(names, with_weight=self._lpg_dampening() is not None)
 
@@ -323,4 +233,20 @@ class LabelIssuesMixin(StepWatchMixin):
         if unknown > 0:
             logger.warning(
                 f"The rows of {unknown} of {known + unknown} samples are not known and are left out: {cause}."
+            )
+
+    def _lpg_check_order(self, records: TrainingDynamics) -> None:
+        assert self._lpg_row_tracker is not None
+        num_wrong, num_compared = self._lpg_row_tracker.count_wrong_labels(records)
+        if num_wrong > 0:
+            raise ValueError(
+                f"The rows of the samples are not known: {num_wrong} of {num_compared} rows that were compared have "
+                "another label in the data set than in the training, so `data_collator` hands out its items in "
+                "another order, or changes their labels. Let it keep its items as they come."
+            )
+        if num_compared == 0:
+            logger.warning(
+                "Whether `data_collator` keeps the order of its items cannot be told: they do not show their labels, "
+                "and it makes no batch of a single one. If it sorts or shuffles them, these rows are the wrong ones. "
+                "Name the label of an item `label`."
             )
