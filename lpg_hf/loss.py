@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, zero_ignored_
+from .input_checks import check_inputs
 from .perturbations import LogitPerturbation, SampleReweighting, build_chain
 from .perturbations.checks import check_shape
 from .statistics import ClassStatistics
@@ -39,7 +40,6 @@ class LPGLoss(nn.Module):
             Training samples of each class. Left out, the samples that training sees are counted.
         base_loss (`Callable[[Tensor, Tensor], Tensor]`, *optional*):
             Maps logits `[N, C]` and labels `[N]` to one loss per sample, `[N]`; cross-entropy when left out.
-
         managed (`bool`, *optional*, defaults to `False`):
             Whether the caller ends each optimizer step with [`~LPGLoss.step`], over all micro-batches and processes,
             and the first epoch with [`~LPGLoss.end_epoch`], as [`LPGTrainer`] does. Otherwise each call is a step.
@@ -137,7 +137,7 @@ class LPGLoss(nn.Module):
         Raises:
             ValueError: If logits and labels do not fit together or a label is out of range.
         """
-        logits, labels = self._check(logits_of(outputs), labels)
+        logits, labels = check_inputs(logits_of(outputs), labels, self.num_labels)
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         # A step without a labeled sample has loss and gradient zero, and not 0 / 0.
@@ -153,8 +153,11 @@ class LPGLoss(nn.Module):
         batch = LogitBatch(z.detach(), labels)
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
-            return self.perturb_loss(self._values(z, labels).sum() / divisor, z, batch, divisor, observer)
+            return self.perturb_loss(
+                self._values(z, labels).sum() / divisor, z, batch, divisor, observer, logits.dtype
+            )
         perturbed = self.perturb(batch.gradient, batch, observer)
+        self._note_overflow(perturbed, divisor, logits.dtype)
         if model_loss is None:
             # Divided last, where it costs no pass over the matrix.
             return add_gradient(-batch.label_log_prob.sum(), logits, perturbed) / divisor
@@ -167,6 +170,7 @@ class LPGLoss(nn.Module):
         batch: LogitBatch,
         divisor: Tensor | float,
         observer: DeltaObserver | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """
         Adds the deltas to the gradient that any loss has at the logits. The loss keeps its graph.
@@ -177,6 +181,7 @@ class LPGLoss(nn.Module):
             batch ([`LogitBatch`]): The micro-batch with these logits, in float32 or float64.
             divisor (`torch.Tensor`, scalar, or `float`): The number by which the loss of a sample has been divided.
             observer (`Callable[[Tensor], None]`, *optional*): As for [`LPGLoss.forward`].
+            dtype (`torch.dtype`, *optional*): Precision of the model's logits, if `logits` are a copy in another one.
 
         Returns:
             `torch.Tensor`: The loss.
@@ -194,7 +199,14 @@ class LPGLoss(nn.Module):
         # Where a loss reaches ignored samples, its gradient there is left alone.
         gradient = gradient.to(batch.logits.dtype, copy=True, memory_format=torch.contiguous_format)
         gradient = zero_ignored_(gradient, batch.labels, batch.valid_bits)
-        return add_gradient(loss, logits, (self.perturb(gradient, batch, observer) - gradient) / divisor)
+        perturbed = self.perturb(gradient, batch, observer)
+        self._note_overflow(perturbed, divisor, dtype or logits.dtype)
+        return add_gradient(loss, logits, (perturbed - gradient) / divisor)
+
+    def _note_overflow(self, gradient: Tensor, divisor: Tensor | float, dtype: torch.dtype) -> None:
+        if dtype == torch.float16:  # the others hold all numbers of float32
+            ended = not (self.managed or self.is_frozen)
+            self._telemetry.note_overflow(gradient, divisor, self.statistics.steps - int(ended))
 
     @torch.no_grad()
     def perturb(self, gradient: Tensor, batch: LogitBatch, observer: DeltaObserver | None = None) -> Tensor:
@@ -291,16 +303,6 @@ class LPGLoss(nn.Module):
         """
         report = mean_norms_and_weights(self._telemetry.read(gather), self._methods)
         return report | head_and_tail_accuracy(self.statistics) if report else {}
-
-    def _check(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if logits.ndim != 2 or logits.shape[1] != self.num_labels or labels.numel() != len(logits):
-            raise ValueError(
-                f"`logits` must be [N, {self.num_labels}] and `labels` [N] or [N, 1]; found shapes "
-                f"{list(logits.shape)} and {list(labels.shape)}. `num_labels` is the number of logits per sample."
-            )
-        if labels.is_floating_point():
-            raise ValueError(f"`labels` must be integer class indices; found {labels.dtype}. Convert them to int64.")
-        return logits, labels.reshape(-1).long()
 
     def _values(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Base loss of each sample, `[N]`; 0 for ignored ones."""

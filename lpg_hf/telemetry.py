@@ -23,7 +23,8 @@ class Telemetry(nn.Module):
     def __init__(self, num_methods: int):
         super().__init__()
         # First row: samples, norm of the base gradient. A row per method: norm of its delta, weight. Next row: product
-        # of all weights, twice. Last row: the number of steps before the first one with values that are not finite.
+        # of all weights, twice. Last row: the number of steps before the first one with values that are not finite,
+        # and before the first one with a gradient that the precision of the logits cannot hold.
         self.register_buffer("_sums", torch.zeros(num_methods + 3, 2), persistent=False)
         self._clear()
 
@@ -50,6 +51,19 @@ class Telemetry(nn.Module):
         is_finite = total - total == 0
         self._sums[-1, 0].clamp_(max=steps.to(total.dtype).masked_fill(is_finite, torch.inf))
 
+    def note_overflow(self, gradient: Tensor, divisor: Tensor | float, steps: Tensor) -> None:
+        """
+        Notes a gradient that is finite here, and infinite in the float16 in which it reaches the model.
+
+        Args:
+            gradient (`torch.Tensor` of shape `[N, C]`): The perturbed gradient, in per-sample units.
+            divisor (`torch.Tensor`, scalar, or `float`): The number by which it will be divided.
+            steps (`torch.Tensor`, scalar): Optimizer steps before this one.
+        """
+        if gradient.numel() > 0:
+            is_too_large = gradient.abs().amax() > torch.finfo(torch.float16).max * divisor
+            self._sums[-1, 1].clamp_(max=steps.to(self._sums.dtype).masked_fill(~is_too_large, torch.inf))
+
     def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> list[list[float]]:
         """
         The sums over all processes, without the last row. Everything starts anew.
@@ -58,11 +72,18 @@ class Telemetry(nn.Module):
             gather (`Callable`, *optional*): Stacks a tensor of every process along a new leading axis.
 
         Raises:
-            FloatingPointError: If a value was not finite; the message names the first step.
+            FloatingPointError: If a value was not finite, or is not in the precision of the logits; the message names
+                the first step.
         """
         stacked = (self._sums[None] if gather is None else gather(self._sums)).tolist()
         self._clear()
-        bad_step = min(rows[-1][0] for rows in stacked)
+        bad_step, overflow_step = (min(rows[-1][kind] for rows in stacked) for kind in (0, 1))
+        if overflow_step < math.inf and overflow_step <= bad_step:
+            raise FloatingPointError(
+                f"The perturbed gradient of step {int(overflow_step) + 1} is too large for logits in float16, whose "
+                "largest number is 65504: it arrives as infinity. A class that is very rare may have a very large "
+                "weight. Bound the weights, add `logit_clipping`, or train in bfloat16 or float32."
+            )
         if bad_step < math.inf:
             raise FloatingPointError(
                 f"The logits of step {int(bad_step) + 1}, or their gradient after loss and methods, were not finite "

@@ -66,7 +66,7 @@ def build_chain(
         `list[Perturbation]`: The chain.
 
     Raises:
-        ValueError: If a string does not name a method or cannot be read.
+        ValueError: If a string does not name a method or cannot be read, or if `"auto"` occurs twice.
         TypeError: If an entry is neither a string nor a method.
 
     Example:
@@ -95,6 +95,10 @@ def build_chain(
                 "it, or the other entries."
             )
         return []
+    if list(perturbations).count("auto") > 1:
+        raise ValueError(
+            f"'auto' stands for a whole chain, which would act twice; found {list(perturbations)}. Keep one of them."
+        )
     # `None` keeps the place of `auto`.
     entries = [None if entry == "auto" else _read(entry) for entry in perturbations]
     named = [entry for entry in entries if entry is not None]

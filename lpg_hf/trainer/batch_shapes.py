@@ -47,6 +47,8 @@ def why_not_classifier(logits: object, labels: object, problem_type: str | None)
         return "its outputs have no tensor of `logits`"
     if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
         return f"its logits have shape {list(logits.shape)}, not [N, C] with C > 1"
+    if not logits.is_floating_point():
+        return f"its logits have dtype {logits.dtype}, not one of floating point"
     return None
 
 

@@ -13,6 +13,9 @@ from ..distributed import stack_processes
 
 logger = get_logger(__name__)
 
+# A scaler begins far above 1 and goes down as gradients overflow. Below it, they do so at their own size.
+SMALLEST_SCALE = 1.0
+
 
 class SkippedSteps:
     """
@@ -29,7 +32,7 @@ class SkippedSteps:
         self._trainer = trainer
         # What was wrong in the first of them.
         self._message = ""
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_scale = False
 
     def add(self, error: FloatingPointError) -> None:
         """
@@ -47,11 +50,19 @@ class SkippedSteps:
 
     def warn(self, is_last: bool) -> None:
         """
-        Warns if there were skipped steps, and it is time to say so.
+        Warns if there were skipped steps, and it is time to say so; also if a scaler had to go below 1.
 
         Args:
             is_last (`bool`): Whether the training ends.
         """
+        scaler = self._trainer.accelerator.scaler
+        if scaler is not None and not self._has_warned_of_scale and scaler.get_scale() < SMALLEST_SCALE:
+            self._has_warned_of_scale = True
+            logger.warning(
+                f"The gradient scaler went down to {scaler.get_scale():g}, because gradients are too large for "
+                "float16, and it skips the steps in which they are. A class that is very rare may have a very large "
+                "weight. Bound the weights, add `logit_clipping`, or train in bfloat16."
+            )
         if self._message and not self._has_warned and (is_last or self._trainer.accelerator.scaler is None):
             self._has_warned = True
             logger.warning(
