@@ -153,11 +153,9 @@ class LPGLoss(nn.Module):
         batch = LogitBatch(z.detach(), labels)
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
-            return self.perturb_loss(
-                self._values(z, labels).sum() / divisor, z, batch, divisor, observer, logits.dtype
-            )
-        perturbed = self.perturb(batch.gradient, batch, observer)
-        self._note_overflow(perturbed, divisor, logits.dtype)
+            value = self._values(z, labels).sum() / divisor
+            return self.perturb_loss(value, z, batch, divisor, observer, logits.dtype)
+        perturbed = self._watched(self.perturb(batch.gradient, batch, observer), divisor, logits.dtype)
         if model_loss is None:
             # Divided last, where it costs no pass over the matrix.
             return add_gradient(-batch.label_log_prob.sum(), logits, perturbed) / divisor
@@ -199,14 +197,14 @@ class LPGLoss(nn.Module):
         # Where a loss reaches ignored samples, its gradient there is left alone.
         gradient = gradient.to(batch.logits.dtype, copy=True, memory_format=torch.contiguous_format)
         gradient = zero_ignored_(gradient, batch.labels, batch.valid_bits)
-        perturbed = self.perturb(gradient, batch, observer)
-        self._note_overflow(perturbed, divisor, dtype or logits.dtype)
+        perturbed = self._watched(self.perturb(gradient, batch, observer), divisor, dtype or logits.dtype)
         return add_gradient(loss, logits, (perturbed - gradient) / divisor)
 
-    def _note_overflow(self, gradient: Tensor, divisor: Tensor | float, dtype: torch.dtype) -> None:
+    def _watched(self, gradient: Tensor, divisor: Tensor | float, dtype: torch.dtype) -> Tensor:
         if dtype == torch.float16:  # the others hold all numbers of float32
-            ended = not (self.managed or self.is_frozen)
-            self._telemetry.note_overflow(gradient, divisor, self.statistics.steps - int(ended))
+            has_ended = not (self.managed or self.is_frozen)
+            self._telemetry.note_overflow(gradient, divisor, self.statistics.steps - int(has_ended))
+        return gradient
 
     @torch.no_grad()
     def perturb(self, gradient: Tensor, batch: LogitBatch, observer: DeltaObserver | None = None) -> Tensor:

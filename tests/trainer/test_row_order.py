@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tiny import NUM_LABELS, make_model
 from transformers import TrainingArguments
 
-from lpg_hf import LPGConfig, LPGTrainer
+from lpg_hf import LPGConfig, LPGTrainer, row_records
 from lpg_hf.row_numbers import NUM_MARKS, ROWS_KEY, IndexedCollator, IndexedItems, mark_unverified
-from lpg_hf.row_records import TrainingDynamics
+from lpg_hf.row_records import DynamicsBuffer, TrainingDynamics, Visits
 from lpg_hf.trainer.row_check import CHECKED_ROWS, count_wrong_labels
 
 
@@ -219,6 +219,44 @@ def test_records_can_be_turned_off(tmp_path):
     with pytest.raises(ValueError, match="records nothing of its rows: `track_rows` is False"):
         trainer.label_issues()
     assert train(tmp_path, "tuples", list, args_class=LPGConfig).label_issues().num_rows == ROWS
+
+
+class Event:
+    """The arrival of a copy that a GPU makes while the host goes on."""
+
+    def __init__(self, visits, source):
+        self.visits, self.source, self.is_over = visits, source, False
+
+    def synchronize(self):
+        for copy, tensor in zip(self.visits, self.source, strict=True):
+            copy.copy_(tensor)
+        self.is_over = True
+
+
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_visits_are_read_when_their_copy_has_arrived_and_not_before(num_batches, monkeypatch):
+    monkeypatch.setattr(row_records, "MAX_WAITING_BATCHES", num_batches)
+    events = []
+
+    def send(visits):
+        empty = Visits(*(torch.full_like(tensor, 10**6) for tensor in visits))
+        events.append(Event(empty, visits))
+        return empty, events[-1]
+
+    expected, records = TrainingDynamics(20), TrainingDynamics(20)
+    buffer = DynamicsBuffer(records)
+    monkeypatch.setattr(row_records, "_to_host", send)
+    generator = torch.Generator().manual_seed(0)
+    for rows in torch.arange(20).repeat(3).split(4):
+        logits, labels = torch.randn(4, 3, generator=generator), rows % 3
+        expected.update(rows, logits, labels)
+        buffer.add(rows, logits, labels)
+        assert [event.is_over for event in events[:-1]] == [True] * len(events[:-1])
+        assert not events or not events[-1].is_over  # nobody waits for the newest one
+    buffer.flush()
+    assert len(events) == 15 // num_batches and all(event.is_over for event in events)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(records.state_dict()[name], value)
 
 
 def test_records_take_24_bytes_a_row_and_none_of_them_on_the_device():
