@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from lpg_hf import LPGTrainer
 from lpg_hf.data import CLEAN_LABEL_COLUMN, class_counts
 from lpg_hf.metrics import make_compute_metrics
-from lpg_hf.trainer.checkpoint import is_complete, last_complete_checkpoint
+from lpg_hf.trainer.complete_checkpoints import is_complete, last_complete_checkpoint
 
 from .arguments import Arguments, DataArguments, parse_arguments
 from .data import TEST, TRAIN, VALIDATION, choose_rows, encode_labels, load_splits
