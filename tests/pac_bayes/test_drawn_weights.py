@@ -69,6 +69,31 @@ def test_a_model_is_afterwards_what_it_was(name):
             torch.testing.assert_close(tensor, before[key], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["Merged", "KeptUntilTraining", "Full"])
+@torch.no_grad()
+def test_a_model_is_what_it_was_after_an_error(name):
+    class Failing(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, number):
+            self.reads += 1
+            if self.reads == 35:
+                raise OSError("the disk is gone")
+            return make_rows()[number]
+
+    model = RIGHT[name]()
+    x = torch.stack([row["x"] for row in make_rows()])
+    logits = model.eval()(x)["logits"]
+    model.train()
+    with pytest.raises(OSError, match="the disk is gone"):
+        gibbs_error(model, Failing(), sigma=1.0, num_draws=4, batch_size=5, disable_tqdm=True)
+    assert model.training
+    torch.testing.assert_close(model.eval()(x)["logits"], logits, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("has_run", [False, True])
 def test_a_module_that_never_drops_what_it_computed_is_refused(name, has_run):
