@@ -307,7 +307,7 @@ def test_a_run_is_what_a_plain_loop_computes(data, cifar, method):
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4, nesterov=True)
     loss_fn = F.cross_entropy
     if method != "ce":
-        loss_fn = LPGLoss(10, settings.chain, np.bincount(labels, minlength=10), eval_shares=[0.1] * 10)
+        loss_fn = LPGLoss(10, settings.chain, np.bincount(labels, minlength=10))
     accuracies, weights = [], {"right": [], "wrong": []}
     rates = learning_rates(NUM_TRAIN, settings).tolist()
 
