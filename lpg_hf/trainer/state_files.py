@@ -51,11 +51,8 @@ def read_tensors(path: Path, contents: str) -> tuple[dict[str, Tensor], dict[str
         raise damaged(path, f"it is no whole safetensors file ({error})", contents) from error
     checksum = entries.pop("checksum", None)
     if checksum is None or entries.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} cannot be read: it has no checksum, or one of another version of lpg_hf. Resume with the version "
-            "that wrote it. Or delete this file, and any other `lpg_*.safetensors` beside it, to resume without them: "
-            f"{contents} then starts anew."
-        )
+        problem = "it has no checksum, or one of another version of lpg_hf, which can resume the training itself"
+        raise damaged(path, problem, contents)
     if checksum != _checksum(tensors, entries):
         raise damaged(path, "its checksum does not fit its content, so it was changed after it was written", contents)
     del entries["format"]
