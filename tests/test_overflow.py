@@ -129,8 +129,7 @@ def test_auto_twice_is_refused(chain, tmp_path):
     ):
         with pytest.raises(ValueError, match=r"'auto' stands for a whole chain, which would act twice.* Keep one"):
             make(chain)
-    assert len(build_chain("auto")) == len(build_chain(["auto"])) == 2
-    assert build_chain("auto") is not None and len(build_chain(["lpg", "auto"])) == 3
+    assert len(build_chain("auto")) == len(build_chain(["auto"])) == len(build_chain(["lpg", "auto"])) - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])

@@ -249,7 +249,7 @@ def test_a_section_of_the_card_that_fails_is_a_warning(tmp_path, caplog, monkeyp
     trainer = make_trainer(tmp_path)
     trainer.train()
 
-    def fails(summary):
+    def fails(*args):
         raise RuntimeError("no pen")
 
     monkeypatch.setattr(lpg_hf.trainer.reports, "add_section", fails)

@@ -34,7 +34,7 @@ CHAINS: list[list[str]] = [
     ["class_weighting"],
     ["class_weighting(weights='effective', beta=0.9)"],
     ["logit_adjustment"],
-    ["logit_adjustment(tau=0.5, learned=(0.1, 0.9), target='evaluation')"],
+    ["logit_adjustment(tau=0.5, learned=(0.1, 0.9))"],
     ["focal_loss"],
     ["focal_loss(gamma=0.5)"],
     ["generalized_cross_entropy"],
@@ -198,14 +198,15 @@ def expected_gradient(
         base.copy(),
         float(torch.finfo(torch.promote_types(DTYPES.get(case.kind, torch.float32), torch.float32)).eps),
     )
-    chain = [part for entry in case.chain for part in _methods(entry, case.chain)]
+    chain = [part for entry in case.chain for part in _methods(entry, case.chain, counts)]
     sizes = np.abs(gradient).max(1)
     for name, options in chain:
         before = gradient.copy()
         if name == "logit_noise":
             return None
         if name == "logit_adjustment":
-            gradient += _adjustment(z, y, prior, **options)
+            share = float(options["by_weights"])
+            gradient += reference.logit_adjustment_delta(z, y, prior, options["tau"], share)
         elif name in ("lpg", "lpl"):
             epsilon = options.pop("epsilon", {"lpg": 0.1, "lpl": 1.0}[name])
             signs, bounds = reference.frequency_signs_and_bounds(prior, epsilon)
@@ -233,13 +234,22 @@ def expected_gradient(
     return gradient, np.maximum(sizes, np.abs(gradient).max(1))
 
 
-def _methods(entry: str, chain: tuple[str, ...]) -> list[tuple[str, dict]]:
+def _auto(chain: tuple[str, ...], counts: list[int] | None) -> list[tuple[str, dict]]:
+    """`auto` in the first step, where classes are not learned and nothing is dampened."""
+    present = [count for count in counts or [] if count > 0]
+    if present and max(present) <= 2 * min(present):
+        return [("label_smoothing", {"alpha": 0.1, "target": "uniform"})]
+    # Classes that are being counted look balanced.
+    adjustment = [("logit_adjustment", {"tau": 1.0, "by_weights": True})] if present else []
+    turned = [("label_smoothing", {"alpha": -0.1, "target": "uniform"})] if len(chain) > 1 else []
+    turned += [("label_smoothing", {"alpha": 0.1, "target": "prior"})] if len(chain) > 1 else []
+    return [*adjustment, *turned, ("label_smoothing", {"alpha": 0.1, "target": "prior"})]
+
+
+def _methods(entry: str, chain: tuple[str, ...], counts: list[int] | None) -> list[tuple[str, dict]]:
     """What an entry of `CHAINS` stands for, with the arguments that its formula needs."""
-    adjustment = ("logit_adjustment", {"tau": 1.0, "by_weights": True, "power": 0.5})
     if entry == "auto":
-        smoothing = [("label_smoothing", {"alpha": -0.1, "target": "uniform"})] if len(chain) > 1 else []
-        prior = [("label_smoothing", {"alpha": 0.1, "target": "prior"})] if len(chain) > 1 else []
-        return [adjustment, *smoothing, *prior]
+        return _auto(chain, counts)
     return {
         "lpg": [("lpg", {})],
         "lpg(epsilon=0.3)": [("lpg", {"epsilon": 0.3})],
@@ -254,23 +264,13 @@ def _methods(entry: str, chain: tuple[str, ...]) -> list[tuple[str, dict]]:
         "label_smoothing(alpha=-0.3, target='prior')": [("label_smoothing", {"alpha": -0.3, "target": "prior"})],
         "class_weighting": [("class_weighting", {})],
         "class_weighting(weights='effective', beta=0.9)": [("class_weighting", {"beta": 0.9})],
-        "logit_adjustment": [("logit_adjustment", {"tau": 1.0, "by_weights": False, "power": 0.0})],
-        "logit_adjustment(tau=0.5, learned=(0.1, 0.9), target='evaluation')": [
-            ("logit_adjustment", {"tau": 0.5, "by_weights": True, "power": 0.5})
-        ],
+        "logit_adjustment": [("logit_adjustment", {"tau": 1.0, "by_weights": False})],
+        "logit_adjustment(tau=0.5, learned=(0.1, 0.9))": [("logit_adjustment", {"tau": 0.5, "by_weights": True})],
         "focal_loss": [("focal_loss", {"gamma": 2.0})],
         "focal_loss(gamma=0.5)": [("focal_loss", {"gamma": 0.5})],
         "generalized_cross_entropy": [("generalized_cross_entropy", {"q": 0.7})],
         "class_relative_dampening": [],  # nothing in the first epoch
     }[entry]
-
-
-def _adjustment(
-    z: np.ndarray, y: list[int], prior: list[float], tau: float, by_weights: bool, power: float
-) -> np.ndarray:
-    present = [share for share in prior if share > 0]
-    target = [max(share, min(present)) ** power for share in prior]
-    return reference.logit_adjustment_delta(z, y, prior, tau, float(by_weights), target)
 
 
 def _weights(
