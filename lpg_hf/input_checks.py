@@ -1,6 +1,5 @@
 """What a loss can be computed of: logits `[N, C]` of floating point, and one integer label per sample."""
 
-import torch
 from torch import Tensor
 
 
@@ -10,7 +9,7 @@ def check_inputs(logits: object, labels: object, num_labels: int) -> tuple[Tenso
 
     Args:
         logits (`torch.Tensor` of shape `[N, C]`): The logits.
-        labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices.
+        labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices; `False` is class 0 and `True` class 1.
         num_labels (`int`): Number of classes, C.
 
     Returns:
@@ -34,6 +33,6 @@ def check_inputs(logits: object, labels: object, num_labels: int) -> tuple[Tenso
             f"`logits` must be of floating point, as a model returns them; found {logits.dtype}. Pass the logits "
             "themselves, not the classes that they predict, or convert them with `.float()`."
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"`labels` must be integer class indices; found {labels.dtype}. Convert them to int64.")
     return logits, labels.reshape(-1).long()

@@ -13,6 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 from tiny import make_batch, make_model
@@ -21,7 +22,7 @@ from transformers import TrainingArguments
 import lpg_hf.trainer.reports
 from lpg_hf import LPGTrainer
 from lpg_hf.report import ReportCallback, write_report
-from lpg_hf.report.plots import LONGEST_NAME, STYLE, _figures, draw_figures, rc_context
+from lpg_hf.report.plots import LONGEST_NAME, STYLE, _bars, _figures, draw_figures, rc_context
 from lpg_hf.report.tables import make_tables
 from lpg_hf.row_records import TrainingDynamics
 from lpg_hf.safe_text import one_line, shown, unique_names
@@ -248,7 +249,7 @@ def test_a_section_of_the_card_that_fails_is_a_warning(tmp_path, caplog, monkeyp
     trainer = make_trainer(tmp_path)
     trainer.train()
 
-    def fails(summary):
+    def fails(*args):
         raise RuntimeError("no pen")
 
     monkeypatch.setattr(lpg_hf.trainer.reports, "add_section", fails)
@@ -256,3 +257,14 @@ def test_a_section_of_the_card_that_fails_is_a_warning(tmp_path, caplog, monkeyp
         trainer.create_model_card()
     assert "could not be written: RuntimeError('no pen')" in caplog.text
     assert "## Training procedure" in (tmp_path / "README.md").read_text()
+
+
+def test_the_heights_of_ten_thousand_classes_are_lines():
+    heights = np.random.default_rng(0).uniform(-1, 1, 10_000)
+    axes = Figure().add_subplot()
+    _bars(axes, [str(label) for label in range(10_000)], heights.tolist(), ["red"] * 10_000)
+    assert not axes.patches
+    (lines,) = axes.collections
+    np.testing.assert_array_equal(
+        [line[1] for line in lines.get_segments()], np.stack([np.arange(10_000), heights], 1)
+    )

@@ -140,7 +140,7 @@ class Certificate:
             else f"trained on {self.num_prior_rows} rows, none of which is in the set"
         )
         if self.num_near_copies:
-            prior += f"; {self.num_near_copies} rows of the set differ from one of them in case and spacing alone"
+            prior += f"; {self.num_near_copies} rows of the set have the texts of one of them, up to case and spacing"
         return "\n".join(
             [
                 f"Error of the classifier with weights N(w, {self.sigma:.4g}^2 I) on {self.scope} parameters "

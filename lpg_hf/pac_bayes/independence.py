@@ -132,8 +132,8 @@ def _count_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset)
     if rows:
         shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
         logger.warning(
-            f"{len(rows)} rows of `dataset` differ from a row of `prior_dataset` in case and spacing alone, by the "
-            f"columns {', '.join(columns)} (rows {shown}). The prior has nearly seen them. If they are the same "
-            "sample, leave them out."
+            f"{len(rows)} rows of `dataset` have the texts of a row of `prior_dataset`, up to case and spacing, by "
+            f"the columns {', '.join(columns)} (rows {shown}). If they are the same samples, the prior has seen them: "
+            "leave them out."
         )
     return len(rows)

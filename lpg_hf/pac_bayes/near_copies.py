@@ -15,7 +15,8 @@ def find_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -
     Finds rows whose texts occur in the prior's data, up to case, spacing, and the form of Unicode.
 
     A column is text if it holds strings in both data sets, and most of them are several words or not ASCII. Names and
-    identifiers are not compared. A row is found if all of its texts are those of one row of the prior's data.
+    identifiers are not compared. A row is found if all of its texts are those of one row of the prior's data, and not
+    all of them are empty. Other inputs beside the texts, such as images, are not compared.
 
     Args:
         dataset: The certificate set.
@@ -32,7 +33,7 @@ def find_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -
     prior_texts = _texts(prior_dataset, columns)
     known = set(zip(*(map(_normalize, prior_texts[name]) for name in columns), strict=True))
     rows = zip(*(map(_normalize, texts[name]) for name in columns), strict=True)
-    return columns, [number for number, row in enumerate(rows) if row in known]
+    return columns, [number for number, row in enumerate(rows) if row in known and any(row)]
 
 
 def _string_columns(dataset: MapStyleDataset) -> list[str]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..batch import logits_of
+from .kept_tensors import can_be_written, kept_as_before, kept_tensors
 from .loaded_weights import LoadedWeights, same_logits
-from .remembered_outputs import tensors_in
 from .scope import fork_random_state
 from .weight_noise import WeightNoise
 
@@ -63,7 +63,7 @@ def _modules_that_keep_tensors(
     keepers = {
         path: inside
         for path, module in noise.model.named_modules()
-        if _kept_tensors(module)
+        if kept_tensors(module)
         and (inside := {names[id(parameter)] for parameter in module.parameters() if id(parameter) in names})
     }
     if not keepers:
@@ -73,25 +73,12 @@ def _modules_that_keep_tensors(
     return {
         path: inside
         for path, inside in keepers.items()
-        if _act_on_logits(_kept_tensors(noise.model.get_submodule(path)), noise, inputs, expected)
+        if _act_on_logits(kept_tensors(noise.model.get_submodule(path)), noise, inputs, expected)
     }
 
 
-def _kept_tensors(module: nn.Module) -> list[Tensor]:
-    """Tensors of a module that are no parameters: buffers, and what its attributes hold."""
-    if isinstance(module, _NormBase):
-        return []
-    own = {name: value for name, value in vars(module).items() if name not in ("_parameters", "_modules")}
-    return [
-        tensor
-        for tensor in tensors_in(own)
-        if tensor.is_floating_point() and tensor.numel() > 0 and not isinstance(tensor, nn.Parameter)
-    ]
-
-
 def _act_on_logits(kept: list[Tensor], noise: WeightNoise, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:
-    # An expanded tensor has one place for several entries and cannot be written to.
-    if any(tensor.is_inference() or 0 in tensor.stride() for tensor in kept):
+    if not all(map(can_be_written, kept)):
         return True
     contents = [tensor.clone() for tensor in kept]
     for tensor in kept:
@@ -114,8 +101,8 @@ def _reached(noise: WeightNoise, inputs: Mapping[str, Tensor], is_training: bool
     weights = {
         name: weight.clone().requires_grad_(weight.is_floating_point()) for name, weight in noise.weights.items()
     }
-    # Dropout must not move the random state of the caller.
-    with fork_random_state(model), torch.enable_grad():
+    # A training pass moves running statistics, and dropout the random state.
+    with kept_as_before(model), fork_random_state(model), torch.enable_grad():
         logits = logits_of(functional_call(model, weights, kwargs=dict(inputs)))
         if not logits.requires_grad:
             return set()

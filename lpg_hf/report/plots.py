@@ -38,6 +38,8 @@ STYLE: dict[Any, Any] = {
 }
 #: A figure with more classes leaves their names out.
 MOST_NAMED_CLASSES = 30
+#: More classes are drawn as lines, since a rectangle for each would take seconds.
+MOST_BARS = 300
 #: A confusion matrix with more classes leaves the numbers out.
 MOST_WRITTEN_CELLS = 12
 LONGEST_NAME = 24
@@ -182,7 +184,10 @@ def _bars(axes: Axes, names: list[str], heights: list[float], color: str | list[
     """Draws one bar per class, the largest class first, and names the classes if there is room."""
     positions = np.arange(len(names))
     many = len(names) > MOST_NAMED_CLASSES
-    axes.bar(positions, heights, color=color, width=1.0 if many else 0.75)
+    if len(names) > MOST_BARS:
+        axes.vlines(positions, 0, heights, colors=color, linewidth=0.8)
+    else:
+        axes.bar(positions, heights, color=color, width=1.0 if many else 0.75)
     axes.grid(axis="x", visible=False)
     if many:
         axes.set_xlabel("classes, largest first")

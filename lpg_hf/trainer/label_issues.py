@@ -102,8 +102,10 @@ class LabelIssuesMixin(StepWatchMixin):
             save_rows(output_dir, records, self.state.global_step)
 
     def _lpg_load_rows(self, checkpoint: str) -> None:
+        if self._lpg_row_tracker is None or self._lpg_row_tracker.buffer is None:
+            return
         saved = load_rows(checkpoint, self.state.global_step)
-        if saved is None or self._lpg_row_tracker is None or self._lpg_row_tracker.buffer is None:
+        if saved is None:
             return
         num_rows, records = TrainingDynamics.num_rows_of(saved), self._lpg_row_tracker.buffer.records
         if num_rows != records.num_rows:

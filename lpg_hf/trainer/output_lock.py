@@ -22,6 +22,8 @@ logger = get_logger(__name__)
 
 # Uploads to the Hub leave files out that begin with an underscore.
 LOCK_FILE = "_lpg_training.lock"
+# The folders of the trainings of this process, whose locks would not stop another training of the same process.
+_own_folders: set[Path] = set()
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def sole_writer(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
     Raises:
         RuntimeError: If another training is writing into the folder.
     """
-    path = Path(folder) / LOCK_FILE
+    path = Path(folder).resolve() / LOCK_FILE
     is_taken, file = _lock(path) if accelerator.is_main_process else (False, None)
     if stack_processes(torch.tensor(is_taken, device=accelerator.device), accelerator=accelerator).any():
         raise RuntimeError(
@@ -50,6 +52,7 @@ def sole_writer(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         if file is not None:
+            _own_folders.discard(path.parent)
             with suppress(OSError):
                 path.unlink()  # before it is free: whoever opens the path from now on makes a new file
             file.close()
@@ -57,8 +60,11 @@ def sole_writer(folder: str | Path, accelerator: Accelerator) -> Iterator[None]:
 
 def _lock(path: Path) -> tuple[bool, IO[str] | None]:
     """Whether another process has locked the file, and the file if it is locked now."""
+    if path.parent in _own_folders:
+        return True, None
     if sys.platform == "win32":
         return False, None
+    file: IO[str] | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -75,13 +81,20 @@ def _lock(path: Path) -> tuple[bool, IO[str] | None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        _own_folders.add(path.parent)
         return False, file
     except OSError as error:
+        if file is not None:
+            file.close()
+            with suppress(OSError):
+                path.unlink()
         logger.warning(f"Whether another training writes checkpoints to {path.parent} is not known: {error}.")
         return False, None
 
 
 def _owner(path: Path) -> str:
+    if path.parent in _own_folders:  # reading the file would free it: POSIX locks end with any closing of the file
+        return "it runs in this process"
     try:
         return path.read_text() or "an unknown process"
     except OSError:

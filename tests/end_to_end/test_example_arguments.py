@@ -115,7 +115,12 @@ def test_help_has_our_arguments_under_one_heading(script, capsys):
         script.main(["--help"])
     assert exit_.value.code == 0
     found = sections(capsys.readouterr().out)
-    ours = [name for names in found.values() for name in names if re.search("lpg|perturbations|eval_shares", name)]
+    ours = [
+        name
+        for names in found.values()
+        for name in names
+        if re.search("lpg|perturbations|track_rows|eval_shares", name)
+    ]
     assert found[OUR_HEADING] == ["--label_noise", "--imbalance_ratio", "--report", *ours]
     assert {"--learning_rate", "--output_dir", "--seed"} < set(found[TRAINING_HEADING])
     assert not {"--learning_rate", "--output_dir"} & set(found["model"] + found["data"])

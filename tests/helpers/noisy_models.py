@@ -98,7 +98,7 @@ class PromptOfNetwork(Classifier):
 
 @dataclass
 class Holder:
-    prompt: Tensor
+    prompt: Tensor | None
 
 
 class PromptInObject(Prompt):
@@ -375,6 +375,58 @@ class KeptByParent(nn.Module):
         return nn.functional.linear(x, self.kept, self.child.bias).sin()
 
 
+class KeptInObject(NeverDropped):
+    def __init__(self):
+        super().__init__()
+        self.holder = Holder(None)
+
+    def keep(self) -> Tensor:
+        if self.holder.prompt is None:
+            self.holder.prompt = torch.tanh(self.weight.detach())
+        return self.holder.prompt
+
+    def forward(self, x):
+        weight = torch.tanh(self.weight) if self.training else self.keep()
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class KeptByFunction(KeptInObject):
+    """The function is one that `copy.deepcopy` shares, as it shares all functions."""
+
+    def __init__(self):
+        super().__init__()
+        kept = {}
+        self.remember = lambda weight: kept.setdefault("weight", torch.tanh(weight.detach()))
+
+    def keep(self):
+        return self.remember(self.weight)
+
+
+class RunningMean(nn.Linear):
+    """Statistics of its own, in a buffer and in an attribute, that a pass in training mode moves."""
+
+    def __init__(self):
+        super().__init__(SIZE, SIZE)
+        self.register_buffer("mean", torch.zeros(SIZE))
+        self.size = torch.ones(SIZE, dtype=torch.float64)
+
+    def forward(self, x):
+        x = super().forward(x)
+        if self.training:
+            self.mean.mul_(0.5).add_(x.detach().mean((0, 1)))
+            self.size = 0.5 * self.size + x.detach().abs().mean((0, 1))
+        return (x - self.mean) / self.size
+
+
+class OldSpectralNorm(Classifier):
+    """The vectors of its power iteration are buffers, which training moves."""
+
+    trained = ("second",)
+
+    def build(self):
+        self.encoder.second = nn.utils.spectral_norm(nn.Linear(SIZE, SIZE))
+
+
 def with_layer(layer: type[nn.Module]) -> type[Classifier]:
     """A classifier whose frozen backbone has one trained layer of this type."""
 
@@ -398,4 +450,8 @@ RIGHT: dict[str, Callable[[], Classifier]] = {
     cls.__name__: with_layer(cls)
     for cls in (KeptUntilTraining, BufferForEvaluation, BufferOfCheckpoint, Merged, Aliased)
 }
-REFUSED = {cls.__name__: with_layer(cls) for cls in (NeverDropped, BufferNeverDropped, KeptByParent)}
+REFUSED = {
+    cls.__name__: with_layer(cls)
+    for cls in (NeverDropped, BufferNeverDropped, KeptByParent, KeptInObject, KeptByFunction)
+}
+MOVED = {"RunningMean": with_layer(RunningMean), "OldSpectralNorm": OldSpectralNorm}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from families import make_family
-from noisy_models import NUM_LABELS, REFUSED, RIGHT, SIZE, Classifier, with_layer
+from noisy_models import MOVED, NUM_LABELS, REFUSED, RIGHT, SIZE, Classifier, with_layer
 from peft import PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from tiny import make_model
 from torch import nn
@@ -112,6 +112,20 @@ def test_a_module_that_never_drops_what_it_computed_is_refused(name, has_run):
             run()
 
 
+@pytest.mark.parametrize("name", MOVED)
+@torch.no_grad()
+def test_statistics_that_training_moves_stay(name):
+    rows = make_rows()
+    x, labels = torch.stack([row["x"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    model = MOVED[name]().eval()
+    before, logits = copy.deepcopy(model.state_dict()), model(x)["logits"]
+    certify(model, rows, prior=copy.deepcopy(model), **FEW)
+    found = gibbs_error(model, rows, sigma=1.0, num_draws=NUM_DRAWS, disable_tqdm=True)
+    assert found.draws == pytest.approx(by_hand(model, {"x": x}, labels, sigma=1.0), abs=1e-12)
+    assert torch.equal(model(x)["logits"], logits)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 def test_parameters_that_predictions_do_not_use_are_not_refused():
     """Beside a buffer and a tensor that predictions do use, and in evaluation mode alone."""
 
@@ -203,7 +217,7 @@ def by_hand(model, inputs, labels, sigma):
         with torch.no_grad():
             for name, z in noise.sample(EVALUATION, draw).items():
                 drawn.get_parameter(name).add_(sigma * z)
-            wrong = drawn.eval()(**inputs).logits.argmax(-1) != labels
+            wrong = drawn.eval()(**inputs)["logits"].argmax(-1) != labels
         errors.append(wrong.double().mean().item())
     return errors
 

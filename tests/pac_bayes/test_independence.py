@@ -227,13 +227,19 @@ def test_near_copies_are_counted_and_named(is_dataset, warnings):
         )
     certificate = run(rows, prior_rows)
     assert certificate.num_near_copies == 3
-    assert "3 rows of the set differ from one of them in case and spacing alone" in str(certificate)
+    assert "3 rows of the set have the texts of one of them, up to case and spacing" in str(certificate)
     (warning,) = warnings
-    assert warning.startswith("3 rows of `dataset` differ from a row of `prior_dataset` in case and spacing alone")
+    assert warning.startswith("3 rows of `dataset` have the texts of a row of `prior_dataset`, up to case and spacing")
     assert "by the columns text (rows 3, 7, 11)" in warning
     certificate = run(rows, prior_rows.select(range(4)) if is_dataset else prior_rows[:4])
     assert certificate.num_near_copies == 0 and "spacing" not in str(certificate) and len(warnings) == 1
     assert run(rows).num_near_copies is None
+
+
+def test_rows_without_any_text_are_no_near_copies():
+    texts = ["how are you", "what is the time", ""]
+    data, prior = (Dataset.from_dict({"x": [[seed + row] for row in range(3)], "text": texts}) for seed in (0, 10))
+    assert find_near_copies(data, prior) == (["text"], [0, 1])
 
 
 def test_names_labels_and_identifiers_are_no_texts():

@@ -1,7 +1,9 @@
 """What a training logs of its perturbations, what it keeps for the report, and the line at its start."""
 
+import json
 import logging
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from lpg_hf import LPGConfig, LPGTrainer
 from lpg_hf.pac_bayes import PathLength
+from lpg_hf.trainer.perturbation_log import PerturbationLog
 
 
 COUNTS = [55, 25, 15, 5]
@@ -208,3 +211,30 @@ def test_where_nothing_acts_there_is_no_line(tmp_path, caplog):
 def test_the_plain_trainer_logs_none_of_it(tmp_path, caplog):
     lines, trainer = run(tmp_path, caplog, trainer_class=Trainer)
     assert lines == [] and not any(key.startswith("lpg/") for log in trainer.state.log_history for key in log)
+
+
+def test_the_norms_of_a_long_training_are_saved_without_a_list_of_their_bytes():
+    log = PerturbationLog(logs_all=False)
+    norms = {f"lpg/{name}/delta_norm": 0.8675723075866699 for name in ("logit_adjustment", "class_relative_dampening")}
+    log.norms = [{"step": step, "epoch": step / 125} | norms for step in range(5000)]
+    expected = json.dumps(log.norms).encode()
+    tracemalloc.start()
+    state = log.state_dict()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert bytes(state["norms"].tolist()).rstrip() == expected
+    assert peak < 8 * len(expected)  # 5.6; a list has 8 bytes for each of them, next to the text itself
+    restored = PerturbationLog(logs_all=False)
+    restored.load_state_dict(state)
+    assert restored.norms == log.norms
+
+
+def test_the_norms_are_saved_in_few_sizes():
+    """safetensors keeps a type of `ctypes` for every size of a tensor that it has saved, for good."""
+    log, sizes = PerturbationLog(logs_all=False), set()
+    for step in range(1000):
+        log.norms.append({"step": step, "epoch": step / 125, "lpg/gradient_norm": 0.8675723075866699})
+        sizes.add(log.state_dict()["norms"].numel())
+    text = len(json.dumps(log.norms))
+    assert text <= max(sizes) < 2 * text
+    assert len(sizes) <= 12  # 11: from 2**7 to 2**17 bytes

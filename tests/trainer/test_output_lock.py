@@ -1,5 +1,6 @@
 """Of two trainings with one output folder the second is told, and a training that was killed blocks nobody."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -90,6 +91,35 @@ def test_the_folder_is_free_after_a_training_however_it_ends(tmp_path, monkeypat
     assert not (tmp_path / LOCK_FILE).exists()
     train(tmp_path)
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_training_within_a_training_of_the_same_process_is_told_and_the_outer_one_keeps_the_folder(tmp_path):
+    link = tmp_path / "link"
+    (tmp_path / "run").mkdir()
+    link.symlink_to(tmp_path / "run")
+    with sole_writer(tmp_path / "run", Accelerator(cpu=True)):
+        for folder in (tmp_path / "run", link):
+            with (
+                pytest.raises(RuntimeError, match="it runs in this process"),
+                sole_writer(folder, Accelerator(cpu=True)),
+            ):
+                pass
+        # Another process finds the folder locked still.
+        command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+        other = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert other.returncode != 0 and f"process {os.getpid()} on" in other.stderr
+    with sole_writer(link, Accelerator(cpu=True)):
+        pass
+
+
+def test_a_lock_that_the_file_system_lacks_is_a_warning_and_leaves_no_file(tmp_path, caplog, monkeypatch):
+    def fails(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", fails)
+    with caplog.at_level("WARNING", logger="lpg_hf"), sole_writer(tmp_path, Accelerator(cpu=True)):
+        assert not (tmp_path / LOCK_FILE).exists()
+    assert "No locks available" in caplog.text
 
 
 def test_a_folder_that_cannot_be_locked_trains_with_a_warning(tmp_path, caplog):

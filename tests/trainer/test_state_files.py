@@ -19,7 +19,7 @@ from lpg_hf.trainer.row_file import ROWS_FILE, load_rows
 from lpg_hf.trainer.state_files import find_bad_value, find_misfit, read_tensors, write_tensors
 
 
-CHAIN = ["auto", "sam", "gradient_clipping(percentile=50)", "logit_clipping(quantile=0.9)", "logit_noise"]
+CHAIN = ["logit_clipping(quantile=0.9)", "auto", "sam", "gradient_clipping(percentile=50)", "logit_noise"]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ STATE_CHANGES = {
     "steps below 0": replaced("loss.statistics.steps", filled(-1)),
     "seen of 5": replaced("loss.statistics.seen_counts", longer),
     "NaN": replaced("loss.statistics._running", filled(torch.nan)),
-    "no bounds": without("loss.perturbations.2.bounds"),
-    "bounds of 5": replaced("loss.perturbations.2.bounds", longer),
+    "no bounds": without("loss.perturbations.0.bounds"),
+    "bounds of 5": replaced("loss.perturbations.0.bounds", longer),
     "more": lambda tensors, metadata: ({**tensors, "loss.evil": torch.zeros(1)}, metadata),
     "more methods": lambda tensors, metadata: ({**tensors, "loss.perturbations.9.bounds": torch.zeros(1)}, metadata),
     "no history": without("parameters.1._extra_state"),
