@@ -4,21 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batch import LogitBatch, stack_rows
+from .class_means import ClassMeans
 from .class_shares import PriorTerms, check_class_counts, check_shares, min_counted_samples, prior_terms
 
 
-# Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
-INERTIA = 20
-# The `error_share` of a model that is sure of itself where it errs.
-SURE = 0.25
 # Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
 
 
-class ClassStatistics(nn.Module):
+class ClassStatistics(ClassMeans):
     """
     Class prior, and means per class of what the model makes of its training samples.
 
@@ -71,11 +68,6 @@ class ClassStatistics(nn.Module):
     class_counts: Tensor
     seen_counts: Tensor
     steps: Tensor
-    epochs: Tensor
-    _running: Tensor
-    _epoch_sums: Tensor
-    _epoch_means: Tensor
-    _least_error: Tensor
     _pending: Tensor
     _prior_rows: Tensor
     _eval_shares: Tensor | None
@@ -87,7 +79,7 @@ class ClassStatistics(nn.Module):
         waits_for_epoch: bool = False,
         eval_shares: Sequence[float] | None = None,
     ):
-        super().__init__()
+        super().__init__(num_labels)
         self.counts_are_given = class_counts is not None
         self._waits_for_epoch = waits_for_epoch
         # What the methods of a chain add to the logarithm of the class shares that the logits are trained for.
@@ -104,16 +96,6 @@ class ClassStatistics(nn.Module):
         # Like the counts it belongs to the data, and not to a checkpoint.
         shares = None if eval_shares is None else check_shares("eval_shares", eval_shares, num_labels)
         self.register_buffer("_eval_shares", shares, persistent=False)
-        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
-        # Accuracy, probability of the label, and weight that dampening takes away.
-        self.register_buffer("_running", torch.zeros(3, num_labels))
-        # Samples, confidence ratios, their squares, and confident errors of the present epoch.
-        self.register_buffer("_epoch_sums", torch.zeros(4, num_labels))
-        # The last three as means over the epochs before, the last of which makes a half. And the running probability
-        # of the label at the end of the last epoch.
-        self.register_buffer("_epoch_means", torch.zeros(4, num_labels))
-        # The smallest share of all samples that the model contradicted in any epoch.
-        self.register_buffer("_least_error", torch.tensor(torch.inf))
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(7, num_labels), persistent=False)
         # The terms of the prior in their order, and the offset of the judged logits. They stay in one place, where a
@@ -211,81 +193,6 @@ class ClassStatistics(nn.Module):
         self._update_prior()
         self._update_epoch_followers()
 
-    @property
-    def accuracy(self) -> Tensor:
-        """
-        Running training accuracy of each class, `[C]`, measured before the step that learns from the sample.
-
-        A prediction counts as correct if no logit is larger than that of the label, so ties favor no class.
-        """
-        return self._running[0]
-
-    @property
-    def label_prob(self) -> Tensor:
-        """Running mean of `p_{i,c}` over the samples of class c, `[C]`."""
-        return self._running[1]
-
-    @property
-    def confidence_ratio(self) -> Tensor:
-        """
-        Mean of [`LogitBatch.confidence_ratio`] over the samples of class c, `[C]`. Each epoch makes a half of it, and
-        what was before the other half; 0 before the first epoch has ended.
-        """
-        return self._epoch_means[0]
-
-    @property
-    def confident_error_rate(self) -> Tensor:
-        """Share of the samples of class c that the model contradicts, `[C]`, averaged like `confidence_ratio`."""
-        return self._epoch_means[2]
-
-    @property
-    def decidedness(self) -> Tensor:
-        """
-        How decided the model is about the labels of class c, `[C]` in [0, 1]: the variance of the confidence ratio
-        relative to the largest that its mean allows. It is 1 if every label is either believed or not at all.
-        """
-        mean, square = self._epoch_means[:2]
-        tiny = torch.finfo(mean.dtype).tiny
-        variance, largest = (moment.addcmul(mean, mean, value=-1) for moment in (square, mean))
-        return (variance / largest.clamp(min=tiny)).clamp(0, 1)
-
-    @property
-    def error_rise(self) -> Tensor:
-        """
-        How far the share of all samples that the model contradicts has risen above its smallest since the model has
-        been sure of itself, a scalar.
-
-        Right labels that are hard become fewer from epoch to epoch. Wrong ones stand out more and more, until they are
-        memorized.
-        """
-        return (self._error - self._least_error).clamp(min=0)
-
-    @property
-    def error_share(self) -> Tensor:
-        """
-        Share of the belief that the labels of all samples lack, which those that the model contradicts could make up
-        for, a scalar in [0, 1].
-
-        A model that is still learning its classes is mostly unsure where it errs. One that has learned them and meets
-        wrong labels is sure of itself.
-        """
-        missing = 1 - torch.dot(self.confidence_ratio, self.prior)
-        return self._error / missing.clamp(min=torch.finfo(missing.dtype).eps)
-
-    @property
-    def _error(self) -> Tensor:
-        return torch.dot(self.confident_error_rate, self.prior)
-
-    @property
-    def last_label_prob(self) -> Tensor:
-        """The [`~ClassStatistics.label_prob`] at the end of the last epoch, `[C]`; 0 before."""
-        return self._epoch_means[3]
-
-    @property
-    def mean_weight(self) -> Tensor:
-        """Running mean of the weights of the samples of class c under dampening, `[C]`; 1 before."""
-        return 1 - self._running[2]
-
     @torch.no_grad()
     def update(self, batch: LogitBatch, weight: Tensor | None = None) -> None:
         """
@@ -326,18 +233,13 @@ class ClassStatistics(nn.Module):
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         self.seen_counts += pending[0].long()
-        # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
-        pending.masked_fill_(pending[5].isnan(), 0.0)
-        self._epoch_sums += pending[:4]
-        # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + INERTIA).
-        move = pending[4:].addcmul_(pending[0], self._running, value=-1)
-        self._running.addcdiv_(move, pending[0] + INERTIA)
+        self._move_means(pending)
         self.steps += 1
         if not self.counts_are_given:
             self.class_counts.copy_(self.seen_counts)
             self._update_prior()
         elif not self._waits_for_epoch:  # decided on the device
-            self._roll_over(self._epoch_sums[0].sum() >= self.class_counts.sum())
+            self._end_epoch_where(self._epoch_sums[0].sum() >= self.class_counts.sum())
             self._update_epoch_followers()
         self._pending.zero_()
 
@@ -347,20 +249,7 @@ class ClassStatistics(nn.Module):
         Says that all training data has been seen once more: the means of this epoch hold through the next one, and
         counted classes have a prior from here on, however few.
         """
-        self._roll_over(torch.ones_like(self.steps, dtype=torch.bool))
+        self._end_epoch_where(torch.ones_like(self.steps, dtype=torch.bool))
         self._update_epoch_followers()
         if not self.counts_are_given:
             self._update_prior()
-
-    def _roll_over(self, is_over: Tensor) -> None:
-        counts, before = self._epoch_sums[0], self._epoch_means[:3]
-        means = self._epoch_sums[1:] / counts.clamp(min=1)
-        means.lerp_(before, 0.5 * before[:1].sign())
-        means = torch.cat([means, self.label_prob[None]])
-        # A class that the epoch did not have keeps its means.
-        torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
-        # Before, a model that becomes sure of itself contradicts more and more labels, and be they right.
-        is_sure = is_over & (self.error_share >= SURE)
-        torch.where(is_sure, torch.minimum(self._error, self._least_error), self._least_error, out=self._least_error)
-        self._epoch_sums.masked_fill_(is_over, 0.0)
-        self.epochs += is_over

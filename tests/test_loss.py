@@ -96,7 +96,7 @@ def test_dampening_uses_the_means_of_the_epochs_before():
     statistics, gate = reference.RunningStatistics(C), np.zeros(C)
     log_prior = np.log(np.array(counts) / sum(counts))
     offset = np.log(np.array(shares) / sum(shares)) - log_prior
-    seen, epochs, acted = 0, 0, []
+    seen, acted = 0, []
     for step in range(3 * sum(counts) // 20):
         logits, labels = make_logits(20, seed=step, scale=4.0)
         loss_fn(logits, labels).backward()
@@ -104,7 +104,7 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         means = statistics.last_label_prob, statistics.confidence_ratio, statistics.confident_error_rate
         means += (statistics.decidedness,)
         options = {"learned": (0.0, 0.05), "contradicted": (0.0, 0.01), "offset": offset, "gate": gate}
-        options |= {"rise": statistics.error_rise, "epoch": 1 + epochs}
+        options |= {"rise": statistics.error_rise, "share": statistics.error_share}
         plain = reference.dampening_weight(z, y, *means, **options)
         factor = 1 / np.maximum(statistics.mean_weight, 0.5)
         weight = np.array([w * (factor[c] if c >= 0 else 1) for w, c in zip(plain, y, strict=True)])
@@ -114,12 +114,12 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         statistics.update(z, y, plain, offset)
         seen += (y >= 0).sum()
         if seen >= sum(counts):
-            seen, epochs = 0, epochs + 1
+            seen = 0
             statistics.end_epoch(np.exp(log_prior))
             for c in range(C):
-                second = reference.ramp(statistics.confident_error_rate[c], 0.0, 0.01)
-                second = max(second, reference.ramp(statistics.error_rise, 0.01, 0.03))
-                gate[c] = max(gate[c], reference.ramp(statistics.last_label_prob[c], 0.0, 0.05) * second)
+                means = statistics.last_label_prob[c], statistics.confident_error_rate[c], (0.0, 0.05), (0.0, 0.01)
+                now = reference.dampening_gate(*means, statistics.error_rise, statistics.error_share)
+                gate[c] = max(gate[c], now)
     assert not acted[0] and acted[-1] and statistics.last_label_prob.min() > 0
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpg_hf.batch import LogitBatch
+from lpg_hf.class_means import SURE
 from lpg_hf.class_shares import min_counted_samples
 from lpg_hf.statistics import ClassStatistics
 
@@ -144,6 +145,36 @@ def test_the_errors_of_all_classes_rise_from_their_smallest_share():
         rises.append(statistics.error_rise.item())
     # The means are .4, .3, .4 and .25.
     assert_equal(rises, [0, 0, 0.1, 0], 1e-12)
+
+
+@few_examples
+@given(batches=steps(), counts=st.lists(st.integers(1, 9), min_size=NUM_CLASSES, max_size=NUM_CLASSES))
+def test_errors_as_a_share_of_the_missing_belief_and_their_rise_equal_the_reference(batches, counts):
+    statistics = ClassStatistics(NUM_CLASSES, counts, waits_for_epoch=True).double()
+    expected = reference.RunningStatistics(NUM_CLASSES)
+    for logits, labels in batches:
+        train(statistics, [(logits, labels)])
+        statistics.end_epoch()
+        expected.update(logits.numpy(), labels.tolist())
+        expected.end_epoch(statistics.prior.tolist())
+        assert_equal(statistics.error_share, expected.error_share, 1e-9)
+        assert_equal(statistics.error_rise, expected.error_rise, 1e-12)
+        assert 0 <= statistics.error_share <= 1 / 0.9 + 1e-12
+
+
+def test_errors_of_a_model_that_is_not_sure_of_itself_are_no_smallest_share():
+    """One that begins to contradict labels, and right ones too, does not open the gates by that."""
+    statistics = ClassStatistics(2, [10, 10], waits_for_epoch=True).double()
+    labels, shares, rises = torch.arange(20) % 2, [], []
+    for scale, wrong in ((0.1, 4), (5.0, 12), (5.0, 16)):
+        logits = scale * torch.eye(2, dtype=torch.float64)[torch.where(torch.arange(20) < wrong, 1 - labels, labels)]
+        train(statistics, [(logits, labels)])
+        statistics.end_epoch()
+        shares.append(statistics.error_share.item())
+        rises.append(statistics.error_rise.item())
+    # The means of the contradicted share are 0, .3 and .55.
+    assert shares[0] == 0 and SURE < shares[1] < shares[2]
+    assert_equal(rises, [0, 0, 0.25], 1e-12)
 
 
 def test_a_belief_that_is_all_or_nothing_is_decided():

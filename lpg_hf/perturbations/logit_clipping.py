@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..batch import LogitBatch
-from ..statistics import INERTIA, ClassStatistics
+from ..class_means import INERTIA
+from ..statistics import ClassStatistics
 from .base import SampleReweighting
 from .checks import check
 

@@ -1,8 +1,15 @@
-"""Slow references for the tests: float64 NumPy and plain loops, written from the formulas and not from the library."""
+"""
+Slow references for the tests: float64 NumPy and plain loops, written from the formulas and not from the library.
+
+Only the constants of class-relative dampening are those of the library.
+"""
 
 import math
 
 import numpy as np
+
+from lpg_hf.class_means import SURE
+from lpg_hf.perturbations.class_relative_dampening import DECIDED, LEAST_WEIGHT, RISING
 
 
 IGNORED = -100
@@ -99,14 +106,14 @@ def dampening_weight(
     learned=(0.05, 0.3),
     contradicted=(0.05, 0.15),
     rise=0.0,
+    share=1.0,
     offset=None,
     gate=None,
-    epoch=30,
 ):
     """
-    `max(0.3 / epoch, min(1, rho_i / R_c^(2 - d_c)) ^ (power a_c max(b_c, b)))`, `rho_i` at the logits plus an offset
-    per class; 1 for ignored samples and for a class never seen. The gate `b` of all classes opens by a rise between
-    .01 and .03. A gate that was open once, `gate`, stays open.
+    `max(l_c, min(1, rho_i / R_c^(2 - d_c)) ^ (power gamma_c))`, `rho_i` at the logits plus an offset per class; 1 for
+    ignored samples and for a class never seen. The least weight `l_c` is in proportion to `1 - d_c`. A gate that was
+    open once, `gate`, stays open.
     """
     offset = [0.0] * len(label_prob) if offset is None else offset
     gate = [0.0] * len(label_prob) if gate is None else gate
@@ -117,11 +124,23 @@ def dampening_weight(
             continue
         judged = [z + shift for z, shift in zip(row, offset, strict=True)]
         rho = math.exp(judged[label] - max(judged))
-        second = max(ramp(contradiction[label], *contradicted), ramp(rise, 0.01, 0.03))
-        now = ramp(label_prob[label], *learned) * second
+        now = dampening_gate(label_prob[label], contradiction[label], learned, contradicted, rise, share)
         reference = confidence_ratio[label] ** (2 - decidedness[label])
-        weights.append(max(min(1.0, rho / reference) ** (power * max(gate[label], now)), 0.3 / epoch))
+        least = LEAST_WEIGHT * (1 - decidedness[label])
+        weights.append(max(min(1.0, rho / reference) ** (power * max(gate[label], now)), least))
     return np.array(weights)
+
+
+def dampening_gate(label_prob, contradiction, learned, contradicted, rise, share):
+    """`a_c max(b_c, b) s`: learned, contradicted in the class or more and more in all classes, sure of itself."""
+    second = max(ramp(contradiction, *contradicted), ramp(rise, *RISING))
+    return ramp(label_prob, *learned) * second * ramp(share, *DECIDED)
+
+
+def error_share(prior, confidence_ratio, contradiction):
+    """Share of all samples that are contradicted, over the mean belief that labels lack."""
+    missing = math.fsum(p * (1 - ratio) for p, ratio in zip(prior, confidence_ratio, strict=True))
+    return math.fsum(p * error for p, error in zip(prior, contradiction, strict=True)) / max(missing, 2.0**-52)
 
 
 def ramp(value, start, end):
@@ -176,7 +195,8 @@ class RunningStatistics:
         self.confident_error_rate = np.zeros(num_classes)
         self.last_label_prob = np.zeros(num_classes)
         self._square = np.zeros(num_classes)
-        self._error_of_all = [math.inf]
+        self.error_share = self.error_rise = 0.0
+        self._sure_errors = []
         self._epoch = [[] for _ in range(num_classes)]
 
     def update(self, logits, labels, weights=None, offset=None):
@@ -202,11 +222,6 @@ class RunningStatistics:
         values = zip(self._square, self.confidence_ratio, largest, strict=True)
         return np.array([min(max((s - r * r) / m, 0), 1) if m > 0 else 0.0 for s, r, m in values])
 
-    @property
-    def error_rise(self):
-        """How far the share of contradicted samples lies above its smallest."""
-        return max(self._error_of_all[-1] - min(self._error_of_all), 0) if len(self._error_of_all) > 1 else 0.0
-
     def end_epoch(self, prior):
         for c, ratios in enumerate(self._epoch):
             if not ratios:
@@ -220,7 +235,11 @@ class RunningStatistics:
                 means[c] = new if is_first else (means[c] + new) / 2
             self.last_label_prob[c] = self.label_prob[c]
         self._epoch = [[] for _ in self._epoch]
-        self._error_of_all.append(float(np.dot(self.confident_error_rate, prior)))
+        # How far the share of contradicted samples lies above its smallest since the model has been sure of itself.
+        self.error_share = error_share(prior, self.confidence_ratio, self.confident_error_rate)
+        error = float(np.dot(self.confident_error_rate, prior))
+        self._sure_errors += [error] if self.error_share >= SURE else []
+        self.error_rise = error - min([error, *self._sure_errors])
 
     def _move(self, name, c, n, values, inertia=20):
         running = getattr(self, name)

@@ -52,7 +52,7 @@ def test_auto_expands_inside_a_longer_chain():
             [ADJUSTMENT, "label_smoothing(alpha=-0.3)", "label_smoothing(alpha=0.3, target='prior')", DAMPENING],
         ),
         ("label_smoothing(target='prior')", [ADJUSTMENT, DAMPENING]),
-        ("class_relative_dampening(power=2.0)", [ADJUSTMENT]),
+        ("class_relative_dampening(power=3.5)", [ADJUSTMENT]),
         ("focal_loss()", [ADJUSTMENT, DAMPENING]),
     ],
 )

@@ -26,8 +26,12 @@ from logit_batches import (
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch
 from lpg_hf.perturbations import ClassRelativeDampening
 from lpg_hf.perturbations.class_relative_dampening import (
+    DECIDED,
+    LEAST_WEIGHT,
+    RISING,
     dampening_compensation,
     dampening_gate,
+    dampening_least,
     dampening_reference,
     dampening_weight,
 )
@@ -52,13 +56,17 @@ class ClassMeans:
     def as_lists(self):
         return [tensor.tolist() for tensor in vars(self).values()]
 
-    def as_statistics(self, dtype=torch.float64, rise=0.0, epoch=30):
+    @property
+    def error_share(self):
+        prior = [1 / len(self.last_label_prob)] * len(self.last_label_prob)
+        return reference.error_share(prior, self.confidence_ratio.tolist(), self.confident_error_rate.tolist())
+
+    def as_statistics(self, dtype=torch.float64, rise=0.0):
         statistics = ClassStatistics(len(self.last_label_prob)).to(dtype)
         for name in ("last_label_prob", "confidence_ratio", "confident_error_rate"):
             getattr(statistics, name).copy_(getattr(self, name))
         mean = self.confidence_ratio
         statistics._epoch_means[1] = mean.square() + self.decidedness * mean * (1 - mean)
-        statistics.epochs.fill_(epoch - 1)
         statistics._least_error.fill_(statistics.confident_error_rate.mean() - rise)
         return statistics
 
@@ -71,11 +79,13 @@ def class_means(draw, num_classes=7):
         drawn = draw(st.lists(st.sampled_from(values), min_size=num_classes, max_size=num_classes))
         return torch.tensor(drawn, dtype=torch.float64)
 
+    ratio = column([0.02, 0.3, 0.7, 1.0])
     return ClassMeans(
         last_label_prob=column([0.01, 0.05, 0.1, 0.2, 0.3, 0.9]),
-        confidence_ratio=column([0.02, 0.3, 0.7, 1.0]),
+        confidence_ratio=ratio,
         confident_error_rate=column([0.0, 0.05, 0.06, 0.1, 0.14, 0.15, 0.4]),
-        decidedness=column([0.0, 0.3, 0.9, 1.0]),
+        # A mean of 1 leaves no variance.
+        decidedness=torch.where(ratio < 1, column([0.0, 0.3, 0.9, 1.0]), 0.0),
     )
 
 
@@ -85,6 +95,7 @@ OPEN = ClassMeans(
     confident_error_rate=torch.full((7,), 0.3, dtype=torch.float64),
     decidedness=torch.zeros(7, dtype=torch.float64),
 )
+DECISIVE = dataclasses.replace(OPEN, decidedness=torch.ones(7, dtype=torch.float64))
 
 
 def make_method(batch, **options):
@@ -93,8 +104,8 @@ def make_method(batch, **options):
     return method.to(batch.logits.dtype)
 
 
-def weights(batch, means, rise=0.0, epoch=30, **options):
-    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype, rise, epoch)
+def weights(batch, means, rise=0.0, **options):
+    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype, rise)
     return make_method(batch, **options).weight(batch.gradient, batch, statistics)
 
 
@@ -103,11 +114,16 @@ def deltas(batch, means, **options):
     return make_method(batch, **options).delta(batch.gradient, batch, statistics)
 
 
+def expected_weights(batch, means, **options):
+    means = means.resized(batch.logits.shape[1])
+    arguments = batch.logits.numpy(), batch.labels.tolist(), *means.as_lists()
+    return reference.dampening_weight(*arguments, share=means.error_share, **options)
+
+
 @few_examples
 @given(batch=drawn_batches(), means=class_means(), power=st.sampled_from([0.0, 1.0, 2.0, 3.5]))
 def test_relative_dampening_equals_the_reference(batch, means, power):
-    means = means.resized(batch.num_classes)
-    expected = reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), *means.as_lists(), power=power)
+    expected = expected_weights(batch, means, power=power)
     assert_equal(weights(batch.batch, means, power=power), expected, 1e-12)
     assert_equal(
         deltas(batch.batch, means, power=power), reference.dampening_delta(batch.gradient.numpy(), expected), 1e-12
@@ -118,8 +134,7 @@ def test_relative_dampening_equals_the_reference(batch, means, power):
 @given(batch=drawn_batches(), means=class_means())
 def test_relative_dampening_with_other_gates_equals_the_reference(batch, means):
     options = {"power": 1.5, "learned": (0.0, 0.3), "contradicted": (0.04, 1.0)}
-    means = means.resized(batch.num_classes)
-    expected = reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), *means.as_lists(), **options)
+    expected = expected_weights(batch, means, **options)
     assert_equal(weights(batch.batch, means, **options), expected, 1e-12)
     assert_equal(
         deltas(batch.batch, means, **options), reference.dampening_delta(batch.gradient.numpy(), expected), 1e-12
@@ -129,8 +144,7 @@ def test_relative_dampening_with_other_gates_equals_the_reference(batch, means):
 def test_float32_relative_dampening_equals_the_reference():
     drawn = random_batch()
     batch = LogitBatch(drawn.logits.float(), drawn.labels)
-    means = [tensor.float().tolist() for tensor in vars(OPEN.resized(5)).values()]
-    weight = reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), *means)
+    weight = expected_weights(batch, ClassMeans(*(tensor.float() for tensor in vars(OPEN).values())))
     expected = torch.from_numpy(reference.dampening_delta(drawn.gradient.float().numpy(), weight))
     assert weight.min() < 0.5
     np.testing.assert_allclose(weights(batch, OPEN).numpy(), weight, rtol=1e-5)
@@ -158,33 +172,46 @@ def test_dampening_weights_lie_in_0_1_and_are_1_at_or_above_the_mean_of_the_clas
 @given(batch=drawn_batches(), means=class_means())
 def test_a_closed_gate_switches_dampening_off_for_its_class(batch, means):
     weight = weights(batch.batch, means)
+    is_unsure = means.resized(batch.num_classes).error_share <= DECIDED[0]
     for c, rows in batch.members():
-        if means.last_label_prob[c] <= 0.05 or means.confident_error_rate[c] <= 0.05:
+        if means.last_label_prob[c] <= 0.05 or means.confident_error_rate[c] <= 0.05 or is_unsure:
             assert (weight[rows] == 1).all()
+
+
+@few_examples
+@given(batch=drawn_batches(), means=class_means(), share=st.floats(-0.5, 1.5))
+def test_nothing_is_dampened_before_the_model_is_sure_of_itself_where_it_errs(batch, means, share):
+    """The belief that labels lack is chosen so that the contradicted samples are a share of it on either side."""
+    error = means.confident_error_rate.clamp(min=0.01)
+    wanted = DECIDED[0] + share * (DECIDED[1] - DECIDED[0])
+    ratio = (1 - error / wanted).clamp(min=0.01)
+    means = dataclasses.replace(means, confident_error_rate=error, confidence_ratio=ratio)
+    weight = weights(batch.batch, means)
+    assert_equal(weight, expected_weights(batch, means), 1e-12)
+    if means.resized(batch.num_classes).error_share <= DECIDED[0]:
+        assert (weight == 1).all()
 
 
 def test_dampening_falls_with_confidence_and_with_power():
     logits = torch.linspace(0, 8, 30)[:, None] * torch.tensor([0.0, 1.0, 0.5, 0, 0, 0, 0])
     batch = LogitBatch(logits.double(), torch.zeros(30, dtype=torch.int64))
-    by_power = torch.stack([weights(batch, OPEN, power=power, epoch=10**9) for power in (0.5, 1.0, 2.0)])
-    below = (-logits[:, 1]).exp() < 0.6**2
+    by_power = torch.stack([weights(batch, DECISIVE, power=power) for power in (0.5, 1.0, 2.0)])
+    below = (-logits[:, 1]).exp() < 0.6
     assert below.sum() > 20
     assert (by_power[:, below].diff(dim=1) < 0).all()
     assert (by_power[:, below].diff(dim=0) < 0).all()
 
 
-def test_the_default_power_is_the_square_where_both_gates_are_open():
+def test_the_default_power_is_the_square_where_all_gates_are_open():
     # rho = exp(-log 10) = 0.1 against a class mean of 0.6.
     logits = torch.tensor([[0.0, math.log(10), 0, 0, 0, 0, 0]], dtype=torch.float64)
-    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), OPEN), [(0.1 / 0.36) ** 2], 1e-12)
+    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), DECISIVE), [(0.1 / 0.6) ** 2], 1e-12)
 
 
 @few_examples
-@given(batch=drawn_batches(), means=class_means(), rise=st.sampled_from([0.0, 0.01, 0.014, 0.03, 0.2]))
+@given(batch=drawn_batches(), means=class_means(), rise=st.floats(0, 2 * RISING[1]))
 def test_a_rise_of_the_errors_opens_the_gate_of_all_classes_that_are_learned(batch, means, rise):
-    means = means.resized(batch.num_classes)
-    arguments = batch.logits.numpy(), batch.labels.tolist(), *means.as_lists()
-    assert_equal(weights(batch.batch, means, rise), reference.dampening_weight(*arguments, rise=rise), 1e-12)
+    assert_equal(weights(batch.batch, means, rise), expected_weights(batch, means, rise=rise), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -196,17 +223,17 @@ def test_a_class_with_labels_that_are_told_apart_asks_more_of_a_sample(decided, 
     logits = torch.zeros(6, 7, dtype=torch.float64)
     logits[:, 1] = -rho.log()
     weight = weights(LogitBatch(logits, torch.zeros(6, dtype=torch.int64)), means)
-    assert_equal(weight, ((rho / needed).clamp(max=1) ** 2).clamp(min=0.01), 1e-12)
+    assert_equal(weight, ((rho / needed).clamp(max=1) ** 2).clamp(min=LEAST_WEIGHT * (1 - decided)), 1e-12)
 
 
 @few_examples
-@given(batch=drawn_batches(), means=class_means(), epoch=st.sampled_from([1, 2, 3, 10, 1000]))
-def test_no_sample_is_silenced_and_its_least_weight_falls_with_the_epochs(batch, means, epoch):
-    means = means.resized(batch.num_classes)
-    arguments = batch.logits.numpy(), batch.labels.tolist(), *means.as_lists()
-    weight = weights(batch.batch, means, epoch=epoch)
-    assert_equal(weight, reference.dampening_weight(*arguments, epoch=epoch), 1e-12)
-    assert weight.min() >= 0.3 / epoch - 1e-12
+@given(batch=drawn_batches(), means=class_means(), power=st.sampled_from([1.0, 2.0, 50.0]))
+def test_no_sample_is_silenced_before_the_model_has_decided_which_labels_it_believes(batch, means, power):
+    means = dataclasses.replace(means, confident_error_rate=OPEN.confident_error_rate)
+    weight = weights(batch.batch, means, power=power)
+    assert_equal(weight, expected_weights(batch, means, power=power), 1e-12)
+    for c, rows in batch.members():
+        assert (weight[rows] >= LEAST_WEIGHT * (1 - means.decidedness[c]) - 1e-12).all()
 
 
 @given(mean_weight=st.floats(0, 1))
@@ -224,7 +251,7 @@ def test_the_weights_of_a_training_are_compensated_by_their_running_mean():
     batch = random_batch(num_classes=3).batch
     method = make_method(batch)
     weight = method.weight(batch.gradient, batch, statistics)
-    plain = reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), *OPEN.resized(3).as_lists())
+    plain = expected_weights(batch, OPEN)
     factor = [1 / 0.8, 1.0, 2.0]
     expected = [w * (factor[y] if y >= 0 else 1) for w, y in zip(plain, batch.labels.tolist(), strict=True)]
     assert_equal(weight, expected, 1e-12)
@@ -249,12 +276,9 @@ def test_a_gate_that_was_open_does_not_close():
 @given(batch=drawn_batches(), means=class_means(), seed=st.integers(0, 99))
 def test_labels_are_judged_at_the_shares_of_the_evaluation(batch, means, seed):
     """With an offset of each logit, which the weight of a sample sees and its gradient does not."""
-    means = means.resized(batch.num_classes)
     offset = positive(batch.num_classes, seed).log()
     judged = LogitBatch(batch.logits, batch.labels, offset)
-    arguments = batch.logits.numpy(), batch.labels.tolist()
-    expected = reference.dampening_weight(*arguments, *means.as_lists(), offset=offset.tolist())
-    assert_equal(weights(judged, means), expected, 1e-12)
+    assert_equal(weights(judged, means), expected_weights(batch, means, offset=offset.tolist()), 1e-12)
     assert_equal(judged.gradient, batch.gradient, 1e-12)
 
 
@@ -262,9 +286,15 @@ def test_labels_are_judged_at_the_shares_of_the_evaluation(batch, means, seed):
 @given(batch=drawn_batches(), means=class_means())
 def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     means = means.resized(batch.num_classes)
-    gate = dampening_gate(means.last_label_prob, means.confident_error_rate, (0.0, 0.3), (0.04, 1.0))
+    options = {
+        "learned": (0.0, 0.3),
+        "contradicted": (0.04, 1.0),
+        "error_share": torch.tensor(means.error_share, dtype=torch.float64),
+    }
+    gate = dampening_gate(means.last_label_prob, means.confident_error_rate, **options)
     classes, needed = batch.batch.classes, dampening_reference(means.confidence_ratio, means.decidedness)
-    expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], 2 * gate[classes], least=0.01)
+    least = dampening_least(means.decidedness)[classes]
+    expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], 2 * gate[classes], least)
     actual = weights(batch.batch, means, learned=(0.0, 0.3), contradicted=(0.04, 1.0))
     # The formula says nothing about ignored samples.
     assert_equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0), 1e-12)
@@ -272,23 +302,22 @@ def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
 
 @every_dtype
 def test_relative_dampening_is_finite_for_unseen_classes_and_saturated_logits(dtype):
-    unseen, seen = ClassMeans(*torch.zeros(4, 3)), ClassMeans(*(tensor[:3] for tensor in vars(OPEN).values()))
+    unseen, seen = ClassMeans(*torch.zeros(4, 3)), DECISIVE.resized(3)
     logits = torch.tensor([[0.0, 2000.0, 0.0], [80.0, 0.0, 0.0], [0.0, 80.0, 0.0]], dtype=dtype)
     batch = LogitBatch(logits, torch.tensor([0, 0, 0]))
     assert weights(batch, unseen).tolist() == [1, 1, 1]
-    weight = weights(batch, seen, epoch=10**9)
+    weight = weights(batch, seen)
     assert weight[1] == 1
-    np.testing.assert_allclose(weight[[0, 2]], 3e-10, rtol=1e-5)  # the least
+    assert ((weight[[0, 2]] >= 0) & (weight[[0, 2]] < 1e-30)).all()
 
 
 def test_relative_dampening_ignores_samples_whatever_their_logits():
     logits = torch.tensor([[math.nan, 0.0], [math.inf, -math.inf], [0.0, 5.0]])
     batch = LogitBatch(logits, torch.tensor([IGNORE_INDEX, IGNORE_INDEX, 0]))
-    means = ClassMeans(*(tensor[:2] for tensor in vars(OPEN).values()))
-    weight = weights(batch, means)
+    weight = weights(batch, OPEN)
     assert weight[:2].tolist() == [1, 1]
-    assert weight[2] == pytest.approx(0.01)
-    assert (deltas(batch, means)[:2] == 0).all()
+    assert weight[2] == pytest.approx(LEAST_WEIGHT)
+    assert (deltas(batch, OPEN)[:2] == 0).all()
 
 
 # Statistics of a training.
@@ -314,7 +343,9 @@ def test_class_relative_dampening_equals_the_reference(options):
         statistics.confidence_ratio.tolist(),
         statistics.confident_error_rate.tolist(),
         statistics.decidedness.tolist(),
-        epoch=2,
+        share=reference.error_share(
+            statistics.prior.tolist(), statistics.confidence_ratio.tolist(), statistics.confident_error_rate.tolist()
+        ),
         **options,
     )
     weight = method.weight(batch.gradient, batch, statistics)
