@@ -83,6 +83,16 @@ class LogitBatch:
     def valid_mask(self) -> Tensor:
         return ~self.ignore_mask
 
+    @property
+    def fit_excess(self) -> Tensor:
+        """
+        `p_y - sum_j p_j^2`, `[N]` in [-1, 1]: the probability of the label less the one that the model itself expects.
+        Its mean is 0 for a model that is calibrated, and above 0 for one that fits labels which it has seen before.
+        """
+        # The squared norm of p - onehot is the sum of the squares less 2 p_y, plus 1.
+        norm = torch.linalg.vector_norm(self.gradient, dim=-1)
+        return -torch.addcmul(self.label_gradient[:, 0], norm, norm)
+
 
 def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     r"""

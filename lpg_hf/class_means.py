@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from .noise_evidence import ENOUGH_EVIDENCE, SETTLED, error_share, is_risen, noise_evidence
+
 
 # Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
 INERTIA = 20
-# The `error_share` of a model that is sure of itself where it errs.
-SURE = 0.25
 
 
 class ClassMeans(nn.Module):
@@ -22,9 +22,12 @@ class ClassMeans(nn.Module):
 
     Attributes:
         epochs (`torch.Tensor`, scalar): Number of epochs that have ended.
+        has_noise (`torch.Tensor`, scalar, boolean):
+            Whether some epoch gave enough evidence that labels are wrong, see [`noise_evidence`] and [`is_risen`].
     """
 
     epochs: Tensor
+    has_noise: Tensor
     _running: Tensor
     _epoch_sums: Tensor
     _epoch_means: Tensor
@@ -35,18 +38,14 @@ class ClassMeans(nn.Module):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
         # Accuracy, probability of the label, and weight that dampening takes away.
         self.register_buffer("_running", torch.zeros(3, num_labels))
-        # Samples, confidence ratios, their squares, and confident errors of the present epoch.
-        self.register_buffer("_epoch_sums", torch.zeros(4, num_labels))
-        # The last three as means over the epochs before, the last of which makes a half. And the running probability
-        # of the label at the end of the last epoch.
+        self.register_buffer("has_noise", torch.zeros((), dtype=torch.bool))
+        # Samples, confidence ratios, their squares, confident errors, and fit excesses of the present epoch.
+        self.register_buffer("_epoch_sums", torch.zeros(5, num_labels))
+        # Confidence ratios, their squares, and confident errors as means over the epochs before, the last of which
+        # makes a half. And the running probability of the label at the end of the last epoch.
         self.register_buffer("_epoch_means", torch.zeros(4, num_labels))
-        # The smallest share of all samples that the model contradicted in an epoch, once it was sure of itself.
+        # The smallest share of all samples that the model contradicted in an epoch, once these made up enough.
         self.register_buffer("_least_error", torch.tensor(torch.inf))
-
-    @property
-    def prior(self) -> Tensor:
-        """Share of each class in the training set, `[C]`."""
-        raise NotImplementedError
 
     @property
     def accuracy(self) -> Tensor:
@@ -87,33 +86,6 @@ class ClassMeans(nn.Module):
         return (variance / largest.clamp(min=tiny)).clamp(0, 1)
 
     @property
-    def error_rise(self) -> Tensor:
-        """
-        How far the share of all samples that the model contradicts has risen above its smallest since the model has
-        been sure of itself, a scalar.
-
-        Right labels that are hard become fewer from epoch to epoch. Wrong ones stand out more and more, until they are
-        memorized.
-        """
-        return (self._error - self._least_error).clamp(min=0)
-
-    @property
-    def error_share(self) -> Tensor:
-        """
-        Share of the belief that the labels of all samples lack, which those that the model contradicts could make up
-        for, a scalar in [0, 10/9]: a contradicted label lacks more than 0.9.
-
-        A model that is still learning its classes is mostly unsure where it errs. One that has learned them and meets
-        wrong labels is sure of itself.
-        """
-        missing = 1 - torch.dot(self.confidence_ratio, self.prior)
-        return self._error / missing.clamp(min=torch.finfo(missing.dtype).eps)
-
-    @property
-    def _error(self) -> Tensor:
-        return torch.dot(self.confident_error_rate, self.prior)
-
-    @property
     def last_label_prob(self) -> Tensor:
         """The [`~ClassStatistics.label_prob`] at the end of the last epoch, `[C]`; 0 before."""
         return self._epoch_means[3]
@@ -128,27 +100,38 @@ class ClassMeans(nn.Module):
         Moves the running means by the sums of a step, and adds these to the sums of the epoch.
 
         Args:
-            sums (`torch.Tensor` of shape `[7, C]`):
-                Samples, confidence ratios, their squares, confident errors, correct predictions, probabilities of the
-                label, and weights that dampening takes away. They are overwritten.
+            sums (`torch.Tensor` of shape `[8, C]`):
+                Samples, confidence ratios, their squares, confident errors, fit excesses, correct predictions,
+                probabilities of the label, and weights that dampening takes away. They are overwritten.
         """
         # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
-        sums.masked_fill_(sums[5].isnan(), 0.0)
-        self._epoch_sums += sums[:4]
+        sums.masked_fill_(sums[6].isnan(), 0.0)
+        self._epoch_sums += sums[:5]
         # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + INERTIA).
-        move = sums[4:].addcmul_(sums[0], self._running, value=-1)
+        move = sums[5:].addcmul_(sums[0], self._running, value=-1)
         self._running.addcdiv_(move, sums[0] + INERTIA)
 
     def _end_epoch_where(self, is_over: Tensor) -> None:
         """Turns the sums of the epoch into means if it is over, which is decided on the device."""
         counts, before = self._epoch_sums[0], self._epoch_means[:3]
-        means = self._epoch_sums[1:] / counts.clamp(min=1)
+        self._look_for_noise(is_over)
+        means = self._epoch_sums[1:4] / counts.clamp(min=1)
         means.lerp_(before, 0.5 * before[:1].sign())
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
         torch.where(is_over & (counts > 0), means, self._epoch_means, out=self._epoch_means)
-        # Before, a model that becomes sure of itself contradicts more and more labels, and be they right.
-        is_sure = is_over & (self.error_share >= SURE)
-        torch.where(is_sure, torch.minimum(self._error, self._least_error), self._least_error, out=self._least_error)
         self._epoch_sums.masked_fill_(is_over, 0.0)
         self.epochs += is_over
+
+    def _look_for_noise(self, is_over: Tensor) -> None:
+        sums = self._epoch_sums.sum(1)
+        count = sums[0]
+        ratio, _, error, excess = sums[1:] / count.clamp(min=1)
+        has_noise = (noise_evidence(error, ratio, excess) >= ENOUGH_EVIDENCE) | is_risen(
+            error, self._least_error, count
+        )
+        self.has_noise |= is_over & has_noise
+        # Before that, a model that becomes sure of itself contradicts more and more labels, and be they right.
+        is_settled = is_over & (error_share(error, ratio) >= SETTLED)
+        least = torch.where(is_settled, error, torch.inf)
+        torch.minimum(self._least_error, least, out=self._least_error)

@@ -97,7 +97,7 @@ class ClassStatistics(ClassMeans):
         shares = None if eval_shares is None else check_shares("eval_shares", eval_shares, num_labels)
         self.register_buffer("_eval_shares", shares, persistent=False)
         # Zero between optimizer steps, which is when state is saved.
-        self.register_buffer("_pending", torch.zeros(7, num_labels), persistent=False)
+        self.register_buffer("_pending", torch.zeros(8, num_labels), persistent=False)
         # The terms of the prior in their order, and the offset of the judged logits. They stay in one place, where a
         # CUDA graph finds them.
         self.register_buffer("_prior_rows", torch.zeros(6, num_labels), persistent=False)
@@ -109,7 +109,7 @@ class ClassStatistics(ClassMeans):
 
     @property
     def pending(self) -> Tensor:
-        """What the next [`~ClassStatistics.step`] sums over processes, `[7, C]`."""
+        """What the next [`~ClassStatistics.step`] sums over processes, `[8, C]`."""
         return self._pending
 
     @property
@@ -208,8 +208,9 @@ class ClassStatistics(ClassMeans):
     def rows_of(self, batch: LogitBatch, weight: Tensor | None = None) -> list[Tensor]:
         """What is summed up per class, `[N]` each, with anything for ignored samples. Arguments as for `update`."""
         ratio = batch.confidence_ratio
-        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, batch.is_correct]
-        return [*rows, batch.label_prob] if weight is None else [*rows, batch.label_prob, 1 - weight]
+        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, batch.fit_excess]
+        rows += [batch.is_correct, batch.label_prob]
+        return rows if weight is None else [*rows, 1 - weight]
 
     @torch.no_grad()
     def add(self, batch: LogitBatch, rows: Tensor) -> None:
@@ -219,7 +220,7 @@ class ClassStatistics(ClassMeans):
         Args:
             batch ([`LogitBatch`]): The micro-batch.
             rows (`torch.Tensor` of shape `[k, N]`):
-                The rows of [`~ClassStatistics.rows_of`], k = 6 or 7; zero for ignored samples.
+                The rows of [`~ClassStatistics.rows_of`], k = 7 or 8; zero for ignored samples.
         """
         self._pending[: len(rows)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
 

@@ -43,10 +43,6 @@ def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor
 
 #: The least weight of a sample where the model has decided on nothing.
 LEAST_WEIGHT = 0.2
-#: Where the second gate starts to open by the rise of contradicted samples, and where it is open.
-RISING = (0.01, 0.03)
-#: The same for the third gate, by the share of contradicted samples in all that is not believed.
-DECIDED = (0.2, 0.3)
 
 
 def dampening_least(decidedness: Tensor) -> Tensor:
@@ -102,38 +98,31 @@ def dampening_weight(
     return ((confidence_ratio / reference).clamp(max=1) ** exponent).clamp(min=least)
 
 
-def dampening_gate(
-    label_prob: Tensor,
-    confident_error_rate: Tensor,
-    learned: Sequence[float] = (0.05, 0.3),
-    contradicted: Sequence[float] = (0.05, 0.15),
-    error_rise: Tensor | float = 0.0,
-    error_share: Tensor | float = 1.0,
-) -> Tensor:
+def dampening_gate(label_prob: Tensor, has_noise: Tensor | bool, learned: Sequence[float] = (0.05, 0.3)) -> Tensor:
     """
-    How far class-relative dampening acts on each class: on classes that have been learned, of which the model
-    contradicts a part, and not before it is sure of itself where it errs.
+    How far class-relative dampening acts on each class: on classes that have been learned, if labels are wrong.
 
     Source: ours.
 
     Args:
         label_prob (`torch.Tensor` of shape `[C]`): Mean of `p_{i,c}` over the samples of class c.
-        confident_error_rate (`torch.Tensor` of shape `[C]`): Share of samples that the model contradicts.
+        has_noise (`bool` or scalar `torch.Tensor`): Whether labels are wrong, see [`ClassStatistics.has_noise`].
         learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
-            Values of `label_prob` where the first gate starts to open, and where it is open.
-        contradicted (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.15)`):
-            Values of `confident_error_rate` where the second gate starts to open, and where it is open.
-        error_rise (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
-            How far that share of all samples has risen, see [`ClassStatistics.error_rise`]. From 0.01 to 0.03, it
-            opens the second gate for all classes.
-        error_share (`float` or scalar `torch.Tensor`, *optional*, defaults to 1.0):
-            See [`ClassStatistics.error_share`]. From 0.2 to 0.3, it opens the third gate.
+            Values of `label_prob` where the gate starts to open, and where it is open.
 
     Returns:
-        `torch.Tensor` of shape `[C]`: The product of the three gates, in [0, 1].
+        `torch.Tensor` of shape `[C]`: In [0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> dampening_gate(torch.tensor([0.04, 0.175, 0.8]), has_noise=True)
+    tensor([0.0000, 0.5000, 1.0000])
+
+    ```
     """
-    second = torch.maximum(ramp(confident_error_rate, *contradicted), ramp(torch.as_tensor(error_rise), *RISING))
-    return ramp(label_prob, *learned) * second * ramp(torch.as_tensor(error_share), *DECIDED)
+    return ramp(label_prob, *learned) * has_noise
 
 
 def dampening_compensation(mean_weight: Tensor) -> Tensor:
@@ -188,11 +177,9 @@ class ClassRelativeDampening(SampleReweighting):
         power (`float`, *optional*, defaults to 2.0): Strength, at least 0; 0 switches the method off.
         learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
             Running mean probability of a class at which its gate starts to open, and at which it is open.
-        contradicted (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.15)`):
-            Share of a class that the model contradicts: where the second gate starts to open, and is open.
 
     Raises:
-        ValueError: If `power` is negative or infinite, or an interval is not increasing within [0, 1].
+        ValueError: If `power` is negative or infinite, or `learned` is not increasing within [0, 1].
 
     Example:
 
@@ -211,15 +198,12 @@ class ClassRelativeDampening(SampleReweighting):
         self,
         power: float = 2.0,
         learned: Sequence[float] = (0.05, 0.3),
-        contradicted: Sequence[float] = (0.05, 0.15),
     ):
         super().__init__()
         check_not_negative("power", power)
         check_interval("learned", learned)
-        check_interval("contradicted", contradicted)
         self.power = power
         self.learned = tuple(learned)
-        self.contradicted = tuple(contradicted)
         self.register_buffer("_terms", None, persistent=False)
 
     def setup(self, num_labels: int) -> None:
@@ -235,9 +219,7 @@ class ClassRelativeDampening(SampleReweighting):
 
     def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
-        label_prob, error_rate = statistics.last_label_prob, statistics.confident_error_rate
-        rise, share = statistics.error_rise, statistics.error_share
-        gate = dampening_gate(label_prob, error_rate, self.learned, self.contradicted, rise, share)
+        gate = dampening_gate(statistics.last_label_prob, statistics.has_noise, self.learned)
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
         reference = reference.clamp(min=torch.finfo(reference.dtype).tiny)
