@@ -22,6 +22,20 @@ class ClassMeans(nn.Module):
 
     Attributes:
         epochs (`torch.Tensor`, scalar): Number of epochs that have ended.
+
+    Example:
+
+    ```python
+    >>> from lpg_hf.batch import LogitBatch
+    >>> from lpg_hf.statistics import ClassStatistics
+    >>> means = ClassStatistics(num_labels=2, class_counts=[2, 2])  # the labels of class 0 are believed, or not at all
+    >>> means.update(LogitBatch(torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 0.0]]), torch.tensor([0, 0, 1])))
+    >>> means.step()
+    >>> means.end_epoch()
+    >>> means.confidence_ratio, means.confident_error_rate
+    (tensor([0.5001, 1.0000]), tensor([0.5000, 0.0000]))
+
+    ```
     """
 
     epochs: Tensor
