@@ -83,15 +83,30 @@ class LogitBatch:
     def valid_mask(self) -> Tensor:
         return ~self.ignore_mask
 
-    @property
-    def fit_excess(self) -> Tensor:
+    def fit_excess(self, fitted_offset: Tensor | None = None) -> Tensor:
         """
-        `p_y - sum_j p_j^2`, `[N]` in [-1, 1]: the probability of the label less the one that the model itself expects.
-        Its mean is 0 for a model that is calibrated, and above 0 for one that fits labels which it has seen before.
+        `q_y - sum_j q_j^2` with `q = softmax(z + fitted_offset)`: the probability of the label, less the one that the
+        model itself expects.
+
+        Its mean is 0 for a model that is calibrated on these labels, and above 0 for one that fits labels which it has
+        seen before.
+
+        Args:
+            fitted_offset (`torch.Tensor` of shape `[C]`, *optional*):
+                See [`ClassStatistics.fitted_offset`]. Left out, it is 0.
+
+        Returns:
+            `torch.Tensor` of shape `[N]`: In [-1, 1]; arbitrary for ignored samples.
         """
-        # The squared norm of p - onehot is the sum of the squares less 2 p_y, plus 1.
-        norm = torch.linalg.vector_norm(self.gradient, dim=-1)
-        return -torch.addcmul(self.label_gradient[:, 0], norm, norm)
+        if fitted_offset is None:
+            # The squared norm of p - onehot is the sum of the squares less 2 p_y, plus 1.
+            norm = torch.linalg.vector_norm(self.gradient, dim=-1)
+            return -torch.addcmul(self.label_gradient[:, 0], norm, norm)
+        probabilities = self.logits + fitted_offset.to(self.logits)
+        torch.softmax(probabilities, -1, out=probabilities)
+        norm = torch.linalg.vector_norm(probabilities, dim=-1)
+        label_prob = probabilities.gather(-1, self.classes[:, None])[:, 0]
+        return torch.addcmul(label_prob, norm, norm, value=-1)
 
 
 def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .noise_evidence import ENOUGH_EVIDENCE, SETTLED, error_share, is_risen, noise_evidence
+from .noise_evidence import ENOUGH_EVIDENCE, SETTLED, error_rise, error_share, memorizing, noise_evidence
 
 
 # Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
@@ -22,12 +22,10 @@ class ClassMeans(nn.Module):
 
     Attributes:
         epochs (`torch.Tensor`, scalar): Number of epochs that have ended.
-        has_noise (`torch.Tensor`, scalar, boolean):
-            Whether some epoch gave enough evidence that labels are wrong, see [`noise_evidence`] and [`is_risen`].
     """
 
     epochs: Tensor
-    has_noise: Tensor
+    _evidence: Tensor
     _running: Tensor
     _epoch_sums: Tensor
     _epoch_means: Tensor
@@ -38,12 +36,13 @@ class ClassMeans(nn.Module):
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
         # Accuracy, probability of the label, and weight that dampening takes away.
         self.register_buffer("_running", torch.zeros(3, num_labels))
-        self.register_buffer("has_noise", torch.zeros((), dtype=torch.bool))
         # Samples, confidence ratios, their squares, confident errors, and fit excesses of the present epoch.
         self.register_buffer("_epoch_sums", torch.zeros(5, num_labels))
-        # Confidence ratios, their squares, and confident errors as means over the epochs before, the last of which
-        # makes a half. And the running probability of the label at the end of the last epoch.
-        self.register_buffer("_epoch_means", torch.zeros(4, num_labels))
+        # Confidence ratios and their squares as means over the epochs before, the last of which makes a half. And the
+        # running probability of the label at the end of the last epoch.
+        self.register_buffer("_epoch_means", torch.zeros(3, num_labels))
+        # The largest `noise_level` and `memorizing` of any epoch.
+        self.register_buffer("_evidence", torch.zeros(2))
         # The smallest share of all samples that the model contradicted in an epoch, once these made up enough.
         self.register_buffer("_least_error", torch.tensor(torch.inf))
 
@@ -70,11 +69,6 @@ class ClassMeans(nn.Module):
         return self._epoch_means[0]
 
     @property
-    def confident_error_rate(self) -> Tensor:
-        """Share of the samples of class c that the model contradicts, `[C]`, averaged like `confidence_ratio`."""
-        return self._epoch_means[2]
-
-    @property
     def decidedness(self) -> Tensor:
         """
         How decided the model is about the labels of class c, `[C]` in [0, 1]: the variance of the confidence ratio
@@ -88,7 +82,20 @@ class ClassMeans(nn.Module):
     @property
     def last_label_prob(self) -> Tensor:
         """The [`~ClassStatistics.label_prob`] at the end of the last epoch, `[C]`; 0 before."""
-        return self._epoch_means[3]
+        return self._epoch_means[2]
+
+    @property
+    def noise_level(self) -> Tensor:
+        """
+        How sure it is that labels are wrong, a scalar in [0, 1] that never falls: 0 until an epoch gave
+        [`noise_evidence`] of 0.006 or an [`error_rise`] of 1, and 1 at twice as much.
+        """
+        return self._evidence[0]
+
+    @property
+    def memorizing(self) -> Tensor:
+        """The largest [`memorizing`] of any epoch before dampening acted, a scalar in [0, 1]."""
+        return self._evidence[1]
 
     @property
     def mean_weight(self) -> Tensor:
@@ -113,9 +120,9 @@ class ClassMeans(nn.Module):
 
     def _end_epoch_where(self, is_over: Tensor) -> None:
         """Turns the sums of the epoch into means if it is over, which is decided on the device."""
-        counts, before = self._epoch_sums[0], self._epoch_means[:3]
+        counts, before = self._epoch_sums[0], self._epoch_means[:2]
         self._look_for_noise(is_over)
-        means = self._epoch_sums[1:4] / counts.clamp(min=1)
+        means = self._epoch_sums[1:3] / counts.clamp(min=1)
         means.lerp_(before, 0.5 * before[:1].sign())
         means = torch.cat([means, self.label_prob[None]])
         # A class that the epoch did not have keeps its means.
@@ -125,13 +132,14 @@ class ClassMeans(nn.Module):
 
     def _look_for_noise(self, is_over: Tensor) -> None:
         sums = self._epoch_sums.sum(1)
-        count = sums[0]
-        ratio, _, error, excess = sums[1:] / count.clamp(min=1)
-        has_noise = (noise_evidence(error, ratio, excess) >= ENOUGH_EVIDENCE) | is_risen(
-            error, self._least_error, count
-        )
-        self.has_noise |= is_over & has_noise
+        count = sums[0].clamp(min=1)
+        ratio, _, error, excess = sums[1:] / count
+        evidence = noise_evidence(error, ratio, excess) / ENOUGH_EVIDENCE
+        level = torch.maximum(evidence, error_rise(error, self._least_error, count)) - 1
+        # Once dampening acts, the excess says no more what the model would do without it.
+        now = torch.stack([level.clamp(0, 1), torch.where(self.noise_level > 0, 0.0, memorizing(excess))])
+        torch.where(is_over, torch.maximum(self._evidence, now), self._evidence, out=self._evidence)
         # Before that, a model that becomes sure of itself contradicts more and more labels, and be they right.
         is_settled = is_over & (error_share(error, ratio) >= SETTLED)
-        least = torch.where(is_settled, error, torch.inf)
-        torch.minimum(self._least_error, least, out=self._least_error)
+        least = torch.where(is_settled, torch.minimum(self._least_error, error), self._least_error)
+        self._least_error.copy_(least)

@@ -1,14 +1,14 @@
-"""Whether the labels that a model contradicts are wrong, or only hard: judged on the means of an epoch."""
+"""Whether the labels that a model contradicts are wrong, or only hard: judged by the means of an epoch."""
 
 import torch
 from torch import Tensor
 
 
-#: Evidence that is enough, see [`noise_evidence`].
-ENOUGH_EVIDENCE = 0.02
-#: Fit excess where evidence begins to count more, and where it counts twice.
+#: Evidence where dampening begins, see [`noise_evidence`]. At twice as much it acts in full.
+ENOUGH_EVIDENCE = 0.006
+#: Fit excess where a model begins to memorize, and where it does in full, see [`memorizing`].
 EXCESS = (0.015, 0.04)
-#: How far the contradicted share must rise to be enough, beside its standard error.
+#: The rise of the contradicted share where dampening begins, less its standard error.
 ENOUGH_RISE = 0.008
 #: Share of the missing belief from which on contradictions are compared with later ones.
 SETTLED = 0.15
@@ -42,41 +42,64 @@ def error_share(error_rate: Tensor, confidence_ratio: Tensor) -> Tensor:
     return error_rate / (1 - confidence_ratio).clamp(min=torch.finfo(error_rate.dtype).eps)
 
 
+def memorizing(fit_excess: Tensor) -> Tensor:
+    """
+    How far the model fits labels that it has seen before, rather than what it knows of their classes.
+
+    Source: ours.
+
+    Args:
+        fit_excess (`torch.Tensor`, scalar): Mean of [`LogitBatch.fit_excess`], in [-1, 1].
+
+    Returns:
+        `torch.Tensor`, scalar: Rises from 0 to 1 between 0.015 and 0.04.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> memorizing(torch.tensor(0.0275))
+    tensor(0.5000)
+
+    ```
+    """
+    start, end = EXCESS
+    return ((fit_excess - start) / (end - start)).clamp(0, 1)
+
+
 def noise_evidence(error_rate: Tensor, confidence_ratio: Tensor, fit_excess: Tensor) -> Tensor:
     """
-    Evidence of wrong labels: the share of samples that the model contradicts, times its [`error_share`].
+    Evidence of wrong labels: the share of samples that the model contradicts, times the square of its [`error_share`].
+    It counts twice where the model is [`memorizing`].
 
-    It counts up to twice where the model fits the labels better than its own probabilities expect: where it begins
-    to memorize them.
+    On clean labels it stayed below 0.005 in all trainings that we measured, heads on pretrained features and
+    photographs from scratch alike. With 9 % wrong labels and more it reached 0.0067 in the first two epochs.
 
-    Source: ours. On clean labels it stayed below 0.018 in all trainings that we measured, pretrained features and
-    photographs from scratch alike; on labels of which 17 % and more are wrong it reached 0.022 within two epochs.
+    Source: ours.
 
     Args:
         error_rate (`torch.Tensor`, scalar): Share of the samples that the model contradicts, in [0, 1].
         confidence_ratio (`torch.Tensor`, scalar): Mean of [`LogitBatch.confidence_ratio`], in [0, 1].
-        fit_excess (`torch.Tensor`, scalar): Mean of [`LogitBatch.fit_excess`].
+        fit_excess (`torch.Tensor`, scalar): Mean of [`LogitBatch.fit_excess`], in [-1, 1].
 
     Returns:
-        `torch.Tensor`, scalar: In [0, 20/9]. 0.02 is enough.
+        `torch.Tensor`, scalar: In [0, 2.5]. Dampening begins at 0.006.
 
     Example:
 
     ```python
     >>> import torch
     >>> noise_evidence(torch.tensor(0.1), torch.tensor(0.6), fit_excess=torch.tensor(0.0))
-    tensor(0.0250)
+    tensor(0.0063)
 
     ```
     """
-    start, end = EXCESS
-    memorizing = ((fit_excess - start) / (end - start)).clamp(0, 1)
-    return error_rate * error_share(error_rate, confidence_ratio) * (1 + memorizing)
+    return error_rate * error_share(error_rate, confidence_ratio).square() * (1 + memorizing(fit_excess))
 
 
-def is_risen(error_rate: Tensor, least_error: Tensor, num_samples: Tensor) -> Tensor:
+def error_rise(error_rate: Tensor, least_error: Tensor, num_samples: Tensor) -> Tensor:
     """
-    Whether the contradicted share has risen by more than 0.008 and its standard error.
+    How far the contradicted share has risen, relative to 0.008 and its standard error.
 
     Right labels that are hard become fewer from epoch to epoch. Wrong ones stand out more and more, until they are
     memorized.
@@ -86,9 +109,18 @@ def is_risen(error_rate: Tensor, least_error: Tensor, num_samples: Tensor) -> Te
     Args:
         error_rate (`torch.Tensor`, scalar): Share of the samples that the model contradicts, in [0, 1].
         least_error (`torch.Tensor`, scalar): The smallest one before; infinite if there was none.
-        num_samples (`torch.Tensor`, scalar): Samples of the epoch.
+        num_samples (`torch.Tensor`, scalar): Samples of the epoch, at least 1.
 
     Returns:
-        `torch.Tensor`, scalar, boolean.
+        `torch.Tensor`, scalar: Dampening begins at 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> error_rise(torch.tensor(0.08), torch.tensor(0.064), num_samples=torch.tensor(20_000))
+    tensor(1.6000)
+
+    ```
     """
-    return error_rate - least_error > ENOUGH_RISE + (error_rate / num_samples.clamp(min=1)).sqrt()
+    return (error_rate - least_error) / (ENOUGH_RISE + (error_rate / num_samples).sqrt())

@@ -43,6 +43,8 @@ class ClassStatistics(ClassMeans):
         judged_offset (`torch.Tensor` of shape `[C]`):
             Added to the logits, it makes them fit the class shares of the evaluation. At these, labels are judged: in
             a long tail, logits that are trained for balanced classes would contradict every head row near the border.
+        fitted_offset (`torch.Tensor` of shape `[C]`):
+            Added to the logits, it makes them fit the class shares of the training set.
         steps (`torch.Tensor`, scalar): Number of optimizer steps so far.
         epochs (`torch.Tensor`, scalar): Number of epochs that have ended.
 
@@ -98,9 +100,9 @@ class ClassStatistics(ClassMeans):
         self.register_buffer("_eval_shares", shares, persistent=False)
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(8, num_labels), persistent=False)
-        # The terms of the prior in their order, and the offset of the judged logits. They stay in one place, where a
-        # CUDA graph finds them.
-        self.register_buffer("_prior_rows", torch.zeros(6, num_labels), persistent=False)
+        # The terms of the prior in their order, and the offsets of fitted and judged logits. They stay in one place,
+        # where a CUDA graph finds them.
+        self.register_buffer("_prior_rows", torch.zeros(7, num_labels), persistent=False)
         self._update_prior()
 
     @property
@@ -131,17 +133,19 @@ class ClassStatistics(ClassMeans):
             is_enough = self.class_counts.sum() >= min_counted_samples(self.num_labels)
             counts = torch.where(is_enough | (self.epochs > 0), self.class_counts + PRIOR_PSEUDO_COUNT, 1)
         terms = prior_terms(counts.to(self._running.dtype) / counts.sum(), self._eval_shares)
-        torch.stack(terms, out=self._prior_rows[:-1])
-        self._update_judged_offset()
+        torch.stack(terms, out=self._prior_rows[:-2])
+        self._update_offsets()
         for follow in self._prior_followers:
             follow(self)
 
-    def _update_judged_offset(self) -> None:
-        torch.sub(self.prior_terms.log_eval, self.log_output_shares, out=self.judged_offset)
+    def _update_offsets(self) -> None:
+        log_output, prior = self.log_output_shares, self.prior_terms
+        torch.sub(prior.log_eval, log_output, out=self.judged_offset)
+        torch.sub(-prior.log_rarity, log_output, out=self.fitted_offset)
 
     @property
     def prior_terms(self) -> PriorTerms:
-        return PriorTerms(*self._prior_rows[:-1].unbind())
+        return PriorTerms(*self._prior_rows[:-2].unbind())
 
     @property
     def judged_offset(self) -> Tensor:
@@ -152,6 +156,14 @@ class ClassStatistics(ClassMeans):
         """The `judged_offset`; `None` where it is 0 by design, and adding it would cost two passes for nothing."""
         is_zero = self._eval_shares is None and not self._corrections
         return None if is_zero else self.judged_offset
+
+    @property
+    def fitted_offset(self) -> Tensor:
+        return self._prior_rows[-2]
+
+    @property
+    def _fitted_offset_or_none(self) -> Tensor | None:
+        return self.fitted_offset if self._corrections else None
 
     @property
     def log_output_shares(self) -> Tensor:
@@ -166,7 +178,7 @@ class ClassStatistics(ClassMeans):
             correction (`Callable`): Returns what it adds to the logarithm of the shares, `[C]`.
         """
         self._corrections.append(correction)
-        self._update_judged_offset()
+        self._update_offsets()
 
     def follow_prior(self, follower: Callable[["ClassStatistics"], None]) -> None:
         """Calls a function with these statistics, now and whenever the class shares have changed."""
@@ -208,7 +220,8 @@ class ClassStatistics(ClassMeans):
     def rows_of(self, batch: LogitBatch, weight: Tensor | None = None) -> list[Tensor]:
         """What is summed up per class, `[N]` each, with anything for ignored samples. Arguments as for `update`."""
         ratio = batch.confidence_ratio
-        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, batch.fit_excess]
+        excess = batch.fit_excess(self._fitted_offset_or_none)
+        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, excess]
         rows += [batch.is_correct, batch.label_prob]
         return rows if weight is None else [*rows, 1 - weight]
 

@@ -45,22 +45,24 @@ def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor
 LEAST_WEIGHT = 0.2
 
 
-def dampening_least(decidedness: Tensor) -> Tensor:
+def dampening_least(decidedness: Tensor, memorizing: Tensor | float = 0.0) -> Tensor:
     """
-    The least weight of the samples of each class, `0.2 (1 - d_c)`.
+    The least weight of the samples of each class, `0.2 (1 - d_c) (1 - m)`.
 
     A model that learns from scratch would soon believe only itself if it silenced what it does not believe yet. Once
-    it tells right from wrong labels, little is left of the least weight, so that wrong labels are not memorized.
+    it tells right from wrong labels, or memorizes, little is left of the least weight.
 
     Source: ours.
 
     Args:
         decidedness (`torch.Tensor` of shape `[C]`): See [`ClassStatistics.decidedness`], `d_c` in [0, 1].
+        memorizing (`float` or scalar `torch.Tensor`, *optional*, defaults to 0.0):
+            See [`ClassStatistics.memorizing`], `m` in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `[C]`: In [0, 0.2].
     """
-    return LEAST_WEIGHT * (1 - decidedness)
+    return LEAST_WEIGHT * (1 - decidedness) * (1 - memorizing)
 
 
 def dampening_weight(
@@ -98,7 +100,9 @@ def dampening_weight(
     return ((confidence_ratio / reference).clamp(max=1) ** exponent).clamp(min=least)
 
 
-def dampening_gate(label_prob: Tensor, has_noise: Tensor | bool, learned: Sequence[float] = (0.05, 0.3)) -> Tensor:
+def dampening_gate(
+    label_prob: Tensor, noise_level: Tensor | float, learned: Sequence[float] = (0.05, 0.3)
+) -> Tensor:
     """
     How far class-relative dampening acts on each class: on classes that have been learned, if labels are wrong.
 
@@ -106,7 +110,7 @@ def dampening_gate(label_prob: Tensor, has_noise: Tensor | bool, learned: Sequen
 
     Args:
         label_prob (`torch.Tensor` of shape `[C]`): Mean of `p_{i,c}` over the samples of class c.
-        has_noise (`bool` or scalar `torch.Tensor`): Whether labels are wrong, see [`ClassStatistics.has_noise`].
+        noise_level (`float` or scalar `torch.Tensor`): See [`ClassStatistics.noise_level`], in [0, 1].
         learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
             Values of `label_prob` where the gate starts to open, and where it is open.
 
@@ -117,12 +121,12 @@ def dampening_gate(label_prob: Tensor, has_noise: Tensor | bool, learned: Sequen
 
     ```python
     >>> import torch
-    >>> dampening_gate(torch.tensor([0.04, 0.175, 0.8]), has_noise=True)
+    >>> dampening_gate(torch.tensor([0.04, 0.175, 0.8]), noise_level=1.0)
     tensor([0.0000, 0.5000, 1.0000])
 
     ```
     """
-    return ramp(label_prob, *learned) * has_noise
+    return ramp(label_prob, *learned) * noise_level
 
 
 def dampening_compensation(mean_weight: Tensor) -> Tensor:
@@ -219,11 +223,12 @@ class ClassRelativeDampening(SampleReweighting):
 
     def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
-        gate = dampening_gate(statistics.last_label_prob, statistics.has_noise, self.learned)
+        gate = dampening_gate(statistics.last_label_prob, statistics.noise_level, self.learned)
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
         reference = reference.clamp(min=torch.finfo(reference.dtype).tiny)
-        return reference, self.power * self._gate, dampening_least(statistics.decidedness)
+        exponent = self.power * (1 + statistics.memorizing) * self._gate
+        return reference, exponent, dampening_least(statistics.decidedness, statistics.memorizing)
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         terms = torch.stack(self._class_terms(statistics)) if self._terms is None else self._terms

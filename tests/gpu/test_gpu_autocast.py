@@ -6,7 +6,7 @@ import pytest
 import torch
 from autocast import SIMULATED, RecordGradients, gradient_at_the_logits, unsure
 from families import CHAIN, make_family, make_family_batch, perturbed_by_chain
-from gpu import needs_cuda, needs_device, train, trainer_for
+from gpu import COUNTS, needs_cuda, needs_device, train, trainer_for
 from transformers import Trainer
 
 from lpg_hf import LPGTrainer
@@ -22,7 +22,7 @@ every_precision = pytest.mark.parametrize("precision", ["bf16", pytest.param("fp
 def gradient_of_a_step(trainer_class, model, batch, path, precision=None, **kwargs):
     """The parameters' gradient in float64 on the CPU, and the trainer. The Trainer unscales it to log its norm."""
     record = RecordGradients()
-    args = {"learning_rate": 0.0} | ({} if precision is None else {precision: True})
+    args = {"learning_rate": 0.0, "num_train_epochs": 1} | ({} if precision is None else {precision: True})
     trainer = train(model, [batch], path, trainer_class=trainer_class, args=args, callbacks=[record], **kwargs)
     return record.gradient.cpu(), trainer
 
@@ -35,9 +35,13 @@ def test_auto_perturbs_under_autocast(name, precision, tmp_path, caplog):
     exact_batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
     errors, gradients = {}, {}
     for trainer_class in (Trainer, LPGTrainer):
+        # Between those of the training and all alike: a correction that shows, and does not add to the rounding.
+        kwargs = {"eval_shares": [count**0.5 for count in COUNTS]} if trainer_class is LPGTrainer else {}
         with caplog.at_level(logging.WARNING, logger="lpg_hf"):
-            exact, _ = gradient_of_a_step(trainer_class, unsure(name), exact_batch, tmp_path)
-            half, trainer = gradient_of_a_step(trainer_class, unsure(name).float(), batch, tmp_path, precision)
+            exact, _ = gradient_of_a_step(trainer_class, unsure(name), exact_batch, tmp_path, **kwargs)
+            half, trainer = gradient_of_a_step(
+                trainer_class, unsure(name).float(), batch, tmp_path, precision, **kwargs
+            )
         errors[trainer_class], gradients[trainer_class] = (half - exact).norm(), exact
     assert not [record for record in caplog.records if record.name.startswith("lpg_hf")]
     assert trainer.lpg_loss.statistics.steps == 1
