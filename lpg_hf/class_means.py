@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .noise_evidence import ENOUGH_EVIDENCE, SETTLED, error_rise, error_share, memorizing, noise_evidence
+from .noise_evidence import SETTLED, error_rise, error_share, memorizing, noise_evidence
 
 
 # Running means give the n samples that a step has of a class the weight n / (n + INERTIA).
@@ -41,7 +41,7 @@ class ClassMeans(nn.Module):
         # Confidence ratios and their squares as means over the epochs before, the last of which makes a half. And the
         # running probability of the label at the end of the last epoch.
         self.register_buffer("_epoch_means", torch.zeros(3, num_labels))
-        # The largest `noise_level` and `memorizing` of any epoch.
+        # `noise_evidence` and `memorizing`.
         self.register_buffer("_evidence", torch.zeros(2))
         # The smallest share of all samples that the model contradicted in an epoch, once these made up enough.
         self.register_buffer("_least_error", torch.tensor(torch.inf))
@@ -85,10 +85,10 @@ class ClassMeans(nn.Module):
         return self._epoch_means[2]
 
     @property
-    def noise_level(self) -> Tensor:
+    def noise_evidence(self) -> Tensor:
         """
-        How sure it is that labels are wrong, a scalar in [0, 1] that never falls: 0 until an epoch gave
-        [`noise_evidence`] of 0.006 or an [`error_rise`] of 1, and 1 at twice as much.
+        The largest evidence of wrong labels that an epoch gave, by [`noise_evidence`] or by an [`error_rise`]: a
+        scalar, at least 0. 1 is enough.
         """
         return self._evidence[0]
 
@@ -134,10 +134,10 @@ class ClassMeans(nn.Module):
         sums = self._epoch_sums.sum(1)
         count = sums[0].clamp(min=1)
         ratio, _, error, excess = sums[1:] / count
-        evidence = noise_evidence(error, ratio, excess) / ENOUGH_EVIDENCE
-        level = torch.maximum(evidence, error_rise(error, self._least_error, count)) - 1
+        evidence = torch.maximum(noise_evidence(error, ratio, excess), error_rise(error, self._least_error, count))
         # Once dampening acts, the excess says no more what the model would do without it.
-        now = torch.stack([level.clamp(0, 1), torch.where(self.noise_level > 0, 0.0, memorizing(excess))])
+        excess_counts = self.noise_evidence < 1
+        now = torch.stack([evidence, torch.where(excess_counts, memorizing(excess), 0.0)])
         torch.where(is_over, torch.maximum(self._evidence, now), self._evidence, out=self._evidence)
         # Before that, a model that becomes sure of itself contradicts more and more labels, and be they right.
         is_settled = is_over & (error_share(error, ratio) >= SETTLED)

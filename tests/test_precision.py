@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:lpg_hf", "err
 
 SGD = {"optim": "sgd", "learning_rate": 2.0**-4, "max_grad_norm": 0.0}
 # `auto` with gates that are open from the second epoch on.
-AUTO = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+AUTO = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"]
 # So few samples that an epoch ends within two steps.
 SMALL_COUNTS = [3, 2, 2, 1]
 PARAMETER_METHODS = [text for text in ALL_IN_TRAINING if parse_perturbation(text).space == "parameter"]

@@ -23,9 +23,9 @@ def check_count(argument: str, value: int) -> None:
     check(isinstance(value, Integral), argument, value, "a whole number")
 
 
-def check_interval(argument: str, value: Sequence[float]) -> None:
-    is_increasing = len(value) == 2 and 0 <= value[0] < value[1] <= 1
-    check(is_increasing, argument, value, "two increasing numbers in [0, 1]")
+def check_interval(argument: str, value: Sequence[float], end: float = 1) -> None:
+    is_increasing = len(value) == 2 and 0 <= value[0] < value[1] <= end
+    check(is_increasing, argument, value, f"two increasing numbers in [0, {end}]")
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -101,32 +101,37 @@ def dampening_weight(
 
 
 def dampening_gate(
-    label_prob: Tensor, noise_level: Tensor | float, learned: Sequence[float] = (0.05, 0.3)
+    label_prob: Tensor,
+    noise_evidence: Tensor | float,
+    learned: Sequence[float] = (0.05, 0.3),
+    evidence: Sequence[float] = (1.0, 2.0),
 ) -> Tensor:
     """
-    How far class-relative dampening acts on each class: on classes that have been learned, if labels are wrong.
+    How far class-relative dampening acts on each class: on classes that have been learned, once labels look wrong.
 
     Source: ours.
 
     Args:
         label_prob (`torch.Tensor` of shape `[C]`): Mean of `p_{i,c}` over the samples of class c.
-        noise_level (`float` or scalar `torch.Tensor`): See [`ClassStatistics.noise_level`], in [0, 1].
+        noise_evidence (`float` or scalar `torch.Tensor`): See [`ClassStatistics.noise_evidence`].
         learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
-            Values of `label_prob` where the gate starts to open, and where it is open.
+            Values of `label_prob` where the gate of a class starts to open, and where it is open.
+        evidence (`tuple[float, float]`, *optional*, defaults to `(1.0, 2.0)`):
+            Values of `noise_evidence` where the gate of all classes starts to open, and where it is open.
 
     Returns:
-        `torch.Tensor` of shape `[C]`: In [0, 1].
+        `torch.Tensor` of shape `[C]`: The product of both gates, in [0, 1].
 
     Example:
 
     ```python
     >>> import torch
-    >>> dampening_gate(torch.tensor([0.04, 0.175, 0.8]), noise_level=1.0)
+    >>> dampening_gate(torch.tensor([0.04, 0.175, 0.8]), noise_evidence=3.0)
     tensor([0.0000, 0.5000, 1.0000])
 
     ```
     """
-    return ramp(label_prob, *learned) * noise_level
+    return ramp(label_prob, *learned) * ramp(torch.as_tensor(noise_evidence), *evidence)
 
 
 def dampening_compensation(mean_weight: Tensor) -> Tensor:
@@ -155,25 +160,26 @@ def dampening_compensation(mean_weight: Tensor) -> Tensor:
 
 class ClassRelativeDampening(SampleReweighting):
     r"""
-    Dampens the samples that the model believes far less than it believes their class, once that class is learned.
+    Dampens the samples that the model believes far less than it believes their class, once labels look wrong.
 
     It needs no noise rate, no clean data and no second network. A class that is hard as a whole keeps its gradient:
-    [`dampening_reference`] explains `r_c`. A class that is not learned yet, or that the model never contradicts, is
-    left alone. Four things keep it from doing harm:
+    [`dampening_reference`] explains `r_c`. Five things keep it from doing harm:
 
     - In the first epoch it does not act. Nothing can be memorized before a second visit.
-    - Its gate `gamma_c`, see [`dampening_gate`], never closes again. A model that has memorized its wrong labels
-      contradicts none of them any more.
+    - Its gate `gamma_c` opens when an epoch has given evidence that labels are wrong, and not only hard
+      ([`ClassStatistics.noise_evidence`]). On clean labels it stays shut, and training is that of the other methods.
+    - An open gate never closes again. A model that has memorized its wrong labels contradicts none of them any more.
     - No sample is silenced before the model has decided which labels it believes, see [`dampening_least`].
     - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
 
-    Labels are judged at the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
+    Where the model had begun to memorize before the gate opened ([`ClassStatistics.memorizing`]), dampening acts up to
+    twice as much. Labels are judged at the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
-    Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power gamma_c))`,
+    Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power (1 + m) gamma_c))`,
     `rho = q_y / max_j q_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorize.
-    Hurts: data that is hard for the model and has right labels, a little.
+    Hurts: data where a few labels are wrong and many are hard, a little.
     Cost: O(NC).
     Source: ours.
 
@@ -181,9 +187,13 @@ class ClassRelativeDampening(SampleReweighting):
         power (`float`, *optional*, defaults to 2.0): Strength, at least 0; 0 switches the method off.
         learned (`tuple[float, float]`, *optional*, defaults to `(0.05, 0.3)`):
             Running mean probability of a class at which its gate starts to open, and at which it is open.
+        evidence (`tuple[float, float]`, *optional*, defaults to `(1.0, 2.0)`):
+            Evidence of wrong labels at which the gate of all classes starts to open, and at which it is open.
+            `(0.0, 0.1)` waits for next to none: for labels that are known to be wrong.
 
     Raises:
-        ValueError: If `power` is negative or infinite, or `learned` is not increasing within [0, 1].
+        ValueError: If `power` is negative or infinite, `learned` is not increasing within [0, 1], or `evidence`
+            within [0, 1e6].
 
     Example:
 
@@ -202,12 +212,15 @@ class ClassRelativeDampening(SampleReweighting):
         self,
         power: float = 2.0,
         learned: Sequence[float] = (0.05, 0.3),
+        evidence: Sequence[float] = (1.0, 2.0),
     ):
         super().__init__()
         check_not_negative("power", power)
         check_interval("learned", learned)
         self.power = power
+        check_interval("evidence", evidence, end=1e6)
         self.learned = tuple(learned)
+        self.evidence = tuple(evidence)
         self.register_buffer("_terms", None, persistent=False)
 
     def setup(self, num_labels: int) -> None:
@@ -223,7 +236,7 @@ class ClassRelativeDampening(SampleReweighting):
 
     def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
-        gate = dampening_gate(statistics.last_label_prob, statistics.noise_level, self.learned)
+        gate = dampening_gate(statistics.last_label_prob, statistics.noise_evidence, self.learned, self.evidence)
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
         reference = reference.clamp(min=torch.finfo(reference.dtype).tiny)

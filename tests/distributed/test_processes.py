@@ -13,7 +13,7 @@ from train_exact import train
 
 SCRIPT = train_exact.__file__
 WATCHDOG_SECONDS = 300  # far above what a run needs: a hanging collective must not hang the suite
-OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
+OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
 # Dampening acts in the second one.
 TWO_EPOCHS = {"num_train_epochs": 2}

@@ -17,7 +17,7 @@ pytestmark = needs_cuda
 C, N = 7, 64
 # An epoch of a bare loss ends with every second step.
 LONG_TAIL = [40, 25, 15, 10, 5, 3, 2]
-OPEN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+OPEN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"]
 CHAINS = [["auto"], OPEN, ["logit_clipping(quantile=0.7)"]]
 CHAINS += [[name] for name in LOGIT_METHODS if name != "logit_noise"]
 

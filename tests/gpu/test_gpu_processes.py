@@ -19,7 +19,7 @@ from lpg_hf import LPGTrainer
 pytestmark = needs_device
 
 WATCHDOG_SECONDS = 120
-OPEN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+OPEN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"]
 ON_CPU = {"use_cpu": DEVICE == "cpu"}
 CARDS = max(torch.cuda.device_count(), 1)
 

@@ -25,7 +25,7 @@ pytestmark = needs_device
 
 AUTO, WITH_SAM = ["auto"], ["auto", "sam(rho=0.05)"]
 # Gates that are open from the second epoch on: with its own, `auto` might not dampen in a short test.
-OPEN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+OPEN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"]
 every_model = pytest.mark.parametrize("name", ["bert", "vit", "resnet"])
 
 

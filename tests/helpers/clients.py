@@ -64,7 +64,7 @@ def exact_bert(model_class=None, **config):
 
 
 #: Dampening with gates that are open from the second epoch on.
-OPEN_GATES = ["class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+OPEN_GATES = ["class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"]
 
 
 def few_rows():

@@ -116,8 +116,8 @@ TABLE = {
             ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5)),
         ],
         # A higher power would multiply the rounding of bfloat16.
-        training=["class_relative_dampening(power=1.0, learned=(0.0, 0.01), contradicted=(0.0, 0.001))"],
-        idle_at_first=("class_relative_dampening(power=1.0, learned=(0.0, 0.01), contradicted=(0.0, 0.001))",),
+        training=["class_relative_dampening(power=1.0, learned=(0.0, 0.01), evidence=(0.0, 0.001))"],
+        idle_at_first=("class_relative_dampening(power=1.0, learned=(0.0, 0.01), evidence=(0.0, 0.001))",),
         # Weights lie in [0, 2].
         bound=lambda method, batch, statistics: norm_of_gradient(batch),
     ),

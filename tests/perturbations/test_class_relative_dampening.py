@@ -357,7 +357,7 @@ def test_class_relative_dampening_equals_the_reference(options):
 
 def test_the_first_epoch_is_free():
     statistics, batch = make_statistics(), make_batch()
-    method = prepared(ClassRelativeDampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001)))
+    method = prepared(ClassRelativeDampening(learned=(0.0, 0.01), evidence=(0.0, 0.001)))
     assert (method.weight(batch.gradient, batch, statistics) == 1).all()
     statistics.end_epoch()
     assert method.weight(batch.gradient, batch, statistics).min() < 0.5

@@ -24,7 +24,7 @@ from lpg_hf.row_records import SMALLEST_CONFIDENCE, DynamicsBuffer, TrainingDyna
 
 
 ROWS = 26  # batches of 8: the last one is smaller
-OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
+OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"
 
 
 class TorchRows(torch.utils.data.Dataset):

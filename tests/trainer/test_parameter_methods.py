@@ -38,7 +38,7 @@ from lpg_hf.batch import LogitBatch
 
 
 COUNTS = [55, 25, 15, 5]
-EARLY_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
+EARLY_GATES = "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"
 LEARNING_RATE, MOMENTUM = 0.02, 0.9
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

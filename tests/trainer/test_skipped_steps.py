@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification, PrinterCallback
 from lpg_hf import LPGTrainer
 
 
-CHAIN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"]
+CHAIN = ["logit_adjustment", "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"]
 
 
 class BadOnce(BertForSequenceClassification):

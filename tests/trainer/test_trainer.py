@@ -38,7 +38,7 @@ from lpg_hf import LPG, LogitAdjustment, LogitClipping, LPGConfig, LPGLoss, LPGT
 COUNTS = [55, 25, 15, 5]
 AUTO_WITH_EARLY_GATES = [
     "logit_adjustment(learned=(0.05, 0.2), target='evaluation')",
-    "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))",
+    "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))",
 ]
 OPTIMIZERS = {
     "sgd": {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0},
