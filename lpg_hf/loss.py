@@ -15,7 +15,7 @@ from .input_checks import check_inputs
 from .loss_graphs import LossGraphs
 from .perturbations import LogitPerturbation, build_chain
 from .perturbations.base import uncompensated_weight
-from .statistics import ClassStatistics
+from .statistics import ClassStatistics, lost_weight
 from .telemetry import Telemetry, head_and_tail_accuracy, mean_norms_and_weights
 
 
@@ -253,10 +253,12 @@ class LPGLoss(nn.Module):
             `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
         """
         self._match(batch.logits)
+        # Before the chain: the matrix that they need and those of the chain are not held at once.
+        of_classes = [] if self.is_frozen else self.statistics.rows_of(batch)
         perturbed, rows = run_chain(self._methods, gradient, batch, self.statistics, learns=not self.is_frozen)
         if not self.is_frozen:
+            of_classes += lost_weight(uncompensated_weight(self._methods))
             # One table for both: each of its operations takes longer than all of its numbers.
-            of_classes = self.statistics.rows_of(batch, uncompensated_weight(self._methods))
             table = stack_rows([*of_classes, of_classes[0], *rows], batch)
             self.statistics.add(batch, table[: len(of_classes)])
             self._telemetry.record(table[len(of_classes) :], self.statistics.steps)
