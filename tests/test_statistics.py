@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpg_hf.batch import LogitBatch
-from lpg_hf.class_means import SURE
 from lpg_hf.class_shares import min_counted_samples
+from lpg_hf.noise_evidence import EXCESS, error_rise, error_share, memorizing, noise_evidence
 from lpg_hf.statistics import ClassStatistics
 
 
 NUM_CLASSES = 4
 IGNORED = -100
 RUNNING = ["accuracy", "label_prob", "mean_weight"]
-OF_EPOCHS = ["confidence_ratio", "decidedness", "confident_error_rate", "last_label_prob"]
+OF_EPOCHS = ["confidence_ratio", "decidedness", "last_label_prob"]
+OF_ALL_CLASSES = ["noise_evidence", "memorizing"]
 MEANS = RUNNING + OF_EPOCHS
 few_examples = settings(max_examples=20, deadline=None, derandomize=True)
 
@@ -67,7 +68,8 @@ def assert_equal(actual, expected, tolerance):
 
 
 def assert_same_state(statistics, other, tolerance=1e-12):
-    for name in [*MEANS, "_epoch_sums", "class_counts", "prior", "steps", "epochs"]:
+    names = ["_epoch_sums", "_least_error", "class_counts", "prior", "steps", "epochs"]
+    for name in [*MEANS, *OF_ALL_CLASSES, *names]:
         assert_equal(getattr(statistics, name), getattr(other, name), tolerance)
 
 
@@ -83,7 +85,7 @@ def test_running_means_and_counts_equal_the_reference(batches):
         for name in MEANS:
             assert_equal(getattr(statistics, name), getattr(expected, name), 1e-12)
         statistics.end_epoch()
-        expected.end_epoch(statistics.prior.tolist())
+        expected.end_epoch()
     assert statistics.class_counts.tolist() == expected.counts.tolist()
     assert statistics.steps.item() == len(batches)
 
@@ -92,9 +94,13 @@ def test_float32_running_means_equal_the_reference_also_for_saturated_logits():
     batches = [(logits.float() * 20, labels) for logits, labels in random_steps()]
     statistics, expected = train(ClassStatistics(NUM_CLASSES), batches), reference_of(batches)
     statistics.end_epoch()
-    expected.end_epoch(statistics.prior.tolist())
-    for name in MEANS:
+    expected.end_epoch()
+    for name in MEANS + OF_ALL_CLASSES:
         assert getattr(statistics, name).dtype == torch.float32
+    # Where each label is believed or contradicted in full, the missing belief is the share of the contradicted.
+    assert_equal(statistics.noise_evidence, expected.noise_evidence, 1e-5 * expected.noise_evidence)
+    assert_equal(statistics.memorizing, expected.memorizing, 1e-5)
+    for name in MEANS:
         assert max(getattr(expected, name)) > 0.01
         np.testing.assert_allclose(getattr(statistics, name), getattr(expected, name), rtol=1e-5)
 
@@ -116,7 +122,7 @@ def test_each_epoch_makes_half_of_the_means_of_epochs(waits_for_epoch):
     statistics = ClassStatistics(2, [2, 2], waits_for_epoch).double()
     labels = torch.tensor([0, 0, 1, 1])
     expected, epochs = None, []
-    for probabilities in ([0.9, 0.5, 0.8, 0.04], [0.7, 0.06, 0.5, 0.6], [0.2, 0.1, 0.3, 0.02]):
+    for probabilities in ([0.9, 0.4, 0.8, 0.04], [0.7, 0.06, 0.5, 0.6], [0.2, 0.1, 0.3, 0.02]):
         rows = [[p, 1 - p] if label == 0 else [1 - p, p] for p, label in zip(probabilities, [0, 0, 1, 1], strict=True)]
         logits = torch.tensor(rows, dtype=torch.float64).log()
         for part in (slice(0, 3), slice(3, 4)):
@@ -125,56 +131,14 @@ def test_each_epoch_makes_half_of_the_means_of_epochs(waits_for_epoch):
         if waits_for_epoch:
             statistics.end_epoch()
         ratios = np.array([min(p / (1 - p), 1.0) for p in probabilities]).reshape(2, 2)
-        new = np.stack([ratios.mean(1), (ratios < 0.1).mean(1)])
+        new = np.stack([ratios.mean(1), (ratios**2).mean(1)])
         expected = new if expected is None else (expected + new) / 2
-        epochs.append(torch.stack([statistics.confidence_ratio, statistics.confident_error_rate]))
-        assert_equal(epochs[-1], expected, 1e-12)
+        epochs.append(statistics.confidence_ratio.clone())
+        assert_equal(epochs[-1], expected[0], 1e-12)
+        assert_equal(statistics.decidedness, (expected[1] / expected[0] - expected[0]) / (1 - expected[0]), 1e-12)
         assert torch.equal(statistics.last_label_prob, statistics.label_prob)
     assert statistics.epochs == 3
     assert (epochs[0] != epochs[1]).any()
-
-
-def test_the_errors_of_all_classes_rise_from_their_smallest_share():
-    """Of 20 samples of two classes, that share is .4, .2, .5 and .1 in four epochs; each makes half of its mean."""
-    statistics = ClassStatistics(2, [10, 10], waits_for_epoch=True).double()
-    rises, labels = [], torch.arange(20) % 2
-    for wrong in (8, 4, 10, 2):
-        logits = 5 * torch.eye(2, dtype=torch.float64)[torch.where(torch.arange(20) < wrong, 1 - labels, labels)]
-        train(statistics, [(logits, labels)])
-        statistics.end_epoch()
-        rises.append(statistics.error_rise.item())
-    # The means are .4, .3, .4 and .25.
-    assert_equal(rises, [0, 0, 0.1, 0], 1e-12)
-
-
-@few_examples
-@given(batches=steps(), counts=st.lists(st.integers(1, 9), min_size=NUM_CLASSES, max_size=NUM_CLASSES))
-def test_errors_as_a_share_of_the_missing_belief_and_their_rise_equal_the_reference(batches, counts):
-    statistics = ClassStatistics(NUM_CLASSES, counts, waits_for_epoch=True).double()
-    expected = reference.RunningStatistics(NUM_CLASSES)
-    for logits, labels in batches:
-        train(statistics, [(logits, labels)])
-        statistics.end_epoch()
-        expected.update(logits.numpy(), labels.tolist())
-        expected.end_epoch(statistics.prior.tolist())
-        assert_equal(statistics.error_share, expected.error_share, 1e-9)
-        assert_equal(statistics.error_rise, expected.error_rise, 1e-12)
-        assert 0 <= statistics.error_share <= 1 / 0.9 + 1e-12
-
-
-def test_errors_of_a_model_that_is_not_sure_of_itself_are_no_smallest_share():
-    """One that begins to contradict labels, and right ones too, does not open the gates by that."""
-    statistics = ClassStatistics(2, [10, 10], waits_for_epoch=True).double()
-    labels, shares, rises = torch.arange(20) % 2, [], []
-    for scale, wrong in ((0.1, 4), (5.0, 12), (5.0, 16)):
-        logits = scale * torch.eye(2, dtype=torch.float64)[torch.where(torch.arange(20) < wrong, 1 - labels, labels)]
-        train(statistics, [(logits, labels)])
-        statistics.end_epoch()
-        shares.append(statistics.error_share.item())
-        rises.append(statistics.error_rise.item())
-    # The means of the contradicted share are 0, .3 and .55.
-    assert shares[0] == 0 and SURE < shares[1] < shares[2]
-    assert_equal(rises, [0, 0, 0.25], 1e-12)
 
 
 def test_a_belief_that_is_all_or_nothing_is_decided():
@@ -204,6 +168,224 @@ def test_a_class_that_an_epoch_did_not_have_keeps_its_means_of_epochs():
 def test_without_counts_no_epoch_ends_by_itself():
     statistics = train(ClassStatistics(NUM_CLASSES), list(random_steps(count=200)))
     assert statistics.epochs == 0 and (statistics.confidence_ratio == 0).all()
+
+
+# Evidence of wrong labels.
+
+
+def train_epoch(statistics, ratios, labels=None, fill=0.0):
+    """
+    One step that is an epoch, with these confidence ratios: of two classes, the label has the logit 0 and the other
+    one that of the ratio.
+    """
+    ratios = torch.tensor(ratios, dtype=torch.float64)
+    labels = torch.arange(len(ratios)) % 2 if labels is None else labels
+    logits = torch.zeros(len(ratios), 2, dtype=torch.float64)
+    logits[torch.arange(len(ratios)), 1 - labels] = -ratios.log()
+    statistics.update(LogitBatch(logits, labels))
+    statistics.step()
+    statistics.end_epoch()
+    return statistics.noise_evidence.item(), statistics.memorizing.item()
+
+
+def of_two_classes():
+    return ClassStatistics(2, [10, 10], waits_for_epoch=True).double()
+
+
+def test_evidence_of_a_small_epoch():
+    """
+    Of ten samples one is contradicted, by a ratio of 1/20; the others have ratios of 1 and 1/2.
+
+    Mean ratio: (1/20 + 5 + 4 * 1/2) / 10 = .705, so .295 are missing, of which the contradicted share makes .1 / .295.
+    The probabilities of the labels are 1/21, 1/2 and 1/3, less the squares 401/441, 1/2 and 5/9: an excess below 0.
+    """
+    evidence, memorized = train_epoch(of_two_classes(), [1 / 20, *[1.0] * 5, *[1 / 2] * 4])
+    assert evidence == pytest.approx(0.1 * (0.1 / 0.295) ** 2 / 0.006, rel=1e-12)
+    assert memorized == 0
+
+
+def test_evidence_counts_twice_where_the_model_memorizes():
+    """Of a hundred labels one has the probability 1/20, and the others 19/20. Without an excess five would have it."""
+    statistics = of_two_classes()
+    logits = math.log(19) * torch.eye(2, dtype=torch.float64)[[0] * 99 + [1]]
+    statistics.update(LogitBatch(logits, torch.zeros(100, dtype=torch.int64)))
+    statistics.step()
+    statistics.end_epoch()
+    excess = (99 * 0.95 + 0.05) / 100 - 0.95**2 - 0.05**2
+    memorized = (excess - 0.015) / 0.025
+    assert excess == pytest.approx(0.036) and memorized == pytest.approx(0.84)
+    assert_equal(statistics.memorizing, memorized, 1e-12)
+    # The one lacks 18/19, and the others nothing: it makes up for 19/18 of what is missing.
+    assert_equal(statistics.noise_evidence, 0.01 * (19 / 18) ** 2 * (1 + memorized) / 0.006, 1e-12)
+
+
+def test_a_pool_of_all_rows_counts_and_not_the_means_of_the_classes():
+    """Nine rows of ten are of one class, and an epoch before counts no half."""
+    statistics = of_two_classes()
+    labels = torch.tensor([0] * 9 + [1])
+    ratios = [1.0] * 9 + [1 / 20]
+    first = train_epoch(statistics, ratios, labels)[0]
+    # The contradicted row lacks 19/20 of the belief, and the others nothing.
+    assert first == pytest.approx(0.1 * (20 / 19) ** 2 / 0.006, rel=1e-12)
+    statistics = of_two_classes()
+    train_epoch(statistics, [1.0] * 10, labels)
+    assert train_epoch(statistics, ratios, labels)[0] == pytest.approx(first, rel=1e-12)
+
+
+def test_errors_rise_from_the_smallest_share_of_a_settled_epoch():
+    """
+    Of a thousand samples the model contradicts 40, 20, 10 and 70, by a ratio of 1/20. All others have the ratio .8,
+    so that their share of the missing belief lies above .15 with 40 and 70 of them, and below with 20 and 10.
+    """
+    statistics, errors, found = of_two_classes(), [40, 20, 10, 70], []
+    for wrong in errors:
+        ratios = [1 / 20] * wrong + [0.8] * (1000 - wrong)
+        mean = (wrong / 20 + 0.8 * (1000 - wrong)) / 1000
+        share = wrong / 1000 / (1 - mean)
+        assert (share > 0.15) == (wrong >= 40)
+        found.append((train_epoch(statistics, ratios)[0], wrong / 1000 * share**2 / 0.006))
+    assert_equal([evidence for evidence, _ in found[:3]], [found[0][1]] * 3, 1e-12)
+    # From 40, and not from the 10 of an epoch that was not settled.
+    assert_equal(found[3][0], (0.07 - 0.04) / (0.008 + math.sqrt(0.07 / 1000)), 1e-12)
+    assert found[3][0] > found[3][1] + 0.1
+
+
+def test_the_smallest_share_is_that_of_the_epochs_before():
+    """A fall gives no evidence, and each later rise is measured from the smallest share so far."""
+    statistics, found = of_two_classes(), []
+    for wrong in (60, 40, 50, 80):
+        found.append(train_epoch(statistics, [1 / 20] * wrong + [0.85] * (1000 - wrong))[0])
+    assert found[0] == found[1] == found[2] == pytest.approx(found[0])
+    assert found[3] == pytest.approx(0.04 / (0.008 + math.sqrt(0.08 / 1000)), rel=1e-12)
+
+
+def test_memorizing_is_the_largest_until_the_evidence_is_enough():
+    """The epoch that gives the evidence counts. After it the excess says nothing of a training without dampening."""
+    statistics, found = of_two_classes(), []
+
+    def epoch(p, wrong, size=1000):
+        """`wrong` labels of a probability of 1 - p, the others of p."""
+        labels = torch.zeros(size, dtype=torch.int64)
+        logits = math.log(p / (1 - p)) * torch.eye(2, dtype=torch.float64)[[0] * (size - wrong) + [1] * wrong]
+        statistics.update(LogitBatch(logits, labels))
+        statistics.step()
+        statistics.end_epoch()
+        excess = ((size - wrong) * p + wrong * (1 - p)) / size - p**2 - (1 - p) ** 2
+        found.append((statistics.noise_evidence.item(), statistics.memorizing.item()))
+        return min(max((excess - EXCESS[0]) / (EXCESS[1] - EXCESS[0]), 0), 1)
+
+    small, smaller, large = epoch(0.98, 0), epoch(0.985, 0), epoch(0.96, 8)
+    assert 0 == smaller < small < large < 1
+    assert_equal([memorized for _, memorized in found], [small, small, large], 1e-12)
+    assert found[0][0] == found[1][0] == 0 and found[2][0] > 1
+    assert epoch(0.95, 0) == 1
+    assert_equal(found[3], found[2], 0)
+
+
+def test_evidence_never_falls_and_an_epoch_without_samples_gives_none():
+    statistics = of_two_classes()
+    statistics.end_epoch()
+    assert statistics.noise_evidence == 0 and statistics.memorizing == 0
+    found = [train_epoch(statistics, [1 / 20] * wrong + [1.0] * (100 - wrong))[0] for wrong in (5, 2, 0)]
+    assert found[0] > 1 and found == [found[0]] * 3
+    statistics.end_epoch()
+    assert statistics.noise_evidence == found[0]
+
+
+def test_ratios_of_a_tenth_are_no_contradiction():
+    assert train_epoch(of_two_classes(), [0.1001] * 6 + [1.0] * 4)[0] == 0
+
+
+@st.composite
+def epochs_of_noisy_labels(draw, max_epochs=4, max_steps=3):
+    """Batches of some epochs, of models that believe all labels, or some, or none."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    epochs = []
+    for _ in range(draw(st.integers(1, max_epochs))):
+        scale, skill = draw(st.sampled_from([0.1, 1.0, 4.0])), draw(st.sampled_from([0.0, 2.0, 6.0]))
+        epoch = []
+        for _ in range(draw(st.integers(0, max_steps))):
+            drawn = draw(st.lists(st.sampled_from([IGNORED, *range(NUM_CLASSES)]), max_size=12))
+            labels = torch.tensor(drawn, dtype=torch.int64)
+            logits = scale * torch.randn(len(labels), NUM_CLASSES, dtype=torch.float64, generator=generator)
+            logits += skill * (labels[:, None] == torch.arange(NUM_CLASSES))
+            epoch.append((logits, labels))
+        epochs.append(epoch)
+    return epochs
+
+
+@settings(few_examples, max_examples=60)
+@given(
+    epochs=epochs_of_noisy_labels(),
+    counts=st.lists(st.integers(1, 9), min_size=NUM_CLASSES, max_size=NUM_CLASSES),
+    corrects=st.booleans(),
+)
+def test_evidence_and_memorizing_of_any_epochs_equal_the_reference(epochs, counts, corrects):
+    """Contradictions are judged at the shares of the evaluation, and the excess at those of the training."""
+    shares = [4.0, 1.0, 2.0, 0.5]
+    statistics = ClassStatistics(NUM_CLASSES, counts, waits_for_epoch=True, eval_shares=shares).double()
+    log_train, log_eval = np.log(np.array(counts) / sum(counts)), np.log(np.array(shares) / sum(shares))
+    log_output = log_train
+    if corrects:  # toward the square root of the shares of the evaluation
+        statistics.add_correction(lambda s: s.prior_terms.log_rarity + 0.5 * s.prior_terms.log_eval)
+        log_output = 0.5 * log_eval
+    expected = reference.RunningStatistics(NUM_CLASSES)
+    before = 0.0, 0.0
+    for epoch in epochs:
+        for logits, labels in epoch:
+            statistics.update(LogitBatch(logits, labels, statistics.judged_offset_or_none))
+            statistics.step()
+            expected.update(logits.numpy(), labels.tolist(), None, log_eval - log_output, log_train - log_output)
+        statistics.end_epoch()
+        expected.end_epoch()
+        now = statistics.noise_evidence.item(), statistics.memorizing.item()
+        assert now == pytest.approx((expected.noise_evidence, expected.memorizing), rel=1e-6, abs=1e-6)
+        assert now[0] >= before[0] and before[1] <= now[1] <= 1
+        before = now
+
+
+@pytest.mark.parametrize("counts", [[5, 5], [50, 3]])
+def test_a_bare_loss_finds_the_same_evidence_by_the_counts(counts):
+    """Whoever ends the epochs: the trainer, or as many samples as there are."""
+    by_counts, by_trainer = (ClassStatistics(2, counts, waits).double() for waits in (False, True))
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(2).repeat_interleave(torch.tensor(counts))
+    for epoch in range(3):
+        logits = (1 + epoch) * torch.randn(len(labels), 2, generator=generator).double()
+        for rows in torch.randperm(len(labels), generator=generator).split(4):
+            for statistics in (by_counts, by_trainer):
+                statistics.update(LogitBatch(logits[rows], labels[rows]))
+                statistics.step()
+        by_trainer.end_epoch()
+        assert by_counts.epochs == epoch + 1
+        assert_same_state(by_counts, by_trainer, tolerance=0)
+    assert by_counts.noise_evidence > 0.1
+
+
+def test_logits_that_are_not_finite_give_no_evidence():
+    """The classes of their step are left out as a whole, and the others count."""
+    (logits, labels), *_ = random_steps(num_samples=40)
+    bad = torch.full((2, NUM_CLASSES), math.nan, dtype=torch.float64)
+    with_bad, without = (ClassStatistics(NUM_CLASSES).double() for _ in range(2))
+    train(with_bad, [(logits, labels), (bad, torch.tensor([0, 1])), (bad * math.inf, torch.tensor([2, 3]))])
+    train(without, [(logits, labels)])
+    for statistics in (with_bad, without):
+        statistics.end_epoch()
+        assert statistics.noise_evidence > 0 and statistics.noise_evidence.isfinite()
+    for name in OF_ALL_CLASSES + OF_EPOCHS + ["_least_error"]:
+        assert torch.equal(getattr(with_bad, name), getattr(without, name))
+
+
+def test_the_formulas_of_the_evidence():
+    error, ratio, excess = (torch.tensor(value, dtype=torch.float64) for value in (0.05, 0.8, 0.02))
+    assert_equal(error_share(error, ratio), 0.25, 1e-12)
+    assert error_share(error * 0, ratio * 0 + 1) == 0  # nothing is missing
+    assert_equal(memorizing(excess), 0.2, 1e-12)
+    assert memorizing(excess - 1) == 0 and memorizing(excess + 1) == 1
+    assert_equal(noise_evidence(error, ratio, excess), 0.05 * 0.0625 * 1.2 / 0.006, 1e-12)
+    count = torch.tensor(500.0, dtype=torch.float64)
+    assert_equal(error_rise(error, torch.tensor(0.03), count), 0.02 / (0.008 + 0.01), 1e-7)
+    assert error_rise(error, torch.tensor(math.inf), count) == -math.inf
 
 
 # The shares of the evaluation.
@@ -421,6 +603,30 @@ def test_state_dict_round_trip_goes_on_bit_for_bit(counts):
     resumed.load_state_dict(saved)
     train(resumed, batches[3:])
     assert_same_state(resumed, unbroken, tolerance=0)
+
+
+@pytest.mark.parametrize("waits_for_epoch", [True, False])
+@pytest.mark.parametrize("cut", [1, 4, 7])
+def test_evidence_goes_on_bit_for_bit_from_a_checkpoint(waits_for_epoch, cut):
+    """Within an epoch and after it; an epoch has four steps, or as many samples as these."""
+    batches = list(random_steps(count=12))
+
+    def trained(statistics, steps):
+        for step in steps:
+            train(statistics, [batches[step]])
+            if waits_for_epoch and step % 4 == 3:
+                statistics.end_epoch()
+        return statistics
+
+    def fresh():
+        return ClassStatistics(NUM_CLASSES, [12] * NUM_CLASSES, waits_for_epoch)
+
+    unbroken = trained(fresh(), range(12))
+    resumed = fresh()
+    resumed.load_state_dict(copy.deepcopy(trained(fresh(), range(cut)).state_dict()))
+    trained(resumed, range(cut, 12))
+    assert_same_state(resumed, unbroken, tolerance=0)
+    assert unbroken.epochs == 3 and unbroken.noise_evidence > 0 and unbroken._least_error.isfinite()
 
 
 def test_the_prior_of_given_counts_follows_a_state_that_is_loaded_and_the_dtype():

@@ -131,7 +131,8 @@ def dampening_gate(
 
     ```
     """
-    return ramp(label_prob, *learned) * ramp(torch.as_tensor(noise_evidence), *evidence)
+    noise_evidence = torch.as_tensor(noise_evidence, dtype=label_prob.dtype)
+    return ramp(label_prob, *learned) * ramp(noise_evidence, *evidence)
 
 
 def dampening_compensation(mean_weight: Tensor) -> Tensor:

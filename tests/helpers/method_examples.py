@@ -113,7 +113,7 @@ TABLE = {
     ),
     "class_relative_dampening": MethodExamples(
         variants=lambda n: [
-            ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), contradicted=(0.01, 0.5)),
+            ClassRelativeDampening(power=1.5, learned=(0.2, 0.6), evidence=(0.01, 0.5)),
         ],
         # A higher power would multiply the rounding of bfloat16.
         training=["class_relative_dampening(power=1.0, learned=(0.0, 0.01), evidence=(0.0, 0.001))"],

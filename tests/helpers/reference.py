@@ -1,15 +1,15 @@
 """
 Slow references for the tests: float64 NumPy and plain loops, written from the formulas and not from the library.
 
-Only the constants of class-relative dampening are those of the library.
+Only the constants of class-relative dampening and of its evidence are those of the library.
 """
 
 import math
 
 import numpy as np
 
-from lpg_hf.class_means import SURE
-from lpg_hf.perturbations.class_relative_dampening import DECIDED, LEAST_WEIGHT, RISING
+from lpg_hf.noise_evidence import ENOUGH_ERRORS, ENOUGH_RISE, EXCESS, SETTLED
+from lpg_hf.perturbations.class_relative_dampening import LEAST_WEIGHT
 
 
 IGNORED = -100
@@ -100,20 +100,19 @@ def dampening_weight(
     labels,
     label_prob,
     confidence_ratio,
-    contradiction,
     decidedness,
+    noise_evidence,
+    memorizing,
     power=2.0,
     learned=(0.05, 0.3),
-    contradicted=(0.05, 0.15),
-    rise=0.0,
-    share=1.0,
+    evidence=(1.0, 2.0),
     offset=None,
     gate=None,
 ):
     """
-    `max(l_c, min(1, rho_i / R_c^(2 - d_c)) ^ (power gamma_c))`, `rho_i` at the logits plus an offset per class; 1 for
-    ignored samples and for a class never seen. The least weight `l_c` is in proportion to `1 - d_c`. A gate that was
-    open once, `gate`, stays open.
+    `max(l_c, min(1, rho_i / R_c^(2 - d_c)) ^ (power (1 + m) gamma_c))`, `rho_i` at the logits plus an offset per
+    class; 1 for ignored samples and for a class never seen. The least weight `l_c` is in proportion to
+    `(1 - d_c) (1 - m)`. A gate that was open once, `gate`, stays open.
     """
     offset = [0.0] * len(label_prob) if offset is None else offset
     gate = [0.0] * len(label_prob) if gate is None else gate
@@ -124,23 +123,27 @@ def dampening_weight(
             continue
         judged = [z + shift for z, shift in zip(row, offset, strict=True)]
         rho = math.exp(judged[label] - max(judged))
-        now = dampening_gate(label_prob[label], contradiction[label], learned, contradicted, rise, share)
+        opened = max(gate[label], dampening_gate(label_prob[label], noise_evidence, learned, evidence))
         reference = confidence_ratio[label] ** (2 - decidedness[label])
-        least = LEAST_WEIGHT * (1 - decidedness[label])
-        weights.append(max(min(1.0, rho / reference) ** (power * max(gate[label], now)), least))
+        least = LEAST_WEIGHT * (1 - decidedness[label]) * (1 - memorizing)
+        weights.append(max(min(1.0, rho / reference) ** (power * (1 + memorizing) * opened), least))
     return np.array(weights)
 
 
-def dampening_gate(label_prob, contradiction, learned, contradicted, rise, share):
-    """`a_c max(b_c, b) s`: learned, contradicted in the class or more and more in all classes, sure of itself."""
-    second = max(ramp(contradiction, *contradicted), ramp(rise, *RISING))
-    return ramp(label_prob, *learned) * second * ramp(share, *DECIDED)
+def dampening_gate(label_prob, noise_evidence, learned=(0.05, 0.3), evidence=(1.0, 2.0)):
+    """The class has been learned, and an epoch has given evidence of wrong labels."""
+    return ramp(label_prob, *learned) * ramp(noise_evidence, *evidence)
 
 
-def error_share(prior, confidence_ratio, contradiction):
+def error_share(error_rate, confidence_ratio):
     """Share of all samples that are contradicted, over the mean belief that labels lack."""
-    missing = math.fsum(p * (1 - ratio) for p, ratio in zip(prior, confidence_ratio, strict=True))
-    return math.fsum(p * error for p, error in zip(prior, contradiction, strict=True)) / max(missing, 2.0**-52)
+    return error_rate / max(1 - confidence_ratio, 2.0**-52)
+
+
+def fit_excess(logits, label):
+    """`q_y - sum_j q_j^2` of one sample."""
+    probabilities = softmax([logits])[0]
+    return probabilities[label] - math.fsum(q * q for q in probabilities)
 
 
 def ramp(value, start, end):
@@ -184,7 +187,10 @@ def logit_adjustment_delta(logits, labels, prior, tau=1.0, weight_share=0.0, tar
 
 
 class RunningStatistics:
-    """Running means per class, moved once by each optimizer step with weight n / (n + 20), and means of epochs."""
+    """
+    Running means per class, moved once by each optimizer step with weight n / (n + 20); means of epochs per class;
+    and what the rows of whole epochs say about wrong labels.
+    """
 
     def __init__(self, num_classes):
         self.counts = np.zeros(num_classes)
@@ -192,27 +198,30 @@ class RunningStatistics:
         self.label_prob = np.zeros(num_classes)
         self.mean_weight = np.ones(num_classes)
         self.confidence_ratio = np.zeros(num_classes)
-        self.confident_error_rate = np.zeros(num_classes)
         self.last_label_prob = np.zeros(num_classes)
+        self.noise_evidence = self.memorizing = 0.0
         self._square = np.zeros(num_classes)
-        self.error_share = self.error_rise = 0.0
-        self._sure_errors = []
-        self._epoch = [[] for _ in range(num_classes)]
+        self._settled_errors = []
+        self._epoch = []
 
-    def update(self, logits, labels, weights=None, offset=None):
+    def update(self, logits, labels, weights=None, offset=None, fitted_offset=None):
         """One whole optimizer step: all its micro-batches, of all processes."""
-        offset = np.zeros(len(self.counts)) if offset is None else np.asarray(offset)
+        offset, fitted_offset = (
+            np.zeros(len(self.counts)) if shift is None else np.asarray(shift) for shift in (offset, fitted_offset)
+        )
         weights = [1.0] * len(labels) if weights is None else weights
         for c in range(len(self.counts)):
-            members = [softmax([row])[0] for row, label in zip(logits, labels, strict=True) if label == c]
-            judged = [softmax([row + offset])[0] for row, label in zip(logits, labels, strict=True) if label == c]
+            rows = [row for row, label in zip(logits, labels, strict=True) if label == c]
+            members = [softmax([row])[0] for row in rows]
             n = len(members)
             if n == 0:
                 continue
             self._move("accuracy", c, n, [int(np.argmax(p)) == c for p in members])
             self._move("label_prob", c, n, [p[c] for p in members])
             self._move("mean_weight", c, n, [w for w, label in zip(weights, labels, strict=True) if label == c])
-            self._epoch[c] += [p[c] / max(p) for p in judged]
+            for row in rows:
+                judged = softmax([row + offset])[0]
+                self._epoch.append((c, judged[c] / max(judged), fit_excess(row + fitted_offset, c)))
             self.counts[c] += n
 
     @property
@@ -222,24 +231,38 @@ class RunningStatistics:
         values = zip(self._square, self.confidence_ratio, largest, strict=True)
         return np.array([min(max((s - r * r) / m, 0), 1) if m > 0 else 0.0 for s, r, m in values])
 
-    def end_epoch(self, prior):
-        for c, ratios in enumerate(self._epoch):
-            if not ratios:
-                continue
-            sums = sum(ratios), sum(ratio**2 for ratio in ratios), sum(ratio < 0.1 for ratio in ratios)
+    @property
+    def dampening_terms(self):
+        """The arguments of `dampening_weight` behind the labels, up to the memorizing."""
+        means = self.last_label_prob, self.confidence_ratio, self.decidedness
+        return *means, self.noise_evidence, self.memorizing
+
+    def end_epoch(self):
+        for c in {c for c, _, _ in self._epoch}:
+            ratios = [ratio for label, ratio, _ in self._epoch if label == c]
+            sums = sum(ratios), sum(ratio**2 for ratio in ratios)
             is_first = self.confidence_ratio[c] == 0
-            for means, total in zip(
-                (self.confidence_ratio, self._square, self.confident_error_rate), sums, strict=True
-            ):
+            for means, total in zip((self.confidence_ratio, self._square), sums, strict=True):
                 new = total / len(ratios)
                 means[c] = new if is_first else (means[c] + new) / 2
             self.last_label_prob[c] = self.label_prob[c]
-        self._epoch = [[] for _ in self._epoch]
-        # How far the share of contradicted samples lies above its smallest since the model has been sure of itself.
-        self.error_share = error_share(prior, self.confidence_ratio, self.confident_error_rate)
-        error = float(np.dot(self.confident_error_rate, prior))
-        self._sure_errors += [error] if self.error_share >= SURE else []
-        self.error_rise = error - min([error, *self._sure_errors])
+        if self._epoch:
+            self._look_for_noise([ratio for _, ratio, _ in self._epoch], [excess for _, _, excess in self._epoch])
+        self._epoch = []
+
+    def _look_for_noise(self, ratios, excesses):
+        n = len(ratios)
+        error = sum(ratio < 0.1 for ratio in ratios) / n
+        share = error_share(error, math.fsum(ratios) / n)
+        memorizing = ramp(math.fsum(excesses) / n, *EXCESS)
+        evidence = error * share**2 * (1 + memorizing) / ENOUGH_ERRORS
+        if self._settled_errors:
+            rise = error - min(self._settled_errors)
+            evidence = max(evidence, rise / (ENOUGH_RISE + math.sqrt(error / n)))
+        if self.noise_evidence < 1:
+            self.memorizing = max(self.memorizing, memorizing)
+        self.noise_evidence = max(self.noise_evidence, evidence)
+        self._settled_errors += [error] if share >= SETTLED else []
 
     def _move(self, name, c, n, values, inertia=20):
         running = getattr(self, name)

@@ -26,9 +26,7 @@ from logit_batches import (
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch
 from lpg_hf.perturbations import ClassRelativeDampening
 from lpg_hf.perturbations.class_relative_dampening import (
-    DECIDED,
     LEAST_WEIGHT,
-    RISING,
     dampening_compensation,
     dampening_gate,
     dampening_least,
@@ -43,32 +41,33 @@ from lpg_hf.statistics import ClassStatistics
 
 @dataclasses.dataclass
 class ClassMeans:
-    """Means per class, in the order in which the reference takes them."""
+    """Means per class, evidence of wrong labels and memorizing, in the order in which the reference takes them."""
 
     last_label_prob: torch.Tensor
     confidence_ratio: torch.Tensor
-    confident_error_rate: torch.Tensor
     decidedness: torch.Tensor
+    noise_evidence: float = 3.0
+    memorizing: float = 0.0
 
     def resized(self, num_classes):
-        return ClassMeans(*(tensor[:num_classes] for tensor in vars(self).values()))
+        means = {name: getattr(self, name)[:num_classes] for name in PER_CLASS}
+        return dataclasses.replace(self, **means)
 
-    def as_lists(self):
-        return [tensor.tolist() for tensor in vars(self).values()]
+    def as_arguments(self):
+        return *(getattr(self, name).tolist() for name in PER_CLASS), self.noise_evidence, self.memorizing
 
-    @property
-    def error_share(self):
-        prior = [1 / len(self.last_label_prob)] * len(self.last_label_prob)
-        return reference.error_share(prior, self.confidence_ratio.tolist(), self.confident_error_rate.tolist())
-
-    def as_statistics(self, dtype=torch.float64, rise=0.0):
+    def as_statistics(self, dtype=torch.float64):
         statistics = ClassStatistics(len(self.last_label_prob)).to(dtype)
-        for name in ("last_label_prob", "confidence_ratio", "confident_error_rate"):
+        for name in ("last_label_prob", "confidence_ratio"):
             getattr(statistics, name).copy_(getattr(self, name))
         mean = self.confidence_ratio
         statistics._epoch_means[1] = mean.square() + self.decidedness * mean * (1 - mean)
-        statistics._least_error.fill_(statistics.confident_error_rate.mean() - rise)
+        statistics.noise_evidence.fill_(self.noise_evidence)
+        statistics.memorizing.fill_(self.memorizing)
         return statistics
+
+
+PER_CLASS = "last_label_prob", "confidence_ratio", "decidedness"
 
 
 @st.composite
@@ -83,16 +82,16 @@ def class_means(draw, num_classes=7):
     return ClassMeans(
         last_label_prob=column([0.01, 0.05, 0.1, 0.2, 0.3, 0.9]),
         confidence_ratio=ratio,
-        confident_error_rate=column([0.0, 0.05, 0.06, 0.1, 0.14, 0.15, 0.4]),
         # A mean of 1 leaves no variance.
         decidedness=torch.where(ratio < 1, column([0.0, 0.3, 0.9, 1.0]), 0.0),
+        noise_evidence=draw(st.sampled_from([0.0, 0.4, 1.0, 1.3, 1.9, 2.0, 50.0])),
+        memorizing=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
 
 
 OPEN = ClassMeans(
     last_label_prob=torch.full((7,), 0.9, dtype=torch.float64),
     confidence_ratio=torch.full((7,), 0.6, dtype=torch.float64),
-    confident_error_rate=torch.full((7,), 0.3, dtype=torch.float64),
     decidedness=torch.zeros(7, dtype=torch.float64),
 )
 DECISIVE = dataclasses.replace(OPEN, decidedness=torch.ones(7, dtype=torch.float64))
@@ -104,8 +103,8 @@ def make_method(batch, **options):
     return method.to(batch.logits.dtype)
 
 
-def weights(batch, means, rise=0.0, **options):
-    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype, rise)
+def weights(batch, means, **options):
+    statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype)
     return make_method(batch, **options).weight(batch.gradient, batch, statistics)
 
 
@@ -115,9 +114,8 @@ def deltas(batch, means, **options):
 
 
 def expected_weights(batch, means, **options):
-    means = means.resized(batch.logits.shape[1])
-    arguments = batch.logits.numpy(), batch.labels.tolist(), *means.as_lists()
-    return reference.dampening_weight(*arguments, share=means.error_share, **options)
+    arguments = means.resized(batch.logits.shape[1]).as_arguments()
+    return reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), *arguments, **options)
 
 
 @few_examples
@@ -133,7 +131,7 @@ def test_relative_dampening_equals_the_reference(batch, means, power):
 @few_examples
 @given(batch=drawn_batches(), means=class_means())
 def test_relative_dampening_with_other_gates_equals_the_reference(batch, means):
-    options = {"power": 1.5, "learned": (0.0, 0.3), "contradicted": (0.04, 1.0)}
+    options = {"power": 1.5, "learned": (0.0, 0.3), "evidence": (0.2, 1.5)}
     expected = expected_weights(batch, means, **options)
     assert_equal(weights(batch.batch, means, **options), expected, 1e-12)
     assert_equal(
@@ -144,7 +142,7 @@ def test_relative_dampening_with_other_gates_equals_the_reference(batch, means):
 def test_float32_relative_dampening_equals_the_reference():
     drawn = random_batch()
     batch = LogitBatch(drawn.logits.float(), drawn.labels)
-    weight = expected_weights(batch, ClassMeans(*(tensor.float() for tensor in vars(OPEN).values())))
+    weight = expected_weights(batch, OPEN)
     expected = torch.from_numpy(reference.dampening_delta(drawn.gradient.float().numpy(), weight))
     assert weight.min() < 0.5
     np.testing.assert_allclose(weights(batch, OPEN).numpy(), weight, rtol=1e-5)
@@ -172,24 +170,9 @@ def test_dampening_weights_lie_in_0_1_and_are_1_at_or_above_the_mean_of_the_clas
 @given(batch=drawn_batches(), means=class_means())
 def test_a_closed_gate_switches_dampening_off_for_its_class(batch, means):
     weight = weights(batch.batch, means)
-    is_unsure = means.resized(batch.num_classes).error_share <= DECIDED[0]
     for c, rows in batch.members():
-        if means.last_label_prob[c] <= 0.05 or means.confident_error_rate[c] <= 0.05 or is_unsure:
+        if means.last_label_prob[c] <= 0.05 or means.noise_evidence <= 1:
             assert (weight[rows] == 1).all()
-
-
-@few_examples
-@given(batch=drawn_batches(), means=class_means(), share=st.floats(-0.5, 1.5))
-def test_nothing_is_dampened_before_the_model_is_sure_of_itself_where_it_errs(batch, means, share):
-    """The belief that labels lack is chosen so that the contradicted samples are a share of it on either side."""
-    error = means.confident_error_rate.clamp(min=0.01)
-    wanted = DECIDED[0] + share * (DECIDED[1] - DECIDED[0])
-    ratio = (1 - error / wanted).clamp(min=0.01)
-    means = dataclasses.replace(means, confident_error_rate=error, confidence_ratio=ratio)
-    weight = weights(batch.batch, means)
-    assert_equal(weight, expected_weights(batch, means), 1e-12)
-    if means.resized(batch.num_classes).error_share <= DECIDED[0]:
-        assert (weight == 1).all()
 
 
 def test_dampening_falls_with_confidence_and_with_power():
@@ -208,10 +191,33 @@ def test_the_default_power_is_the_square_where_all_gates_are_open():
     assert_equal(weights(LogitBatch(logits, torch.tensor([0])), DECISIVE), [(0.1 / 0.6) ** 2], 1e-12)
 
 
-@few_examples
-@given(batch=drawn_batches(), means=class_means(), rise=st.floats(0, 2 * RISING[1]))
-def test_a_rise_of_the_errors_opens_the_gate_of_all_classes_that_are_learned(batch, means, rise):
-    assert_equal(weights(batch.batch, means, rise), expected_weights(batch, means, rise=rise), 1e-12)
+@pytest.mark.parametrize(
+    ("evidence", "exponent"), [(0.99, 0), (1.0, 0), (1.25, 0.5), (1.5, 1), (2.0, 2), (9.0, 2)], ids=str
+)
+def test_evidence_from_1_to_2_opens_the_gate_of_all_classes_that_are_learned(evidence, exponent):
+    # rho = 0.1 against a class mean of 0.6; the second class is half learned, the third is not.
+    learned = torch.tensor([0.9, 0.175, 0.04, 0, 0, 0, 0], dtype=torch.float64)
+    means = dataclasses.replace(DECISIVE, last_label_prob=learned, noise_evidence=evidence)
+    labels = torch.arange(3)
+    logits = torch.full((3, 7), math.log(10), dtype=torch.float64).scatter(1, labels[:, None], 0.0)
+    assert_equal(weights(LogitBatch(logits, labels), means), [6**-exponent, 6 ** -(exponent / 2), 1], 1e-12)
+
+
+@pytest.mark.parametrize(("memorizing", "expected"), [(0.0, 6**-2), (0.5, 6**-3), (1.0, 6**-4)])
+def test_dampening_acts_twice_as_much_where_the_model_had_begun_to_memorize(memorizing, expected):
+    logits = torch.tensor([[0.0, math.log(10), 0, 0, 0, 0, 0]], dtype=torch.float64)
+    means = dataclasses.replace(DECISIVE, memorizing=memorizing)
+    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), means), [expected], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("decided", "memorizing", "least"), [(0.0, 0.0, 0.2), (0.5, 0.0, 0.1), (0.0, 0.5, 0.1), (0.5, 0.5, 0.05)]
+)
+def test_the_least_weight_goes_where_the_model_decides_or_memorizes(decided, memorizing, least):
+    logits = torch.tensor([[0.0, 30.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    decidedness = torch.full((7,), decided, dtype=torch.float64)
+    means = dataclasses.replace(OPEN, decidedness=decidedness, memorizing=memorizing)
+    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), means), [least], 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +235,12 @@ def test_a_class_with_labels_that_are_told_apart_asks_more_of_a_sample(decided, 
 @few_examples
 @given(batch=drawn_batches(), means=class_means(), power=st.sampled_from([1.0, 2.0, 50.0]))
 def test_no_sample_is_silenced_before_the_model_has_decided_which_labels_it_believes(batch, means, power):
-    means = dataclasses.replace(means, confident_error_rate=OPEN.confident_error_rate)
+    means = dataclasses.replace(means, noise_evidence=3.0)
     weight = weights(batch.batch, means, power=power)
     assert_equal(weight, expected_weights(batch, means, power=power), 1e-12)
     for c, rows in batch.members():
-        assert (weight[rows] >= LEAST_WEIGHT * (1 - means.decidedness[c]) - 1e-12).all()
+        least = LEAST_WEIGHT * (1 - means.decidedness[c]) * (1 - means.memorizing)
+        assert (weight[rows] >= least - 1e-12).all()
 
 
 @given(mean_weight=st.floats(0, 1))
@@ -259,17 +266,19 @@ def test_the_weights_of_a_training_are_compensated_by_their_running_mean():
 
 
 def test_a_gate_that_was_open_does_not_close():
+    """Evidence does not fall, but the probability of a label does, and a user may start anew with the statistics."""
     batch = random_batch(num_classes=3).batch
     method = make_method(batch)
     opened = method.weight(batch.gradient, batch, OPEN.resized(3).as_statistics())
-    memorized = dataclasses.replace(OPEN.resized(3), confident_error_rate=torch.zeros(3, dtype=torch.float64))
-    assert (weights(batch, memorized) == 1).all()
-    assert torch.equal(method.weight(batch.gradient, batch, memorized.as_statistics()), opened)
+    forgotten = dataclasses.replace(OPEN.resized(3), last_label_prob=torch.zeros(3, dtype=torch.float64))
+    for closed in (forgotten, dataclasses.replace(OPEN.resized(3), noise_evidence=0.0)):
+        assert (weights(batch, closed) == 1).all()
+        assert torch.equal(method.weight(batch.gradient, batch, closed.as_statistics()), opened)
+        # It is part of a checkpoint.
+        other = make_method(batch)
+        other.load_state_dict(method.state_dict())
+        assert torch.equal(other.weight(batch.gradient, batch, closed.as_statistics()), opened)
     assert opened.min() < 0.5
-    # It is part of a checkpoint.
-    other = make_method(batch)
-    other.load_state_dict(method.state_dict())
-    assert torch.equal(other.weight(batch.gradient, batch, memorized.as_statistics()), opened)
 
 
 @few_examples
@@ -286,23 +295,20 @@ def test_labels_are_judged_at_the_shares_of_the_evaluation(batch, means, seed):
 @given(batch=drawn_batches(), means=class_means())
 def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     means = means.resized(batch.num_classes)
-    options = {
-        "learned": (0.0, 0.3),
-        "contradicted": (0.04, 1.0),
-        "error_share": torch.tensor(means.error_share, dtype=torch.float64),
-    }
-    gate = dampening_gate(means.last_label_prob, means.confident_error_rate, **options)
+    options = {"learned": (0.0, 0.3), "evidence": (0.2, 1.5)}
+    gate = dampening_gate(means.last_label_prob, means.noise_evidence, **options)
     classes, needed = batch.batch.classes, dampening_reference(means.confidence_ratio, means.decidedness)
-    least = dampening_least(means.decidedness)[classes]
-    expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], 2 * gate[classes], least)
-    actual = weights(batch.batch, means, learned=(0.0, 0.3), contradicted=(0.04, 1.0))
+    least = dampening_least(means.decidedness, means.memorizing)[classes]
+    exponent = 2 * (1 + means.memorizing) * gate[classes]
+    expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], exponent, least)
+    actual = weights(batch.batch, means, **options)
     # The formula says nothing about ignored samples.
     assert_equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0), 1e-12)
 
 
 @every_dtype
 def test_relative_dampening_is_finite_for_unseen_classes_and_saturated_logits(dtype):
-    unseen, seen = ClassMeans(*torch.zeros(4, 3)), DECISIVE.resized(3)
+    unseen, seen = ClassMeans(*torch.zeros(3, 3)), DECISIVE.resized(3)
     logits = torch.tensor([[0.0, 2000.0, 0.0], [80.0, 0.0, 0.0], [0.0, 80.0, 0.0]], dtype=dtype)
     batch = LogitBatch(logits, torch.tensor([0, 0, 0]))
     assert weights(batch, unseen).tolist() == [1, 1, 1]
@@ -328,7 +334,7 @@ def test_relative_dampening_ignores_samples_whatever_their_logits():
     [
         {},
         {"power": 1.0},
-        {"power": 2.0, "learned": (0.0, 0.9), "contradicted": (0.0, 0.5)},
+        {"power": 2.0, "learned": (0.0, 0.9), "evidence": (0.0, 100.0)},
         {"power": 0.0},
     ],
 )
@@ -341,11 +347,9 @@ def test_class_relative_dampening_equals_the_reference(options):
         batch.labels.tolist(),
         statistics.last_label_prob.tolist(),
         statistics.confidence_ratio.tolist(),
-        statistics.confident_error_rate.tolist(),
         statistics.decidedness.tolist(),
-        share=reference.error_share(
-            statistics.prior.tolist(), statistics.confidence_ratio.tolist(), statistics.confident_error_rate.tolist()
-        ),
+        statistics.noise_evidence.item(),
+        statistics.memorizing.item(),
         **options,
     )
     weight = method.weight(batch.gradient, batch, statistics)
@@ -391,11 +395,14 @@ def test_class_relative_dampening_reads_the_model_and_scales_the_gradient_left_b
         ({"learned": (0.5, 0.1)}, r"`learned` must be two increasing numbers in \[0, 1\]; found \(0\.5, 0\.1\)"),
         ({"learned": (0.5, 0.5)}, r"`learned` must be two increasing .*found \(0\.5, 0\.5\)"),
         ({"learned": (-0.1, 0.5)}, r"`learned` must be two increasing .*found \(-0\.1, 0\.5\)"),
+        ({"learned": (0.1, 1.1)}, r"`learned` must be two increasing .*found \(0\.1, 1\.1\)"),
         (
-            {"contradicted": (0.1, 1.1)},
-            r"`contradicted` must be two increasing numbers in \[0, 1\]; found \(0\.1, 1\.1\)",
+            {"evidence": (1.0, 2e6)},
+            r"`evidence` must be two increasing numbers in \[0, 1000000\.0\]; found \(1\.0, 2000000\.0\)",
         ),
-        ({"contradicted": (0.1,)}, r"`contradicted` must be two increasing .*found \(0\.1,\)"),
+        ({"evidence": (2.0, 1.0)}, r"`evidence` must be two increasing .*found \(2\.0, 1\.0\)"),
+        ({"evidence": (1.0, math.inf)}, r"`evidence` must be two increasing .*found \(1\.0, inf\)"),
+        ({"evidence": (1.0,)}, r"`evidence` must be two increasing .*found \(1\.0,\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused_with_name_value_and_range(options, message):
@@ -404,5 +411,5 @@ def test_arguments_out_of_range_are_refused_with_name_value_and_range(options, m
 
 
 def test_the_ends_of_the_ranges_are_accepted():
-    method = ClassRelativeDampening(power=0, learned=(0, 1), contradicted=(0, 1))
-    assert (method.power, method.learned, method.contradicted) == (0, (0, 1), (0, 1))
+    method = ClassRelativeDampening(power=0, learned=(0, 1), evidence=(0, 1e6))
+    assert (method.power, method.learned, method.evidence) == (0, (0, 1), (0, 1e6))
