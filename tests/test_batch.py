@@ -124,3 +124,97 @@ def test_an_offset_moves_the_judgment_and_nothing_else(drawn):
         assert torch.equal(getattr(moved, name)[drawn.batch.valid_mask], getattr(judged, name)[drawn.batch.valid_mask])
     for name in ("is_correct", "label_prob", "label_log_prob", "gradient"):
         assert torch.equal(getattr(moved, name), getattr(plain, name))
+
+
+# How far labels are fitted.
+
+
+def expected_excess(logits, labels, offset=0.0):
+    rows = logits.double().numpy() + np.asarray(offset, dtype=float)
+    return [reference.fit_excess(row, label) for row, label in zip(rows, labels, strict=True)]
+
+
+@few_examples
+@given(drawn_batches())
+def test_fit_excess_equals_the_reference_with_and_without_an_offset(drawn):
+    valid = drawn.labels != IGNORE_INDEX
+    logits, labels = drawn.logits[valid], drawn.labels[valid].tolist()
+    offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
+    for shift in (None, torch.zeros_like(offset), offset):
+        found = drawn.batch.fit_excess(shift)
+        assert found.shape == drawn.labels.shape
+        assert_equal(found[valid], expected_excess(logits, labels, 0.0 if shift is None else shift), 1e-12)
+
+
+@few_examples
+@given(drawn_batches())
+def test_fit_excess_lies_within_1_and_leaves_the_batch_as_it_is(drawn):
+    batch, offset = drawn.batch, torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
+    for shift in (None, offset):
+        found = batch.fit_excess(shift)[batch.valid_mask]
+        assert (found.abs() <= 1 + 1e-12).all()
+    assert torch.equal(batch.logits, drawn.logits) and torch.equal(batch.gradient, drawn.batch.gradient)
+    assert torch.equal(offset, torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64))
+
+
+def test_fit_excess_is_0_in_the_mean_over_labels_that_are_drawn_from_the_model():
+    """Its expectation is `sum_c p_c (p_c - sum_j p_j^2) = 0`."""
+    logits = torch.tensor([[1.0, 0.3, -0.7]], dtype=torch.float64)
+    probabilities = torch.from_numpy(reference.softmax(logits.numpy())[0])
+    excess = LogitBatch(logits.repeat(3, 1), torch.arange(3)).fit_excess()
+    assert_equal(torch.dot(excess, probabilities), 0, 1e-15)
+    assert excess[0] > 0.1
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize("margin", [5.0, 20.0, 80.0, 2000.0])
+def test_float32_fit_excess_of_saturated_logits(margin, with_offset):
+    """Of a label that is believed, one that is not, and one of two that share the belief."""
+    logits = torch.tensor([[0.0, margin, 0.5, -1.0], [0.0, margin, 0.5, -1.0], [margin, margin, 0.0, 0.0]])
+    labels = torch.tensor([1, 0, 1])
+    offset = torch.tensor([0.4, -0.2, 0.1, 0.0]) if with_offset else None
+    found = LogitBatch(logits, labels).fit_excess(offset)
+    assert found.dtype == torch.float32
+    expected = expected_excess(logits, labels.tolist(), offset if with_offset else 0.0)
+    # A logit that an offset was added to is rounded once more.
+    assert_equal(found, expected, 5e-7 + torch.finfo(torch.float32).eps * margin * with_offset)
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_fit_excess_of_a_class_that_the_model_rules_out(with_offset):
+    """A logit of minus infinity, as masks of classes make it."""
+    offset = torch.tensor([0.0, 0.0, 0.0]) if with_offset else None
+    logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, 0.0, -math.inf]])
+    found = LogitBatch(logits, torch.tensor([0, 2])).fit_excess(offset)
+    assert_equal(found, [0.0, -0.5], 1e-6)
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@every_dtype
+def test_fit_excess_of_valid_samples_does_not_see_the_ignored_ones(dtype, with_offset):
+    logits = torch.tensor([[math.nan, 0.0], [1.0, 0.0], [math.inf, -math.inf], [1e30, 5.0]], dtype=dtype)
+    labels = torch.tensor([IGNORE_INDEX, 0, IGNORE_INDEX, IGNORE_INDEX])
+    offset = torch.tensor([0.5, -0.5], dtype=dtype) if with_offset else None
+    found = LogitBatch(logits, labels).fit_excess(offset)
+    assert found.shape == (4,)
+    expected = expected_excess(logits[1:2], [0], offset if with_offset else 0.0)
+    assert_equal(found[1:2], expected, 1e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@every_dtype
+def test_fit_excess_of_an_empty_batch_is_empty(dtype, with_offset):
+    batch = LogitBatch(torch.zeros(0, 3, dtype=dtype), torch.zeros(0, dtype=torch.int64))
+    found = batch.fit_excess(torch.zeros(3, dtype=dtype) if with_offset else None)
+    assert found.shape == (0,) and found.dtype == dtype
+
+
+def test_fit_excess_needs_no_tensor_larger_than_the_logits_and_no_value_from_the_device():
+    logits = torch.randn(8, 100_000, generator=torch.Generator().manual_seed(0))
+    batch = LogitBatch(logits, torch.arange(8))
+    with LargestTensor() as largest:
+        assert batch.fit_excess(torch.zeros(100_000)).isfinite().all()
+    assert largest.numel == logits.numel()
+    labels = torch.zeros(6, dtype=torch.int64, device="meta")
+    batch = LogitBatch(torch.randn(6, 4, device="meta"), labels)
+    assert batch.fit_excess(torch.zeros(4, device="meta")).shape == batch.fit_excess().shape == (6,)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import reference
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
@@ -89,7 +91,7 @@ def test_a_chain_hands_on_what_is_left_and_adds_up():
 
 def test_dampening_uses_the_means_of_the_epochs_before():
     """Of as many samples as the counts say. The labels are judged at the shares of the evaluation."""
-    dampening = ClassRelativeDampening(learned=(0.0, 0.05), contradicted=(0.0, 0.01))
+    dampening = ClassRelativeDampening(learned=(0.0, 0.05), evidence=(0.0, 200.0))
     shares = [1.0, 2.0, 3.0, 4.0][:C] + [1.0] * max(C - 4, 0)
     counts = [10 * (c + 1) for c in range(C)]
     loss_fn = LPGLoss(C, dampening, counts, eval_shares=shares)
@@ -101,11 +103,8 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         logits, labels = make_logits(20, seed=step, scale=4.0)
         loss_fn(logits, labels).backward()
         z, y = logits.detach().numpy(), labels.numpy()
-        means = statistics.last_label_prob, statistics.confidence_ratio, statistics.confident_error_rate
-        means += (statistics.decidedness,)
-        options = {"learned": (0.0, 0.05), "contradicted": (0.0, 0.01), "offset": offset, "gate": gate}
-        options |= {"rise": statistics.error_rise, "share": statistics.error_share}
-        plain = reference.dampening_weight(z, y, *means, **options)
+        options = {"learned": (0.0, 0.05), "evidence": (0.0, 200.0), "offset": offset, "gate": gate}
+        plain = reference.dampening_weight(z, y, *statistics.dampening_terms, **options)
         factor = 1 / np.maximum(statistics.mean_weight, 0.5)
         weight = np.array([w * (factor[c] if c >= 0 else 1) for w, c in zip(plain, y, strict=True)])
         acted.append(bool(weight.min() < 0.9))
@@ -115,17 +114,16 @@ def test_dampening_uses_the_means_of_the_epochs_before():
         seen += (y >= 0).sum()
         if seen >= sum(counts):
             seen = 0
-            statistics.end_epoch(np.exp(log_prior))
+            statistics.end_epoch()
             for c in range(C):
-                means = statistics.last_label_prob[c], statistics.confident_error_rate[c], (0.0, 0.05), (0.0, 0.01)
-                now = reference.dampening_gate(*means, statistics.error_rise, statistics.error_share)
-                gate[c] = max(gate[c], now)
+                means = statistics.last_label_prob[c], statistics.noise_evidence
+                gate[c] = max(gate[c], reference.dampening_gate(*means, (0.0, 0.05), (0.0, 200.0)))
     assert not acted[0] and acted[-1] and statistics.last_label_prob.min() > 0
 
 
 def test_without_counts_the_user_says_when_an_epoch_has_ended():
     logits, labels = make_logits(40, scale=4.0)
-    loss_fn = LPGLoss(C, ClassRelativeDampening(learned=(0.0, 0.05), contradicted=(0.0, 0.01)))
+    loss_fn = LPGLoss(C, ClassRelativeDampening(learned=(0.0, 0.05), evidence=(0.0, 0.01)))
     gradients = []
     for step in range(5):
         if step == 4:
@@ -135,6 +133,114 @@ def test_without_counts_the_user_says_when_an_epoch_has_ended():
         gradients.append(logits.grad.clone())
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[:4])
     assert (gradients[4] != gradients[0]).any()
+
+
+AUTO_WITHOUT_DAMPENING = "logit_adjustment(learned=(0.05, 0.2), target='evaluation')"
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    wrong=st.floats(0, 0.05),
+    margin=st.sampled_from([1.0, 3.0, 9.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    eval_shares=st.sampled_from([None, [1.0] * C]),
+)
+def test_without_evidence_auto_trains_bit_for_bit_as_without_dampening(seed, wrong, margin, dtype, eval_shares):
+    """Clean data with hard labels among them: `margin` is what the logits of right labels are ahead."""
+    auto = LPGLoss(C, "auto", COUNTS, eval_shares=eval_shares)
+    plain = LPGLoss(C, AUTO_WITHOUT_DAMPENING, COUNTS, eval_shares=eval_shares)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(12):  # more than three epochs
+        labels = torch.randint(C, (28,), generator=generator)
+        is_wrong = torch.rand(28, generator=generator) < wrong
+        seen = torch.where(is_wrong, (labels + 1) % C, labels)
+        logits = torch.randn(28, C, generator=generator) + margin * F.one_hot(seen, C)
+        gradients = []
+        for loss_fn in (auto, plain):
+            given_logits = logits.to(dtype).requires_grad_()
+            loss_fn(given_logits, labels).backward()
+            gradients.append(given_logits.grad)
+        # Evidence of an epoch acts in the next step.
+        if auto.statistics.noise_evidence <= 1:
+            assert torch.equal(*gradients)
+        for name in ("noise_evidence", "memorizing"):
+            assert torch.equal(getattr(auto.statistics, name), getattr(plain.statistics, name))
+        assume(auto.statistics.noise_evidence <= 1)
+    assert auto.statistics.epochs == 3 and (auto.perturbations[1]._gate == 0).all()
+
+
+def noisy_batches(count=9, n=20):
+    """Wrong labels that the model is sure of, as `auto` dampens them."""
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(C, (n,), generator=generator)
+        seen = torch.where(torch.arange(n) % 5 == 0, (labels + 1) % C, labels)
+        yield torch.randn(n, C, generator=generator, dtype=torch.float64) + 7 * F.one_hot(seen, C), labels
+
+
+def train_in_parts(loss_fn, sizes, bad_steps=(), last=9):
+    """A managed loss, with an epoch of three steps. Returns the gradients of whole steps."""
+    gradients = []
+    for step, (logits, labels) in enumerate(noisy_batches()):
+        if step >= last:
+            break
+        if step in bad_steps:
+            nothing = torch.full((6, C), math.nan, dtype=torch.float64, requires_grad=True)
+            loss_fn(nothing, labels[:6]).backward()
+            loss_fn.step()
+        logits.requires_grad_()
+        for part, part_labels in zip(logits.split(sizes), labels.split(sizes), strict=True):
+            loss_fn(part, part_labels, num_items_in_batch=len(labels)).backward()
+        loss_fn.step()
+        gradients.append(logits.grad)
+        if step % 3 == 2:
+            loss_fn.end_epoch()
+    return torch.stack(gradients)
+
+
+def managed_auto():
+    return LPGLoss(C, "auto", COUNTS, managed=True)
+
+
+def test_auto_dampens_wrong_labels_the_same_in_any_micro_batches():
+    whole, parts = managed_auto(), managed_auto()
+    expected, found = train_in_parts(whole, [20]), train_in_parts(parts, [7, 1, 0, 12])
+    # The buffers are in float64 from the first batch on.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for name in ("noise_evidence", "memorizing"):
+        torch.testing.assert_close(getattr(parts.statistics, name), getattr(whole.statistics, name))
+    assert whole.statistics.noise_evidence > 2 and whole.perturbations[1].last_weight.min() < 0.5
+
+
+def test_steps_whose_logits_are_not_finite_change_no_evidence_and_no_later_gradient():
+    clean, with_bad = managed_auto(), managed_auto()
+    expected, found = train_in_parts(clean, [20]), train_in_parts(with_bad, [20], bad_steps=(1, 5))
+    assert torch.equal(found, expected)
+    assert torch.equal(with_bad.statistics.noise_evidence, clean.statistics.noise_evidence)
+    with pytest.raises(FloatingPointError):
+        with_bad.telemetry()
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])
+def test_auto_resumes_within_and_after_the_epoch_that_gave_evidence(cut):
+    unbroken, first, second = managed_auto(), managed_auto(), managed_auto().double()
+    expected = train_in_parts(unbroken, [20])
+    train_in_parts(first, [20], last=cut)
+    second.load_state_dict(first.state_dict())
+    gradients = []
+    for step, (logits, labels) in enumerate(noisy_batches()):
+        if step < cut:
+            continue
+        logits.requires_grad_()
+        second(logits, labels, num_items_in_batch=20).backward()
+        second.step()
+        gradients.append(logits.grad)
+        if step % 3 == 2:
+            second.end_epoch()
+    assert torch.equal(torch.stack(gradients), expected[cut:])
+    assert torch.equal(second.statistics.noise_evidence, unbroken.statistics.noise_evidence)
+    assert second.perturbations[1].last_weight.min() < 0.5
 
 
 class Shift(LogitPerturbation):
@@ -319,7 +425,7 @@ def test_outputs_may_be_a_model_output_or_a_tuple():
 
 
 def test_state_dict_restores_training_exactly():
-    chain = [LogitAdjustment(1.0), ClassRelativeDampening(learned=(0.0, 0.05), contradicted=(0.0, 0.01))]
+    chain = [LogitAdjustment(1.0), ClassRelativeDampening(learned=(0.0, 0.05), evidence=(0.0, 0.01))]
     first = LPGLoss(C, chain)
     for seed in range(3):
         first(*make_logits(seed=seed)).backward()

@@ -408,6 +408,13 @@ def test_the_offset_leads_from_the_shares_of_the_logits_to_those_of_the_evaluati
     statistics.add_correction(lambda statistics: statistics.prior_terms.log_rarity)  # to all classes alike
     assert_equal(centered(statistics.judged_offset), centered(np.log(shares)), 1e-6)
     assert_equal(centered(statistics.log_output_shares), np.zeros(3), 1e-6)
+    # And the other way, from there to the training set.
+    assert_equal(centered(statistics.fitted_offset), centered(np.log(counts)), 1e-6)
+
+
+def test_logits_fit_the_training_set_unless_a_method_corrects_them():
+    statistics = ClassStatistics(3, [6, 3, 1], eval_shares=[1.0, 1.0, 1.0])
+    assert_equal(statistics.fitted_offset, [0, 0, 0], 1e-7)
 
 
 def test_corrections_follow_a_prior_that_is_being_counted():
@@ -490,6 +497,9 @@ def test_splitting_a_step_into_micro_batches_changes_nothing(batches, data):
             split.update(LogitBatch(part, part_labels), weight)
         split.step()
     assert_same_state(split, whole)
+    for statistics in (split, whole):
+        statistics.end_epoch()
+    assert_same_state(split, whole, tolerance=1e-9)
 
 
 def step_together(processes):
@@ -516,6 +526,10 @@ def test_two_processes_end_up_with_the_statistics_of_one(batches, data):
         step_together(processes)
     for process in processes:
         assert_same_state(process, whole)
+    whole.end_epoch()
+    for process in processes:
+        process.end_epoch()
+        assert_same_state(process, whole, tolerance=1e-9)
 
 
 def test_a_reduction_in_place_does_not_leak_into_the_next_step():
