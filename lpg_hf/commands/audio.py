@@ -3,15 +3,15 @@ Fine-tunes a model on recordings with one label each.
 
 A model and a data set of the hub:
 
-    python examples/audio_classification.py --model_name_or_path facebook/wav2vec2-base \
+    lpg-hf train audio --model_name_or_path facebook/wav2vec2-base \
         --dataset_name superb/superb --dataset_config_name ks --do_train --do_eval --output_dir output
 
 A model and recordings on this machine (wav, flac, ogg, mp3), one folder per class:
 
-    python examples/audio_classification.py --model_name_or_path path/to/model --train_dir train \
+    lpg-hf train audio --model_name_or_path path/to/model --train_dir train \
         --validation_dir test --do_train --do_eval --output_dir output
 
-On several GPUs put `accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml` in the place of `python`.
+On several GPUs write `accelerate launch -m lpg_hf.commands` in the place of `lpg-hf`.
 Recordings are decoded by soundfile, and resampled to what the model was trained on. No ffmpeg is needed.
 """
 
@@ -19,17 +19,19 @@ import io
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
-from classification.arguments import Arguments, FolderArguments
-from classification.data import FILE_NAME, FOLDER_CURE, TRAIN, cast_to_files, check_files, load_file, metadata_files
-from classification.training import ClassificationTask, run
 from datasets import Audio, Dataset, DatasetDict
 from scipy.signal import resample_poly
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedModel
-from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+from .arguments import Arguments, FolderArguments
+from .load_data import TRAIN
+from .media_files import cast_to_files, check_files, load_labeled_files
+from .task import ClassificationTask
 
 
 DECODING_ERRORS = (OSError, RuntimeError)
@@ -51,16 +53,30 @@ class AudioArguments(FolderArguments):
         default=True,
         metadata={"help": "Whether the convolutions of a pretrained model like Wav2Vec2 keep their weights."},
     )
+    attention_mask: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the model is told which samples are padding (default: what its files say).",
+            "nargs": "?",
+            "const": True,
+        },
+    )
 
 
 class AudioClassification(ClassificationTask):
+    description = __doc__
+    kind = "audio"
     name = "audio-classification"
     data_class = AudioArguments
     auto_model = AutoModelForAudioClassification
     auto_processor = AutoFeatureExtractor
+    default_model = "facebook/wav2vec2-base"
+
+    def processor_settings(self, data: AudioArguments) -> dict[str, Any]:
+        return {} if data.attention_mask is None else {"return_attention_mask": data.attention_mask}
 
     def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
-        return load_audio_folder(folder, cache_dir)
+        return load_labeled_files(folder, cache_dir, "audio", SUFFIXES, "recordings")
 
     def check(self, splits: DatasetDict, data: AudioArguments) -> DatasetDict:
         if data.max_length_seconds <= 0:
@@ -68,9 +84,7 @@ class AudioClassification(ClassificationTask):
         # `datasets` decodes with torchcodec, which needs ffmpeg on the machine.
         return cast_to_files(splits, data, "audio_column_name", data.audio_column_name, Audio(decode=False))
 
-    def prepare(
-        self, dataset: Dataset, split: str, processor: FeatureExtractionMixin, data: AudioArguments
-    ) -> Dataset:
+    def prepare(self, dataset: Dataset, split: str, processor: Any, data: AudioArguments) -> Dataset:
         rate = processor.sampling_rate
         max_length = round(data.max_length_seconds * rate)
 
@@ -86,38 +100,12 @@ class AudioClassification(ClassificationTask):
 
         return dataset.with_transform(to_inputs)
 
-    def adapt(self, model: PreTrainedModel, arguments: Arguments, processor: FeatureExtractionMixin) -> None:
+    def adapt(self, model: Any, arguments: Arguments, processor: Any) -> None:
+        data: Any = arguments.data
         is_pretrained = arguments.model.model_name_or_path is not None
         # Models on spectrograms have no such encoder.
-        if is_pretrained and arguments.data.freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
+        if is_pretrained and data.freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
             model.freeze_feature_encoder()
-
-
-def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
-    """
-    Reads a folder with one folder per class, or with a `metadata.csv` (`.jsonl`, `.parquet`) that has `file_name`, or
-    with recordings that have no labels.
-
-    That is the layout of `load_dataset("audiofolder")`, which needs torchcodec to read it.
-
-    Raises:
-        OSError: If there are no recordings.
-    """
-    root = Path(folder)
-    for metadata in metadata_files(folder):
-        rows = load_file(str(metadata), cache_dir)
-        column = next(column for column in rows.column_names if column.endswith(FILE_NAME))
-        paths = [str(root / name) for name in rows[column][:]]
-        return rows.remove_columns(column).add_column("audio", paths)
-    if files := recordings_in(root, "*/*"):
-        return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
-    if files := recordings_in(root, "*"):
-        return Dataset.from_dict({"audio": list(map(str, files))})
-    raise FileNotFoundError(f"There are no recordings in {folder}. {FOLDER_CURE}")
-
-
-def recordings_in(root: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
 
 
 def find_damage(recording: dict | None) -> str | None:
@@ -178,11 +166,3 @@ def random_part(wave: np.ndarray, max_length: int) -> np.ndarray:
     """PyTorch's generator decides, which the Trainer seeds and restores."""
     start = torch.randint(max(1, len(wave) - max_length + 1), ()).item()
     return wave[start : start + max_length]
-
-
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    return run(AudioClassification(), __doc__, argv)
-
-
-if __name__ == "__main__":
-    main()

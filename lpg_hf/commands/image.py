@@ -3,16 +3,16 @@ Fine-tunes a model on images with one label each.
 
 A model and a data set of the hub:
 
-    python examples/image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \
+    lpg-hf train image --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset_name AI-Lab-Makerere/beans --image_column_name image --label_column_name labels \
         --do_train --do_eval --output_dir output
 
 A model and images on this machine, one folder per class:
 
-    python examples/image_classification.py --model_name_or_path path/to/model --train_dir train \
+    lpg-hf train image --model_name_or_path path/to/model --train_dir train \
         --validation_dir test --do_train --do_eval --output_dir output
 
-On several GPUs put `accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml` in the place of `python`.
+On several GPUs write `accelerate launch -m lpg_hf.commands` in the place of `lpg-hf`.
 """
 
 import io
@@ -20,14 +20,16 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from classification.arguments import FolderArguments
-from classification.data import FOLDER_CURE, TRAIN, cast_to_files, check_files, raise_without_rows
-from classification.training import ClassificationTask, run
 from datasets import Dataset, DatasetDict, Image, load_dataset
 from datasets.utils.file_utils import is_local_path
 from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+
+from .arguments import FolderArguments
+from .load_data import FOLDER_CURE, TRAIN, raise_without_rows
+from .media_files import cast_to_files, check_files
+from .task import ClassificationTask
 
 
 @dataclass
@@ -45,10 +47,13 @@ class ImageArguments(FolderArguments):
 
 
 class ImageClassification(ClassificationTask):
+    description = __doc__
+    kind = "image"
     name = "image-classification"
     data_class = ImageArguments
     auto_model = AutoModelForImageClassification
     auto_processor = AutoImageProcessor
+    default_model = "google/vit-base-patch16-224-in21k"
 
     def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
         try:
@@ -89,6 +94,7 @@ def find_damage(image: dict | None) -> str | None:
             opened.verify()
     except DECODING_ERRORS as error:
         return f"{describe(image)} cannot be decoded ({error})"
+    return None
 
 
 def decode(image: dict) -> PILImage.Image:
@@ -131,11 +137,3 @@ def random_box(width: int, height: int, min_area: float) -> tuple[int, int, int,
             left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
             return left, top, left + w, top + h
     return 0, 0, width, height
-
-
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    return run(ImageClassification(), __doc__, argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Tiny models and data for the classification examples; the class shows in every row."""
+"""Tiny models and data for `lpg-hf train`; the class shows in every row."""
 
 import csv
 from pathlib import Path
@@ -24,6 +24,12 @@ WORDS = {"red": "rose", "green": "grass", "blue": "sky"}
 COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 NAMES = sorted(WORDS)
 TRAIN_ROWS, EVAL_ROWS = 36, 12
+QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
+
+
+def words(*values: object) -> list[str]:
+    """A command line."""
+    return list(map(str, values))
 
 
 def label_of(row: int) -> str:

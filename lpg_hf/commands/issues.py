@@ -1,0 +1,53 @@
+"""`lpg-hf issues OUT`: the rows of a training whose labels are most likely wrong."""
+
+import csv
+import shutil
+from argparse import ArgumentParser
+from itertools import islice
+from pathlib import Path
+
+from ..safe_text import one_line
+from .run_files import issues_file
+
+
+# Columns of the file that a terminal has room for, those of them that it has, and how wide each may be.
+SHOWN = {"row": 12, "score": 6, "label_name": 24, "suggested_label_name": 24, "text": 60, "file": 60, "tokens": 60}
+
+
+def table(path: Path, number: int) -> str:
+    """
+    The first lines of a CSV file of label issues as a table of text.
+
+    Args:
+        path (`Path`): The file.
+        number (`int`): Of rows.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(islice(csv.DictReader(file), number))
+    columns = [column for column in SHOWN if rows and column in rows[0]]
+    lines = [columns, *([cut(row[column], SHOWN[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[position]) for line in lines) for position in range(len(columns))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def cut(cell: str, widest: int) -> str:
+    text = one_line(cell)
+    return text if len(text) <= widest else f"{text[: widest - 1]}…"
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(
+        "lpg-hf issues",
+        description="Shows the training rows whose labels are most likely wrong, the most doubtful first, with the "
+        "label that the training believed more. Rows are counted from 0 in the data that it trained on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="OUT", help="--output_dir of a training with `lpg-hf train`")
+    parser.add_argument("--number", type=int, default=20, help="rows that are shown (default: 20)")
+    parser.add_argument("--export", type=Path, metavar="issues.csv", help="write all of them to this CSV file")
+    arguments = parser.parse_args(argv)
+    path = issues_file(arguments.folder)
+    print(table(path, arguments.number))
+    if arguments.export is not None:
+        shutil.copyfile(path, arguments.export)
+        print(f"\nAll rows: {arguments.export}")
