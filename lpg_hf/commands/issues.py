@@ -11,7 +11,7 @@ from .run_files import issues_file
 
 
 # Columns of the file that a terminal has room for, those of them that it has, and how wide each may be.
-SHOWN = {"row": 12, "score": 6, "label_name": 24, "suggested_label_name": 24, "text": 60, "file": 60, "tokens": 60}
+SHOWN = {"row": 12, "score": 5, "label_name": 24, "suggested_label_name": 24, "text": 60, "file": 60, "tokens": 60}
 
 
 def table(path: Path, number: int) -> str:
@@ -25,13 +25,13 @@ def table(path: Path, number: int) -> str:
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(islice(csv.DictReader(file), number))
     columns = [column for column in SHOWN if rows and column in rows[0]]
-    lines = [columns, *([cut(row[column], SHOWN[column]) for column in columns] for row in rows)]
+    lines = [columns, *([cut(column, row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[position]) for line in lines) for position in range(len(columns))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def cut(cell: str, widest: int) -> str:
-    text = one_line(cell)
+def cut(column: str, cell: str) -> str:
+    text, widest = f"{float(cell):.3f}" if column == "score" else one_line(cell), SHOWN[column]
     return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
 

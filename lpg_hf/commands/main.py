@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         print(__version__)
         return
     if argv[0] not in COMMANDS:
-        raise SystemExit(f"lpg-hf: error: {closest('command', argv[0], COMMANDS)}")
+        print(f"lpg-hf: error: {closest('command', argv[0], COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
     with messages_only():
         run_command(argv[0], argv[1:])
 

@@ -157,7 +157,9 @@ def parse_arguments(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        parser.error(closest("argument", unknown[0], parser._option_string_actions))
+        # Each has a name with hyphens, too.
+        names = [name for name in parser._option_string_actions if "-" not in name.removeprefix("--")]
+        parser.error(closest("argument", unknown[0], names))
     return *parsed[:-6], Arguments(*parsed[-6:])
 
 

@@ -1,5 +1,6 @@
 """`lpg-hf train KIND`: one training of a text, image, audio or video classifier."""
 
+import sys
 from importlib.util import find_spec
 
 from .parser import closest, expand_config, parse_arguments
@@ -70,5 +71,6 @@ def main(argv: list[str]) -> None:
         print(HELP, end="")
         raise SystemExit(0 if argv else 2)
     if argv[0] not in KINDS:
-        raise SystemExit(f"lpg-hf train: error: {closest('kind of data', argv[0], KINDS)}")
+        print(f"lpg-hf train: error: {closest('kind of data', argv[0], KINDS)}", file=sys.stderr)
+        raise SystemExit(2)
     train(argv[0], argv[1:])
