@@ -6,9 +6,10 @@ from pathlib import Path
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..report import check_installed
-from ..trainer.complete_checkpoints import last_complete_checkpoint
+from ..trainer.complete_checkpoints import is_complete
 from .parser import parse_arguments
 from .run import set_up_logging
 from .run_files import read_command
@@ -54,19 +55,19 @@ def finished_checkpoint(folder: str) -> str:
     The checkpoint that a training left at its end.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it has not come to its end, or left none.
     """
-    cure = "Train again with --report, which writes the report at the end of the training."
-    checkpoint = last_complete_checkpoint(folder)
-    if checkpoint is None:
-        raise ValueError(f"There are no checkpoints in {folder}, from which the training could be read. {cure}")
-    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-    if state.global_step < state.max_steps:
+    state = Path(folder, TRAINER_STATE_NAME)
+    if not state.exists():
+        raise ValueError(f"The training in {folder} is not finished. The command that started it resumes it.")
+    step = TrainerState.load_from_json(str(state)).global_step
+    checkpoint = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    if not is_complete(checkpoint):
         raise ValueError(
-            f"The training in {folder} is not finished: {checkpoint} is at step {state.global_step} of "
-            f"{state.max_steps}. The command that started it resumes it. Or: {cure}"
+            f"There is no checkpoint of the end of the training in {folder}, step {step}. Train with --save_strategy "
+            "epoch or steps; or with --report, which writes the report at the end of the training."
         )
-    return checkpoint
+    return str(checkpoint)
 
 
 def main(argv: list[str]) -> None:

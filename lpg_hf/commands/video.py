@@ -129,10 +129,12 @@ def decode_stream(video: dict, num_frames: int) -> np.ndarray:
     """The same by PyAV."""
     import av
 
-    with av.open(source_of(video)) as container:
+    # Else the type of a container for reading depends on whether PyAV is there.
+    open_file: Any = av.open
+    with open_file(source_of(video)) as container:
         total = sum(1 for _ in container.decode(video=0))
     wanted = positions(total, num_frames)
-    with av.open(source_of(video)) as container:
+    with open_file(source_of(video)) as container:
         decoded = enumerate(container.decode(video=0))
         frames = {position: frame.to_ndarray(format="rgb24") for position, frame in decoded if position in wanted}
     return np.stack([frames[position] for position in wanted])

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -10,13 +9,6 @@ from command_data import QUIET, text_model, text_rows, words, write_csv
 from scipy import stats
 
 from lpg_hf.commands import compare
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def test_comparison_reports_the_mean_of_the_pairs(tmp_path, capsys):

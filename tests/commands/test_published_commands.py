@@ -3,7 +3,6 @@
 import json
 import shlex
 
-import datasets
 import pytest
 from command_data import QUIET
 from published_data import make_all
@@ -146,7 +145,6 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("published")
     make_all(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(root / "cache"))
         patch.chdir(root)
         yield root
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import make_tones
 import numpy as np
 import pandas as pd
@@ -57,13 +56,6 @@ from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FAST = [*QUIET, "--per_device_train_batch_size", "12", "--learning_rate", "0.02", "--save_strategy", "no"]
 DO = ["--do_train", "--do_eval"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

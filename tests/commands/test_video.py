@@ -1,6 +1,5 @@
 """`lpg-hf train video`: which frames are read, by Pillow and by PyAV, and a run against the same by hand."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,13 +11,6 @@ from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessorP
 
 from lpg_hf.commands import video
 from lpg_hf.commands.train import train
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def gray_frames(number, size=16):
