@@ -317,7 +317,7 @@ def test_before_training_and_without_the_extra(tmp_path, monkeypatch):
     assert summarize_training(trainer, trainer.lpg_loss, [], []).class_accuracy is None
     monkeypatch.setattr(lpg_hf.report, "find_spec", lambda name: None)
     for wanted in (trainer.report, lambda: ReportCallback(trainer)):
-        with pytest.raises(ImportError, match=r"needs matplotlib and jinja2. Run `pip install lpg_hf\[report\]`"):
+        with pytest.raises(ImportError, match=r"needs matplotlib and jinja2. Run `pip install matplotlib jinja2`\."):
             wanted()
 
 
