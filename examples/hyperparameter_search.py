@@ -44,7 +44,7 @@ def search(kind: str, argv: list[str], folder: Path, n_trials: int) -> BestRun |
     """The best trial, whose settings are written; `None` on all processes but the first."""
     task = load_task(kind)
     argv = ["--perturbations", "lpg", *argv, "--do_train", "--do_eval", "--do_predict", "--output_dir", str(folder)]
-    (arguments,) = parse_arguments(task.data_class, "hyperparameter_search.py", "", argv)
+    arguments = parse_arguments(task.data_class, "hyperparameter_search.py", "", argv)
     arguments.training.save_strategy = SaveStrategy.NO
     set_up_logging()
     prepared = prepare(task, arguments)

@@ -139,6 +139,21 @@ class FolderArguments(DataArguments):
 
 
 @dataclass
+class FixesArguments:
+    """Corrects training labels that a person has looked at."""
+
+    _argument_group_name = OUR_HEADING
+
+    fixes: str | None = field(
+        default=None,
+        metadata={
+            "help": "CSV file of `lpg-hf issues OUT --export`, or of a report, with labels in its column fix. "
+            "Train with the arguments of OUT and another --output_dir."
+        },
+    )
+
+
+@dataclass
 class StressArguments:
     """Makes clean training data noisy and imbalanced, to see what that costs. Evaluation data stays as it is."""
 
@@ -199,6 +214,7 @@ class Arguments:
 
     model: ModelArguments
     data: DataArguments
+    fixes: FixesArguments
     stress: StressArguments
     report: ReportArguments
     folder_use: FolderUseArguments

@@ -1,13 +1,14 @@
 """`lpg-hf issues OUT`: the rows of a training whose labels are most likely wrong."""
 
 import csv
-import shutil
 from argparse import ArgumentParser
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from ..safe_text import one_line
-from .run_files import issues_file
+from ..safe_text import one_line, restored_cell
+from ..trainer import export_issues
+from .run_files import folder_of_issues
 
 
 # Columns of the file that a terminal has room for, those of them that it has, and how wide each may be.
@@ -31,7 +32,7 @@ def table(path: Path, number: int) -> str:
 
 
 def cut(column: str, cell: str) -> str:
-    text, widest = f"{float(cell):.3f}" if column == "score" else one_line(cell), SHOWN[column]
+    text, widest = f"{float(cell):.3f}" if column == "score" else one_line(restored_cell(cell)), SHOWN[column]
     return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
 
@@ -42,12 +43,18 @@ def main(argv: list[str]) -> None:
         "label that the training believed more. Rows are counted from 0 in the data that it trained on.",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", metavar="OUT", help="--output_dir of a training with `lpg-hf train`")
+    parser.add_argument("folder", metavar="OUT", help="--output_dir of a training")
     parser.add_argument("--number", type=int, default=20, help="rows that are shown (default: 20)")
-    parser.add_argument("--export", type=Path, metavar="issues.csv", help="write all of them to this CSV file")
+    parser.add_argument("--export", type=Path, metavar="issues.csv", help="write all rows to this file")
     arguments = parser.parse_args(argv)
-    path = issues_file(arguments.folder)
-    print(table(path, arguments.number))
+    source = folder_of_issues(arguments.folder)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "issues.csv")
+        export_issues(source, path)
+        print(table(path, arguments.number))
     if arguments.export is not None:
-        shutil.copyfile(path, arguments.export)
-        print(f"\nAll rows: {arguments.export}")
+        number = export_issues(source, arguments.export)
+        print(
+            f"\n{number} rows: {arguments.export}. Write the right label of a row, or `drop`, into its column `fix`. "
+            f"Then train again with --fixes {arguments.export}"
+        )

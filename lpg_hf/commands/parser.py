@@ -17,6 +17,7 @@ from .arguments import (
     TRAINING_HEADING,
     Arguments,
     DataArguments,
+    FixesArguments,
     FolderUseArguments,
     ModelArguments,
     ReportArguments,
@@ -122,9 +123,7 @@ class ArgumentParser(HfArgumentParser):
         return formatter.format_help()
 
 
-def parse_arguments(
-    data_class: type[DataArguments], prog: str, description: str, argv: list[str], *own_classes: type
-) -> tuple[Any, ...]:
+def parse_arguments(data_class: type[DataArguments], prog: str, description: str, argv: list[str]) -> Arguments:
     """
     Reads the command line, or a config file and what overrides it.
 
@@ -133,19 +132,15 @@ def parse_arguments(
         prog (`str`): What is typed before the arguments.
         description (`str`): What the command does, with an example that works.
         argv (`list[str]`): The arguments; nothing at all prints a short help.
-        own_classes (`type`): Dataclasses of arguments that one command alone has.
 
     Returns:
-        An instance of each of `own_classes`, and [`Arguments`].
+        [`Arguments`]: What was asked for.
 
     Raises:
         SystemExit: With status 2 for unknown or missing arguments, and where there is none at all.
     """
-    parser = ArgumentParser(
-        [*own_classes, ModelArguments, data_class, StressArguments, ReportArguments, FolderUseArguments, LPGConfig],
-        prog=prog,
-        description=description,
-    )
+    shared = [FixesArguments, StressArguments, ReportArguments, FolderUseArguments, LPGConfig]
+    parser = ArgumentParser([ModelArguments, data_class, *shared], prog=prog, description=description)
     if not argv:
         print(parser.format_short_help())
         raise SystemExit(2)
@@ -160,7 +155,7 @@ def parse_arguments(
         # Each has a name with hyphens, too.
         names = [name for name in parser._option_string_actions if "-" not in name.removeprefix("--")]
         parser.error(closest("argument", unknown[0], names))
-    return *parsed[:-6], Arguments(*parsed[-6:])
+    return Arguments(*parsed)
 
 
 def closest(kind: str, name: str, known: Iterable[str]) -> str:

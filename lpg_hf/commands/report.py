@@ -42,7 +42,7 @@ def write_report(folder: str, report_folder: str | None = None) -> str:
     argv = [*command["arguments"], "--output_dir", output_dir, "--do_predict", "false"]
     # Paths of the data are as they were typed.
     with contextlib.chdir(command["folder"]):
-        (arguments,) = parse_arguments(task.data_class, "lpg-hf report", "", argv)
+        arguments = parse_arguments(task.data_class, "lpg-hf report", "", argv)
         set_up_logging()
         prepared = prepare(task, arguments)
         trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))

@@ -4,9 +4,9 @@ import logging
 
 from datasets import Dataset, DatasetDict
 
-from ..data import add_label_noise, class_counts, make_long_tailed
+from ..data import add_label_noise, apply_fixes, class_counts, make_long_tailed
 from .arguments import Arguments
-from .load_data import TEST, TRAIN, VALIDATION
+from .load_data import TEST, TRAIN, VALIDATION, naming
 
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 def choose_rows(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
     """
     Splits off validation rows where there are none, cuts every split to its largest size, and then stresses the
-    training rows: first the long tail, then the noise, which so is the same share of every class.
+    training rows: first the long tail, then the noise, which so is the same share of every class. Fixes come last:
+    their rows are those that a training with the same arguments has seen.
     """
     data, stress, seed = arguments.data, arguments.stress, arguments.training.seed
     splits = DatasetDict(splits)
@@ -38,6 +39,9 @@ def choose_rows(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
         check_imbalance(splits[TRAIN], stress.imbalance_ratio)
     if TRAIN in splits and stress.label_noise != 0:
         splits[TRAIN] = add_label_noise(splits[TRAIN], stress.label_noise, seed=seed)
+    if TRAIN in splits and arguments.fixes.fixes is not None:
+        with naming("--fixes"):
+            splits[TRAIN] = apply_fixes(splits[TRAIN], arguments.fixes.fixes, label_column="labels")
     return splits
 
 

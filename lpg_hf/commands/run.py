@@ -31,7 +31,8 @@ def set_up_logging() -> None:
     """What the commands tell, and warnings of the libraries, on the first process; errors on the others."""
     is_main = PartialState().is_main_process
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger(__package__).setLevel("INFO" if is_main else "ERROR")
+    for name in (__package__, "lpg_hf.data"):
+        logging.getLogger(name).setLevel("INFO" if is_main else "ERROR")
     for library in (datasets, transformers):
         library.utils.logging.set_verbosity_warning() if is_main else library.utils.logging.set_verbosity_error()
 

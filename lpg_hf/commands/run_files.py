@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
-from ..report.csv_files import write_issues
+from ..data import write_issues
 from ..trainer import LPGTrainer
 
 
@@ -57,36 +57,27 @@ def read_command(folder: str | Path) -> dict[str, Any]:
     Raises:
         OSError: If no training of `lpg-hf train` was.
     """
-    return json.loads(_existing(folder, COMMAND_FILE).read_text(encoding="utf-8"))
+    path = Path(folder, COMMAND_FILE)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {COMMAND_FILE} in {folder}, which `lpg-hf train` writes. Pass the --output_dir of a "
+            "training with it; in a script of your own call `trainer.report()`."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_issues(trainer: LPGTrainer) -> None:
     """Writes the label issues of a training that has just ended. All processes must call it."""
     try:
         issues = trainer.label_issues()
+        if trainer.is_world_process_zero():
+            path = Path(str(trainer.args.output_dir), ISSUES_FILE)
+            write_issues(issues, path, trainer.train_dataset, trainer.processing_class)
     except ValueError as error:
         logger.warning(f"There are no label issues of this training: {error}")
-        return
-    if trainer.is_world_process_zero():
-        write_issues(Path(str(trainer.args.output_dir), ISSUES_FILE), issues)
 
 
-def issues_file(folder: str | Path) -> Path:
-    """
-    The CSV file of the label issues of the training of an output folder, the most doubtful row first.
-
-    Raises:
-        OSError: If no training of `lpg-hf train` was.
-    """
-    return _existing(folder, ISSUES_FILE)
-
-
-def _existing(folder: str | Path, name: str) -> Path:
-    path = Path(folder) / name
-    if not path.exists():
-        raise FileNotFoundError(
-            f"There is no {name} in {folder}, which `lpg-hf train` writes. Pass the "
-            "--output_dir of a finished training; for a training of your own script call `trainer.label_issues()` or "
-            "`trainer.report()` there."
-        )
-    return path
+def folder_of_issues(folder: str | Path) -> Path:
+    """Where [`~trainer.export_issues`] finds those of an output folder: of `lpg-hf train`, or of another script."""
+    path = Path(folder, ISSUES_FILE)
+    return path.parent if path.exists() else Path(folder)

@@ -140,6 +140,8 @@ def check_what_to_do(arguments: Arguments) -> None:
             "`--report` is about a training, but there is none: pass --do_train as well. With the --output_dir of a "
             "finished training nothing is trained anew."
         )
+    if arguments.fixes.fixes is not None and not args.do_train:
+        raise ValueError("`--fixes` corrects the labels of a training, but there is none: pass --do_train as well.")
 
 
 def needed_splits(splits: DatasetDict, arguments: Arguments) -> DatasetDict:

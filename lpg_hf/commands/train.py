@@ -62,7 +62,7 @@ def train(kind: str, argv: list[str]) -> dict[str, float]:
         ImportError: If a package for this kind of data is not installed.
     """
     task = load_task(kind)
-    (arguments,) = parse_arguments(task.data_class, f"lpg-hf train {kind}", task.description, argv)
+    arguments = parse_arguments(task.data_class, f"lpg-hf train {kind}", task.description, argv)
     return run(task, arguments, expand_config(argv))
 
 

@@ -98,7 +98,7 @@ def test_help_has_our_arguments_under_one_heading(kind, capsys):
     assert exit_.value.code == 0
     found = sections(capsys.readouterr().out)
     ours = [name for names in found.values() for name in names if re.search("lpg|perturbations|track_rows", name)]
-    assert found[OUR_HEADING] == ["--label_noise", "--imbalance_ratio", "--report", *ours]
+    assert found[OUR_HEADING] == ["--fixes", "--label_noise", "--imbalance_ratio", "--report", *ours]
     assert {"--learning_rate", "--output_dir", "--seed"} < set(found[TRAINING_HEADING])
     assert not {"--learning_rate", "--output_dir"} & set(found["model"] + found["data"])
 
@@ -120,7 +120,7 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
     }
     path = tmp_path / f"config{suffix}"
     path.write_text(json.dumps(config) if suffix == ".json" else yaml.safe_dump(config))
-    (arguments,) = parse_arguments(TextArguments, "lpg-hf", "", [str(path), "--lpg_epsilon", "0.4"])
+    arguments = parse_arguments(TextArguments, "lpg-hf", "", [str(path), "--lpg_epsilon", "0.4"])
     assert (arguments.model.model_name_or_path, arguments.model.use_lora) == ("m", True)
     assert arguments.data.text_column_names == ["a", "b"]
     assert arguments.training.learning_rate == 1e-3 and arguments.training.seed == 42

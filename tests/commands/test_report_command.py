@@ -99,5 +99,7 @@ def test_a_training_without_label_issues(folder, tmp_path, monkeypatch, caplog):
     argv = [*arguments, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--track_rows", "false"]
     train("text", argv)
     assert "There are no label issues of this training: Training records nothing of its rows" in caplog.text
-    with pytest.raises(SystemExit, match=r"There is no _lpg/label_issues\.csv"):
+    with pytest.raises(SystemExit, match=r"There are no label issues in .*out: neither"):
         main(["issues", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"There is no folder .*nowhere"):
+        main(["issues", str(tmp_path / "nowhere")])

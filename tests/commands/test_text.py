@@ -23,7 +23,7 @@ def model(tmp_path_factory):
 
 
 def parse(*argv) -> Arguments:
-    (arguments,) = parse_arguments(TextArguments, "lpg-hf", "", words("--output_dir", "out", *argv))
+    arguments = parse_arguments(TextArguments, "lpg-hf", "", words("--output_dir", "out", *argv))
     return arguments
 
 

@@ -136,7 +136,7 @@ def test_search_writes_a_config_and_compares_it_with_auto(tmp_path, capsys):
     top = max(trial.value for trial in study.trials)
     assert best.objective == top and best.hyperparameters in [t.params for t in study.trials if t.value == top]
     config = tmp_path / "search" / "best.yaml"
-    (arguments,) = parse_arguments(TextArguments, "", "", words(config, *base, "--output_dir", tmp_path / "out"))
+    arguments = parse_arguments(TextArguments, "", "", words(config, *base, "--output_dir", tmp_path / "out"))
     found = {name: getattr(arguments.training, name) for name in best.hyperparameters}
     assert found == best.hyperparameters and arguments.training.perturbations == ["lpg"]
 
