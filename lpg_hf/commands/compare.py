@@ -127,19 +127,25 @@ def compare_pairs(kind: str, own: Namespace, arguments: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    options = ArgumentParser(add_help=False, allow_abbrev=False)
+    pairs = options.add_argument_group("training pairs")
+    pairs.add_argument("--output_dir", type=Path, help="required: folder of the trainings and of the table")
+    pairs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one pair for each (default: 0 1 2)")
+    pairs.add_argument("--perturbations", nargs="+", default=["auto"], help="of LPGTrainer (default: auto)")
     parser = ArgumentParser(
         "lpg-hf compare",
-        usage="lpg-hf compare OUT1 OUT2 ... | {text,image,audio,video} --output_dir FOLDER [--seeds N ...]",
+        usage="lpg-hf compare OUT1 OUT2 ... | {text,image,audio,video} --output_dir FOLDER [--argument VALUE ...]",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        parents=[options],
     )
     parser.add_argument("what", nargs="+", metavar="OUT", help="folders of finished trainings, or a kind of data")
-    if not argv or argv[0] not in KINDS:
+    if not argv or argv[0] not in KINDS or {"-h", "--help"} & set(argv):
         print(runs_table(parser.parse_args(argv).what))
         return
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--perturbations", nargs="+", default=["auto"])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    own, arguments = parser.parse_known_args(argv)
+    # Without the positional argument, which would take the values of arguments that are for `lpg-hf train`.
+    own, arguments = options.parse_known_args(argv[1:])
+    if own.output_dir is None:
+        parser.error(f"pass --output_dir, the folder of the trainings. To compare finished ones, write ./{argv[0]}.")
     compare_pairs(argv[0], own, arguments)

@@ -7,8 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..safe_text import one_line, restored_cell
-from ..trainer import export_issues
-from .run_files import folder_of_issues
 
 
 # Columns of the file that a terminal has room for, those of them that it has, and how wide each may be.
@@ -47,6 +45,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--number", type=int, default=20, help="rows that are shown (default: 20)")
     parser.add_argument("--export", type=Path, metavar="issues.csv", help="write all rows to this file")
     arguments = parser.parse_args(argv)
+    if arguments.number < 0:
+        parser.error(f"--number is {arguments.number}, but must be at least 0")
+    # A help shall not wait for torch.
+    from ..trainer import export_issues
+    from .run_files import folder_of_issues
+
     source = folder_of_issues(arguments.folder)
     with TemporaryDirectory() as folder:
         path = Path(folder, "issues.csv")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .. import __version__
-from .parser import closest
+from .closest import closest
 
 
 HELP = """\
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_command(name: str, argv: list[str]) -> None:
-    # Each loads what it needs: `issues` shall not wait for all of transformers.
+    # Each loads what it needs: a help shall not wait for torch.
     if name == "train":
         from .train import main as command
     elif name == "issues":

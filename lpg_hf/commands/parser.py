@@ -1,9 +1,7 @@
 """Command line and config files of `lpg-hf train`, with a help that puts what is ours under one heading."""
 
-import difflib
 import json
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter, _ArgumentGroup
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from .arguments import (
     ReportArguments,
     StressArguments,
 )
+from .closest import closest
 
 
 ESSENTIAL_HEADING = "what to do"
@@ -156,28 +155,6 @@ def parse_arguments(data_class: type[DataArguments], prog: str, description: str
         names = [name for name in parser._option_string_actions if "-" not in name.removeprefix("--")]
         parser.error(closest("argument", unknown[0], names))
     return Arguments(*parsed)
-
-
-def closest(kind: str, name: str, known: Iterable[str]) -> str:
-    """
-    The message for a name that there is not, with the ones that may have been meant.
-
-    Example:
-
-    ```python
-    >>> closest("argument", "--lable_noise", ["--label_noise", "--report"])
-    'unknown argument --lable_noise. Did you mean --label_noise?'
-    >>> closest("command", "evaluate", ["train", "report"])
-    'unknown command evaluate. There are: train, report.'
-
-    ```
-    """
-    names, name = list(known), name.partition("=")[0]
-    similar = [known_name for known_name in names if known_name.startswith(name)][:3]
-    similar = similar or difflib.get_close_matches(name, names, n=3)
-    if not similar and len(names) < 10:
-        return f"unknown {kind} {name}. There are: {', '.join(names)}."
-    return f"unknown {kind} {name}." + (f" Did you mean {' or '.join(similar)}?" if similar else "")
 
 
 def expand_config(argv: list[str]) -> list[str]:

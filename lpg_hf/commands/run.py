@@ -87,8 +87,8 @@ def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict
 
     results: dict[str, float] = {}
     if args.do_train:
-        save_command(trainer, task.kind, argv)
         results |= train(trainer, prepared.splits[TRAIN], checkpoint_to_resume(arguments))
+        save_command(trainer, task.kind, argv)
         save_issues(trainer)
     if args.do_eval:
         evaluation = trainer.evaluate() | {"eval_samples": len(prepared.splits[VALIDATION])}

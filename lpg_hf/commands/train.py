@@ -3,7 +3,8 @@
 import sys
 from importlib.util import find_spec
 
-from .parser import closest, expand_config, parse_arguments
+from .closest import closest
+from .parser import expand_config, parse_arguments
 from .run import run
 from .task import ClassificationTask
 

@@ -36,6 +36,9 @@ def test_comparison_reports_the_mean_of_the_pairs(tmp_path, capsys):
     compare.main(words(*argv))
     assert text in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/eval_results.json")}
+    with pytest.raises(SystemExit):
+        compare.main(words("text", "--seeds", 0, "--model_name_or_path", model))
+    assert "pass --output_dir, the folder of the trainings" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"Trainer-seed-0 was trained with other arguments"):
         compare.main(words(*argv, "--weight_decay", 0.1))
 
