@@ -27,6 +27,9 @@ from lpg_hf.commands.text import TextArguments
 from lpg_hf.commands.train import train as run_train
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = ["text", "image", "audio", "video"]
 every_kind = pytest.mark.parametrize("kind", KINDS)

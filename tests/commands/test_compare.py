@@ -11,6 +11,9 @@ from scipy import stats
 from lpg_hf.commands import compare
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 def test_comparison_reports_the_mean_of_the_pairs(tmp_path, capsys):
     model, train_csv = text_model(tmp_path / "model"), write_csv(tmp_path / "train.csv", text_rows(12))
     argv = ["text", "--seeds", 0, 1, "--output_dir", tmp_path / "out", "--num_train_epochs", 2, *QUIET]

@@ -11,6 +11,9 @@ from transformers import AutoConfig, Trainer
 from lpg_hf.commands.main import main
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 # Without the name of the script; with ${dataset} and ${subset} as the shell puts them in.
 REVIEWS = r"""
     --model_name_or_path  google-bert/bert-base-uncased \

@@ -13,6 +13,9 @@ from lpg_hf.commands.main import main
 from lpg_hf.commands.train import train
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of a training that was started in it; a fifth of the labels is wrong."""

@@ -17,6 +17,9 @@ from lpg_hf.commands.text import TextArguments, TextClassification
 from lpg_hf.commands.train import train
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return text_model(tmp_path_factory.mktemp("model"))

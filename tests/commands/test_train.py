@@ -53,6 +53,9 @@ from lpg_hf.commands.train import train
 from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FAST = [*QUIET, "--per_device_train_batch_size", "12", "--learning_rate", "0.02", "--save_strategy", "no"]
 DO = ["--do_train", "--do_eval"]

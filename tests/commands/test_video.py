@@ -13,6 +13,9 @@ from lpg_hf.commands import video
 from lpg_hf.commands.train import train
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 def gray_frames(number, size=16):
     """The brightness of a frame is twelve times its number."""
     return [np.full((size, size, 3), 12 * frame, dtype=np.uint8) for frame in range(number)]

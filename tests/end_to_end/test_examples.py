@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import audio_classification
-import datasets
 import hyperparameter_search
 import image_classification
 import make_tones
@@ -26,14 +25,10 @@ from lpg_hf.commands.parser import parse_arguments
 from lpg_hf.commands.text import TextArguments
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def test_the_readme_names_every_script():

@@ -11,6 +11,9 @@ from lpg_hf.commands.main import main
 from lpg_hf.commands.train import train
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 ROWS = 60
 
 
