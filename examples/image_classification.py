@@ -21,7 +21,7 @@ from transformers import (
     HfArgumentParser,
     ResNetConfig,
     ResNetForImageClassification,
-    ViTImageProcessorPil,
+    ViTImageProcessor,
     set_seed,
 )
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # 2. Model.
     classes = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if script.model_name_or_path is None:
-        processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+        processor = ViTImageProcessor(size={"height": 32, "width": 32})
         sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic"}
         model = ResNetForImageClassification(ResNetConfig(**sizes, **classes))
     else:

@@ -22,7 +22,7 @@ from transformers import (
     HfArgumentParser,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
-    VideoMAEImageProcessorPil,
+    VideoMAEImageProcessor,
     set_seed,
 )
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     classes = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if script.model_name_or_path is None:
         size = {"height": 16, "width": 16}
-        processor = VideoMAEImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+        processor = VideoMAEImageProcessor(size={"shortest_edge": 16}, crop_size=size)
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
         config = VideoMAEConfig(image_size=16, patch_size=8, num_frames=8, tubelet_size=2, **sizes, **classes)
         model = VideoMAEForVideoClassification(config)

@@ -7,7 +7,7 @@ from command_data import EVAL_ROWS, QUIET, TRAIN_ROWS, video_model, words, write
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessorPil
+from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor
 
 from lpg_hf.commands import video
 from lpg_hf.commands.train import train
@@ -88,7 +88,7 @@ def test_a_damaged_mp4(tmp_path):
 @torch.no_grad()
 def evaluate(folder, paths):
     model = VideoMAEForVideoClassification.from_pretrained(folder).eval()
-    processor = VideoMAEImageProcessorPil.from_pretrained(folder)
+    processor = VideoMAEImageProcessor.from_pretrained(folder)
     right = []
     for path in paths:
         with Image.open(path) as animation:

@@ -18,7 +18,7 @@ from transformers import (
     ASTFeatureExtractor,
     ASTForAudioClassification,
     AutoModelForVideoClassification,
-    VideoMAEImageProcessorPil,
+    VideoMAEImageProcessor,
 )
 
 from lpg_hf.commands.parser import parse_arguments
@@ -106,7 +106,7 @@ def test_recordings_as_the_saved_model_hears_them(tmp_path):
 def test_videos_as_the_saved_model_sees_them(tmp_path):
     metrics = video_classification.main(words("--max_steps", 4, *QUIET, "--output_dir", tmp_path))
     model = AutoModelForVideoClassification.from_pretrained(tmp_path).eval()
-    processor = VideoMAEImageProcessorPil.from_pretrained(tmp_path)
+    processor = VideoMAEImageProcessor.from_pretrained(tmp_path)
     right = []
     for path in sorted((tmp_path / "test").glob("*/*.gif")):
         frames = video_classification.read(str(path), 8)

@@ -17,7 +17,7 @@ from transformers import (
     ResNetForImageClassification,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
-    VideoMAEImageProcessorPil,
+    VideoMAEImageProcessor,
     ViTImageProcessor,
     set_seed,
 )
@@ -81,7 +81,7 @@ def write_videos(folder: Path, number: int) -> Path:
 
 def video_model(folder: Path) -> Path:
     size = {"height": 8, "width": 8}
-    VideoMAEImageProcessorPil(size={"shortest_edge": 8}, crop_size=size).save_pretrained(folder)
+    VideoMAEImageProcessor(size={"shortest_edge": 8}, crop_size=size).save_pretrained(folder)
     set_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = VideoMAEConfig(image_size=8, patch_size=8, num_frames=4, tubelet_size=2, num_labels=3, **sizes)
