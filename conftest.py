@@ -1,5 +1,6 @@
 import gc
 
+import datasets
 import pytest
 import torch
 
@@ -13,3 +14,11 @@ def _freeze_imports():
     """`Trainer.train` collects garbage, most of the time of a tiny training; what is imported by now is none."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def fresh_datasets_cache(tmp_path_factory):
+    """What one module leaves in the cache of `datasets` is not found by another one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,187 +1,127 @@
 r"""
-Fine-tunes a model on recordings with one label each.
+Fine-tunes a classifier of recordings on labels that are noisy, imbalanced, or both. Copy this file and change it.
 
-A model and a data set of the hub:
-
+    python examples/audio_classification.py                   # nothing is downloaded: tones, a small transformer
     python examples/audio_classification.py --model_name_or_path facebook/wav2vec2-base \
-        --dataset_name superb/superb --dataset_config_name ks --do_train --do_eval --output_dir output
+        --train_dir train --test_dir test --label_noise 0 --learning_rate 3e-5 --num_train_epochs 5
 
-A model and recordings on this machine (wav, flac, ogg, mp3), one folder per class:
-
-    python examples/audio_classification.py --model_name_or_path path/to/model --train_dir train \
-        --validation_dir test --do_train --do_eval --output_dir output
-
-On several GPUs put `accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml` in the place of `python`.
-Recordings are decoded by soundfile, and resampled to what the model was trained on. No ffmpeg is needed.
+The folders need one folder per class. All arguments of `LPGConfig` and `TrainingArguments` work. soundfile decodes the
+recordings (wav, flac, ogg, mp3); `load_dataset("audiofolder")` does the same where torchcodec is installed.
 """
 
-import io
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
+import make_tones
 import numpy as np
 import soundfile
 import torch
-from classification.arguments import Arguments, FolderArguments
-from classification.data import FILE_NAME, FOLDER_CURE, TRAIN, cast_to_files, check_files, load_file, metadata_files
-from classification.training import ClassificationTask, run
-from datasets import Audio, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict
 from scipy.signal import resample_poly
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, PreTrainedModel
-from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    HfArgumentParser,
+    set_seed,
+)
 
-
-DECODING_ERRORS = (OSError, RuntimeError)
-# Feature extractors look at windows of 25 ms, as the convolutions of Wav2Vec2 do. Of less, some make an error, others
-# no frame at all, or NaN.
-MIN_SECONDS = 0.025
-SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()}
+from lpg_hf import LPGConfig, LPGTrainer
+from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
+from lpg_hf.metrics import make_compute_metrics
 
 
 @dataclass
-class AudioArguments(FolderArguments):
-    audio_column_name: str = field(
-        default="audio", metadata={"help": "Column of the recordings, or of paths to them."}
-    )
-    max_length_seconds: float = field(
-        default=20.0, metadata={"help": "Training takes a random part of so many seconds of longer recordings."}
-    )
-    freeze_feature_encoder: bool = field(
-        default=True,
-        metadata={"help": "Whether the convolutions of a pretrained model like Wav2Vec2 keep their weights."},
-    )
-
-
-class AudioClassification(ClassificationTask):
-    name = "audio-classification"
-    data_class = AudioArguments
-    auto_model = AutoModelForAudioClassification
-    auto_processor = AutoFeatureExtractor
-
-    def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
-        return load_audio_folder(folder, cache_dir)
-
-    def check(self, splits: DatasetDict, data: AudioArguments) -> DatasetDict:
-        if data.max_length_seconds <= 0:
-            raise ValueError(f"`--max_length_seconds` is {data.max_length_seconds}, but must be above 0.")
-        # `datasets` decodes with torchcodec, which needs ffmpeg on the machine.
-        return cast_to_files(splits, data, "audio_column_name", data.audio_column_name, Audio(decode=False))
-
-    def prepare(
-        self, dataset: Dataset, split: str, processor: FeatureExtractionMixin, data: AudioArguments
-    ) -> Dataset:
-        rate = processor.sampling_rate
-        max_length = round(data.max_length_seconds * rate)
-
-        check_files(dataset, split, data.audio_column_name, find_damage)
-
-        def to_inputs(batch: dict[str, list]) -> dict[str, list]:
-            waves = [decode(recording, rate) for recording in batch[data.audio_column_name]]
-            if split == TRAIN:
-                waves = [random_part(wave, max_length) for wave in waves]
-            inputs = processor(waves, sampling_rate=rate)
-            inputs = {name: list(values) for name, values in inputs.items()}
-            return inputs | ({"labels": batch["labels"]} if "labels" in batch else {})
-
-        return dataset.with_transform(to_inputs)
-
-    def adapt(self, model: PreTrainedModel, arguments: Arguments, processor: FeatureExtractionMixin) -> None:
-        is_pretrained = arguments.model.model_name_or_path is not None
-        # Models on spectrograms have no such encoder.
-        if is_pretrained and arguments.data.freeze_feature_encoder and hasattr(model, "freeze_feature_encoder"):
-            model.freeze_feature_encoder()
-
-
-def load_audio_folder(folder: str, cache_dir: str | None = None) -> Dataset:
-    """
-    Reads a folder with one folder per class, or with a `metadata.csv` (`.jsonl`, `.parquet`) that has `file_name`, or
-    with recordings that have no labels.
-
-    That is the layout of `load_dataset("audiofolder")`, which needs torchcodec to read it.
-
-    Raises:
-        OSError: If there are no recordings.
-    """
-    root = Path(folder)
-    for metadata in metadata_files(folder):
-        rows = load_file(str(metadata), cache_dir)
-        column = next(column for column in rows.column_names if column.endswith(FILE_NAME))
-        paths = [str(root / name) for name in rows[column][:]]
-        return rows.remove_columns(column).add_column("audio", paths)
-    if files := recordings_in(root, "*/*"):
-        return Dataset.from_dict({"audio": list(map(str, files)), "label": [path.parent.name for path in files]})
-    if files := recordings_in(root, "*"):
-        return Dataset.from_dict({"audio": list(map(str, files))})
-    raise FileNotFoundError(f"There are no recordings in {folder}. {FOLDER_CURE}")
-
-
-def recordings_in(root: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in root.glob(pattern) if path.suffix.lower() in SUFFIXES)
-
-
-def find_damage(recording: dict | None) -> str | None:
-    """What is wrong with a file, as far as its header tells."""
-    if recording is None or (recording["path"] is None and recording["bytes"] is None):
-        return "A recording is missing (None)"
-    if recording["bytes"] is None and not Path(recording["path"]).exists():
-        return f"{describe(recording)} is not there"
-    try:
-        info = soundfile.info(source_of(recording))
-    except DECODING_ERRORS as error:
-        return f"{describe(recording)} cannot be decoded ({error})"
-    return find_short(recording, info.frames, info.samplerate)
-
-
-def find_short(recording: dict, samples: int, rate: int) -> str | None:
-    if samples < MIN_SECONDS * rate:
-        return (
-            f"{describe(recording)} is too short ({samples} samples at {rate} per second, but {MIN_SECONDS} s are "
-            "needed, the window of speech models)"
-        )
-    return None
-
-
-def describe(recording: dict) -> str:
-    if recording["path"] is None:
-        return f"The recording without a file name ({len(recording['bytes'])} bytes)"
-    return f"The recording {recording['path']}"
-
-
-def source_of(recording: dict) -> str | io.BytesIO:
-    return recording["path"] if recording["bytes"] is None else io.BytesIO(recording["bytes"])
-
-
-def decode(recording: dict, rate: int) -> np.ndarray:
-    """
-    The mean of the channels, resampled to `rate` per second, as float32 of shape `[T]`.
-
-    Raises:
-        ValueError: If it is no recording, damaged or too short; names the file.
-    """
-    try:
-        samples, found_rate = soundfile.read(source_of(recording), dtype="float32", always_2d=True)
-    except DECODING_ERRORS as error:
-        raise ValueError(f"{describe(recording)} cannot be decoded ({error}). Repair or remove it.") from error
-    if short := find_short(recording, len(samples), found_rate):
-        raise ValueError(f"{short}. Remove it, or pad it with silence.")
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{describe(recording)} has samples that are NaN or infinite. Repair or remove it.")
-    wave = samples.mean(axis=1)
-    if found_rate == rate:
-        return wave
-    ratio = Fraction(rate, found_rate)
-    return resample_poly(wave, ratio.numerator, ratio.denominator).astype(np.float32)
-
-
-def random_part(wave: np.ndarray, max_length: int) -> np.ndarray:
-    """PyTorch's generator decides, which the Trainer seeds and restores."""
-    start = torch.randint(max(1, len(wave) - max_length + 1), ()).item()
-    return wave[start : start + max_length]
+class ScriptArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model; without one, a small AST."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder to train on; without one, tones."})
+    test_dir: str | None = field(default=None, metadata={"help": "Folder to evaluate on."})
+    max_seconds: float = field(default=5.0, metadata={"help": "Training takes a random part of longer recordings."})
+    label_noise: float = field(default=0.3, metadata={"help": "Share of labels to make wrong, to try it out."})
+    imbalance_ratio: float = field(default=1.0, metadata={"help": "Cut the training rows to a long tail, likewise."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    return run(AudioClassification(), __doc__, argv)
+    parser = HfArgumentParser([ScriptArguments, LPGConfig])
+    # What fits the small model. For a pretrained one pass --learning_rate 3e-5.
+    parser.set_defaults(output_dir="audio-output", learning_rate=2e-3, num_train_epochs=20, warmup_steps=0.1)
+    parser.set_defaults(per_device_train_batch_size=16, remove_unused_columns=False)  # files are read row by row
+    parser.set_defaults(save_strategy="no", eval_strategy="epoch", logging_strategy="epoch", report_to=["none"])
+    script, args = parser.parse_args_into_dataclasses(argv)
+    set_seed(args.seed)
+
+    # 1. Data: the path of each recording, and a label column of the type ClassLabel.
+    folders = {"train": script.train_dir, "test": script.test_dir}
+    if script.train_dir is None:
+        make_tones.main(["--output_dir", str(args.output_dir)])
+        folders = {split: f"{args.output_dir}/{split}" for split in ("train", "test")}
+    dataset = DatasetDict({split: list_files(folder) for split, folder in folders.items() if folder is not None})
+    if "test" not in dataset:
+        dataset = dataset["train"].train_test_split(0.2, seed=args.seed)
+    dataset = dataset.class_encode_column("label")
+    names = dataset["train"].features["label"].names
+    train = dataset["train"]
+    if script.imbalance_ratio > 1:
+        train = make_long_tailed(train, script.imbalance_ratio, seed=args.seed)
+    if script.label_noise > 0:
+        train = add_label_noise(train, script.label_noise, seed=args.seed)
+
+    # 2. Model.
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if script.model_name_or_path is None:
+        extractor = ASTFeatureExtractor(max_length=48, num_mel_bins=64, mean=-4.0, std=4.0)
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        config = ASTConfig(max_length=48, num_mel_bins=64, patch_size=16, **sizes, **classes)
+        model = ASTForAudioClassification(config)
+    else:
+        extractor = AutoFeatureExtractor.from_pretrained(script.model_name_or_path)
+        model = AutoModelForAudioClassification.from_pretrained(script.model_name_or_path, **classes)
+
+    def to_inputs(batch: dict[str, list], is_training: bool) -> dict[str, list]:
+        waves = [read(path, extractor.sampling_rate) for path in batch["audio"]]
+        if is_training:
+            waves = [random_part(wave, int(script.max_seconds * extractor.sampling_rate)) for wave in waves]
+        inputs = extractor(waves, sampling_rate=extractor.sampling_rate)
+        return {name: list(values) for name, values in inputs.items()} | {"labels": batch["label"]}
+
+    # 3. Training. `--perturbations none` is the plain Trainer.
+    trainer = LPGTrainer(
+        model=model,
+        args=args,
+        train_dataset=train.with_transform(lambda batch: to_inputs(batch, is_training=True)),
+        eval_dataset=dataset["test"].with_transform(lambda batch: to_inputs(batch, is_training=False)),
+        processing_class=extractor,
+        compute_metrics=make_compute_metrics(class_counts(train)),
+    )
+    trainer.train()
+    trainer.save_model()
+
+    # 4. Results: metrics, and the recordings whose labels are most likely wrong.
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    for issue in trainer.label_issues().select(range(5)):
+        row, suggested = train[issue["row"]], names[issue["suggested_label"]]
+        print(f"{row['audio']} is labeled {names[row['label']]!r}; rather {suggested!r}?")
+    return metrics
+
+
+def list_files(folder: str) -> Dataset:
+    paths = sorted(path for path in Path(folder).glob("*/*") if path.is_file())
+    return Dataset.from_dict({"audio": list(map(str, paths)), "label": [path.parent.name for path in paths]})
+
+
+def read(path: str, rate: int) -> np.ndarray:
+    """The mean of the channels at the sampling rate of the model, shape `[T]`."""
+    samples, found_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    wave = samples.mean(axis=1)
+    return wave if found_rate == rate else resample_poly(wave, rate, found_rate).astype("float32")
+
+
+def random_part(wave: np.ndarray, length: int) -> np.ndarray:
+    start = torch.randint(max(1, len(wave) - length + 1), ()).item()
+    return wave[start : start + length]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Learning to Perturb Gradients: a drop-in Trainer for noisy and imbalanced labels."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .versions import check_versions
@@ -30,10 +29,8 @@ if TYPE_CHECKING:
 
 check_versions()
 
-try:
-    __version__ = version("lpg_hf")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0.0.0.dev0"
+# setuptools reads it from here, so that a checkout that is not installed has it, too.
+__version__ = "0.1.0"
 
 __all__ = [
     "LPG",

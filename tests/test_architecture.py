@@ -104,7 +104,7 @@ def test_the_report_is_not_needed_for_a_summary():
 
 
 def test_the_trainer_knows_reports_by_a_late_import_alone_and_no_certificates():
-    graph = import_graph(PACKAGE)
+    graph = library_graph()
     importers = {module for module in graph if "lpg_hf.report" in graph[module]}
     assert importers == {"lpg_hf.trainer.reports"}
     tree = ast.parse((PACKAGE / "trainer" / "reports.py").read_text(encoding="utf-8"))
@@ -114,6 +114,20 @@ def test_the_trainer_knows_reports_by_a_late_import_alone_and_no_certificates():
             assert not [target for target in targets if target.startswith("lpg_hf.pac_bayes")]
         elif module != "lpg_hf":
             assert not [target for target in targets if target.startswith("lpg_hf.trainer")]
+
+
+def library_graph() -> dict[str, set[str]]:
+    """Without the command line, which stands on top of all of it as a script of a user does."""
+    return {module: targets for module, targets in import_graph(PACKAGE).items() if not is_command(module)}
+
+
+def is_command(module: str) -> bool:
+    return module.startswith("lpg_hf.commands")
+
+
+def test_nothing_imports_the_command_line():
+    assert not [module for module, targets in library_graph().items() if any(map(is_command, targets))]
+    assert any(map(is_command, import_graph(PACKAGE)))
 
 
 def test_the_trainer_is_thin():

@@ -46,14 +46,14 @@ def write_report(
 
 def check_installed() -> None:
     """
-    Checks for the packages of the extra `report`.
+    Checks for the packages that only the report needs.
 
     Raises:
         ImportError: If matplotlib or Jinja2 are not installed.
     """
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"The report needs {' and '.join(missing)}. Run `pip install lpg_hf[report]`.")
+        raise ImportError(f"The report needs {' and '.join(missing)}. Run `pip install {' '.join(missing)}`.")
 
 
 class ReportCallback(TrainerCallback):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
@@ -85,6 +86,12 @@ class SavedState:
     num_labels: int
     step: int
     tensors: dict[str, Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the class statistics."""
+        statistics = [value for name, value in self.tensors.items() if name.startswith("loss.statistics.")]
+        return torch.float64 if any(value.dtype == torch.float64 for value in statistics) else torch.float32
 
     def has(self, prefix: str) -> bool:
         """Whether there is state under a prefix."""

@@ -141,6 +141,10 @@ class ClassifierCheck:
             self.dtype = torch.float64 if is_double else torch.float32
         return is_first
 
+    def take_over(self, num_labels: int, dtype: torch.dtype) -> None:
+        """The model has passed in the training that is resumed: see [`ClassifierCheck`] for both."""
+        self.passed, self.num_labels, self.dtype = True, num_labels, dtype
+
     def fits(self, outputs: Mapping | tuple, labels: object) -> bool:
         """Whether a batch of a model that has passed can be perturbed: it may differ from the first one."""
         return self._odd_batches.fits(self.logits(outputs), labels, self.num_labels)

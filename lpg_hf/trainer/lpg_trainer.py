@@ -210,7 +210,16 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         self._lpg_prepare()
         self._lpg_row_tracker = RowTracker(self.accelerator)
         with self._lpg_watched_steps():
-            return super()._inner_training_loop(*args, **kwargs)
+            output = super()._inner_training_loop(*args, **kwargs)
+        self._lpg_restore_without_a_step()
+        return output
+
+    def _lpg_restore_without_a_step(self) -> None:
+        """Of a training that was finished, no batch comes to ask for the loss, but a report does."""
+        saved = self._lpg_saved_state
+        if saved is not None and saved.num_labels > 0 and saved.step == self.state.global_step:
+            self._lpg_classifier.take_over(saved.num_labels, saved.dtype)
+            self._lpg_managed.begin(saved.num_labels, saved.dtype, saved)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -50,7 +50,7 @@ class ReportsMixin(Trainer):
             `str`: Path of the page, `report.html`.
 
         Raises:
-            ImportError: If matplotlib or Jinja2 are not installed; `pip install lpg_hf[report]` installs both.
+            ImportError: If matplotlib or Jinja2 are not installed: `pip install matplotlib jinja2`.
             ValueError: Before training.
         """
         # Imported here because the report needs optional packages.

@@ -65,6 +65,19 @@ def whole(tmp_path_factory):
     return path, state_of(train(path))
 
 
+def test_a_finished_training_that_is_resumed_has_its_loss(whole, tmp_path):
+    """No step is left that would ask for the loss; a report and the model card do."""
+    path = shutil.copytree(whole[0], tmp_path / "copy")
+    finished = train(path)  # writes the same again
+    resumed = train(path, resume=str(path / f"checkpoint-{finished.state.global_step}"))
+    assert resumed.state.global_step == finished.state.global_step
+    expected, found = ({k: v for k, v in state_of(t).items() if k[:4] != "adam"} for t in (finished, resumed))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert resumed.lpg_loss.statistics.steps == finished.lpg_loss.statistics.steps > 0
+
+
 def test_a_checkpoint_has_the_files_this_test_knows(whole):
     assert {file.name for file in (whole[0] / "checkpoint-4").iterdir()} == set(FILES)
 

@@ -1,47 +1,38 @@
-"""Help, config files and bad input of the classification examples."""
+"""Help, config files and bad input of `lpg-hf train`."""
 
 import json
 import re
 import shutil
 from pathlib import Path
 
-import audio_classification
-import compare
 import datasets
 import huggingface_hub.constants
-import hyperparameter_search
-import image_classification
 import make_tones
 import numpy as np
 import PIL.Image
 import pytest
 import soundfile
-import text_classification
 import torch
 import yaml
-from classification.arguments import ESSENTIAL_HEADING, OUR_HEADING, TRAINING_HEADING, parse_arguments
+from command_data import QUIET, audio_model, image_model, text_model, text_rows, words, write_csv, write_images
 from datasets import ClassLabel, Dataset
-from example_data import audio_model, image_model, text_model, text_rows, write_csv, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from lpg_hf.commands import audio, image
+from lpg_hf.commands.arguments import OUR_HEADING, TRAINING_HEADING
+from lpg_hf.commands.parser import ESSENTIAL_HEADING, parse_arguments
+from lpg_hf.commands.text import TextArguments
+from lpg_hf.commands.train import train as run_train
+
+
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPTS = [text_classification, image_classification, audio_classification]
-QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
-every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-
-
-def words(*values):
-    return list(map(str, values))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+KINDS = ["text", "image", "audio", "video"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -61,26 +52,20 @@ def train_csv(tmp_path):
 
 def run_text(models, output_dir, *more, train, model="text"):
     base = ["--model_name_or_path", models[model], "--train_file", train, "--do_train", "--max_steps", 1, *QUIET]
-    return text_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
+    return run_train("text", words(*base, "--output_dir", output_dir / "out", *more))
 
 
 def run_image(models, output_dir, *more):
     base = ["--model_name_or_path", models["image"], "--do_train", "--max_steps", 1, *QUIET]
-    return image_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
+    return run_train("image", words(*base, "--output_dir", output_dir / "out", *more))
 
 
 def run_audio(models, output_dir, *more):
     base = ["--model_name_or_path", models["audio"], "--do_train", "--max_steps", 1, *QUIET]
-    return audio_classification.main(words(*base, "--output_dir", output_dir / "out", *more))
+    return run_train("audio", words(*base, "--output_dir", output_dir / "out", *more))
 
 
 # Help and config files
-
-
-def test_the_readme_names_every_script():
-    table = (EXAMPLES / "README.md").read_text()
-    runs = [path for path in EXAMPLES.glob("*.py") if "__main__" in path.read_text()]
-    assert len(runs) > 10 and [path.name for path in runs if f"| `{path.name}` |" not in table] == []
 
 
 def sections(text):
@@ -94,13 +79,13 @@ def sections(text):
     return found
 
 
-@every_script
-def test_no_arguments_print_a_short_help(script, capsys):
+@every_kind
+def test_no_arguments_print_a_short_help(kind, capsys):
     with pytest.raises(SystemExit) as exit_:
-        script.main([])
+        run_train(kind, [])
     assert exit_.value.code == 2
     text = capsys.readouterr().out
-    assert f"python examples/{script.__name__}.py --model_name_or_path" in text
+    assert f"lpg-hf train {kind} --model_name_or_path" in text
     assert "--output_dir FOLDER" in text.splitlines()[0] and "Required" in text
     found = sections(text)
     assert list(found) == [ESSENTIAL_HEADING, "model", "data", OUR_HEADING]
@@ -109,10 +94,10 @@ def test_no_arguments_print_a_short_help(script, capsys):
     assert "--weight_decay" not in text, "not the hundred arguments of the Trainer"
 
 
-@every_script
-def test_help_has_our_arguments_under_one_heading(script, capsys):
+@every_kind
+def test_help_has_our_arguments_under_one_heading(kind, capsys):
     with pytest.raises(SystemExit) as exit_:
-        script.main(["--help"])
+        run_train(kind, ["--help"])
     assert exit_.value.code == 0
     found = sections(capsys.readouterr().out)
     ours = [
@@ -121,7 +106,7 @@ def test_help_has_our_arguments_under_one_heading(script, capsys):
         for name in names
         if re.search("lpg|perturbations|track_rows|eval_shares", name)
     ]
-    assert found[OUR_HEADING] == ["--label_noise", "--imbalance_ratio", "--report", *ours]
+    assert found[OUR_HEADING] == ["--fixes", "--label_noise", "--imbalance_ratio", "--report", *ours]
     assert {"--learning_rate", "--output_dir", "--seed"} < set(found[TRAINING_HEADING])
     assert not {"--learning_rate", "--output_dir"} & set(found["model"] + found["data"])
 
@@ -143,7 +128,7 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
     }
     path = tmp_path / f"config{suffix}"
     path.write_text(json.dumps(config) if suffix == ".json" else yaml.safe_dump(config))
-    (arguments,) = parse_arguments(text_classification.TextArguments, "", [str(path), "--lpg_epsilon", "0.4"])
+    arguments = parse_arguments(TextArguments, "lpg-hf", "", [str(path), "--lpg_epsilon", "0.4"])
     assert (arguments.model.model_name_or_path, arguments.model.use_lora) == ("m", True)
     assert arguments.data.text_column_names == ["a", "b"]
     assert arguments.training.learning_rate == 1e-3 and arguments.training.seed == 42
@@ -166,7 +151,7 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
 def test_arguments_that_do_not_parse(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        text_classification.main(argv)
+        run_train("text", argv)
     assert exit_.value.code == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -175,7 +160,7 @@ def test_arguments_that_do_not_parse(argv, message, capsys, tmp_path, monkeypatc
 def test_config_files_that_are_none(content, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(SystemExit):
-        text_classification.main([str(tmp_path / "config.yaml")])
+        run_train("text", [str(tmp_path / "config.yaml")])
     assert "config.yaml" in capsys.readouterr().err
 
 
@@ -216,9 +201,9 @@ def test_columns_of_images_and_recordings(models, tmp_path):
 def test_nothing_to_do_and_nothing_to_read(models, train_csv, tmp_path):
     base = words("--model_name_or_path", models["text"], "--output_dir", tmp_path / "out", *QUIET)
     with pytest.raises(ValueError, match=r"pass --do_train, --do_eval or --do_predict"):
-        text_classification.main([*base, "--train_file", str(train_csv)])
+        run_train("text", [*base, "--train_file", str(train_csv)])
     with pytest.raises(ValueError, match=r"pass either --dataset_name, or --train_file and --validation_file\."):
-        text_classification.main([*base, "--do_train"])
+        run_train("text", [*base, "--do_train"])
     with pytest.raises(ValueError, match=r"or --train_dir and --validation_dir"):
         run_image(models, tmp_path)
 
@@ -226,7 +211,7 @@ def test_nothing_to_do_and_nothing_to_read(models, train_csv, tmp_path):
 def test_a_report_of_no_training(models, train_csv, tmp_path):
     argv = ["--model_name_or_path", models["text"], "--validation_file", train_csv, "--do_eval", "--report", *QUIET]
     with pytest.raises(ValueError, match=r"`--report` is about a training, but there is none: pass --do_train"):
-        text_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+        run_train("text", words(*argv, "--output_dir", tmp_path / "out"))
 
 
 def test_a_tail_longer_than_the_data(models, train_csv, tmp_path, caplog):
@@ -377,7 +362,7 @@ def test_recordings_in_one_folder(models, tmp_path):
     ):
         run_audio(models, tmp_path, "--train_dir", tmp_path / "flat")
     argv = ["--model_name_or_path", models["audio"], "--test_dir", tmp_path / "flat", "--do_predict", *QUIET]
-    audio_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+    run_train("audio", words(*argv, "--output_dir", tmp_path / "out"))
     assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 1 + 3
 
 
@@ -409,7 +394,7 @@ def test_an_image_that_is_damaged_behind_its_header(tmp_path):
     PIL.Image.effect_noise((64, 64), 50).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"The image .*a\.jpg cannot be decoded \(.*truncated"):
-        image_classification.decode({"path": str(tmp_path / "a.jpg"), "bytes": None})
+        image.decode({"path": str(tmp_path / "a.jpg"), "bytes": None})
 
 
 def test_recordings_that_do_not_decode(models, tmp_path):
@@ -440,16 +425,16 @@ def test_what_is_wrong_with_a_recording(is_file, tmp_path):
     name = r"The recording .*a\.wav" if is_file else r"The recording without a file name \(\d+ bytes\)"
     for samples in (0, 10, 399):
         recording = write(np.zeros(samples))
-        assert re.match(rf"{name} is too short \({samples} samples", audio_classification.find_damage(recording))
+        assert re.match(rf"{name} is too short \({samples} samples", audio.find_damage(recording))
         with pytest.raises(ValueError, match=rf"{name} is too short \({samples} samples .*pad it with silence"):
-            audio_classification.decode(recording, 16_000)
-    assert audio_classification.find_damage(write(np.zeros(400))) is None
+            audio.decode(recording, 16_000)
+    assert audio.find_damage(write(np.zeros(400))) is None
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match=rf"{name} has samples that are NaN or infinite"):
-            audio_classification.decode(write(np.where(np.arange(800) == 7, value, 0.0)), 16_000)
+            audio.decode(write(np.where(np.arange(800) == 7, value, 0.0)), 16_000)
     gone = {"path": str(tmp_path / "b.wav"), "bytes": None}
-    assert audio_classification.find_damage(gone) == f"The recording {tmp_path}/b.wav is not there"
-    assert "missing" in audio_classification.find_damage(None)
+    assert audio.find_damage(gone) == f"The recording {tmp_path}/b.wav is not there"
+    assert "missing" in audio.find_damage(None)
 
 
 def test_a_model_without_such_a_head(models, train_csv, tmp_path):
@@ -499,7 +484,7 @@ def test_a_head_for_other_classes(models, tmp_path):
 def test_lora_on_fresh_weights(models, train_csv, tmp_path):
     argv = ["--config_name", models["text"], "--train_file", train_csv, "--do_train", "--use_lora", *QUIET]
     with pytest.raises(ValueError, match=r"`--use_lora` adapts a pretrained model"):
-        text_classification.main(words(*argv, "--output_dir", tmp_path / "out"))
+        run_train("text", words(*argv, "--output_dir", tmp_path / "out"))
 
 
 def test_lora_on_layers_that_are_not_there(models, train_csv, tmp_path):
@@ -531,7 +516,7 @@ def test_a_model_of_the_hub_without_a_network(offline, models, train_csv, tmp_pa
 def test_a_data_set_of_the_hub_without_a_network(offline, models, tmp_path):
     argv = ["--model_name_or_path", models["text"], "--dataset_name", "some-organisation/some-data", "--do_train"]
     with pytest.raises(OSError, match=r"`--dataset_name` is 'some-organisation/some-data'.* hub .*--train_file"):
-        text_classification.main(words(*argv, *QUIET, "--output_dir", tmp_path / "out"))
+        run_train("text", words(*argv, *QUIET, "--output_dir", tmp_path / "out"))
 
 
 # Crops, resampling
@@ -546,7 +531,7 @@ def test_a_data_set_of_the_hub_without_a_network(offline, models, tmp_path):
 )
 def test_random_boxes_lie_in_the_image(width, height, min_area, seed):
     torch.manual_seed(seed)
-    left, top, right, bottom = image_classification.random_box(width, height, min_area)
+    left, top, right, bottom = image.random_box(width, height, min_area)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     if min_area == 1:
         assert (left, top, right, bottom) == (0, 0, width, height)
@@ -555,7 +540,7 @@ def test_random_boxes_lie_in_the_image(width, height, min_area, seed):
 def test_random_boxes_have_the_promised_distribution():
     """A square of 1,000: shares of up to 3 / 4 always fit, whatever the ratio of the sides."""
     torch.manual_seed(0)
-    boxes = np.array([image_classification.random_box(1000, 1000, 0.1) for _ in range(4000)])
+    boxes = np.array([image.random_box(1000, 1000, 0.1) for _ in range(4000)])
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     shares, ratios = w * h / 1e6, np.log(w / h) / np.log(4 / 3)
     fits = shares < 0.75
@@ -573,7 +558,7 @@ def test_recordings_are_resampled(rate, tmp_path):
         return np.sin(2 * np.pi * 440 * np.arange(per_second // 2) / per_second)
 
     soundfile.write(tmp_path / "a.wav", np.stack([0.2 * sine(rate), 0.6 * sine(rate)], axis=1), rate, subtype="FLOAT")
-    wave = audio_classification.decode({"path": str(tmp_path / "a.wav"), "bytes": None}, 16_000)
+    wave = audio.decode({"path": str(tmp_path / "a.wav"), "bytes": None}, 16_000)
     assert wave.dtype == np.float32 and len(wave) == 8_000
     np.testing.assert_allclose(wave[500:-500], 0.4 * sine(16_000)[500:-500], atol=1e-3)
 
@@ -583,11 +568,11 @@ def test_long_recordings_are_cut_at_random():
     wave = np.arange(10, dtype=np.float32)
     starts = set()
     for _ in range(100):
-        part = audio_classification.random_part(wave, 8)
+        part = audio.random_part(wave, 8)
         assert (part == np.arange(part[0], part[0] + 8)).all()
         starts.add(part[0])
     assert starts == {0, 1, 2}
-    assert (audio_classification.random_part(wave, 20) == wave).all()
+    assert (audio.random_part(wave, 20) == wave).all()
 
 
 def test_tones_sound_as_they_are_labelled(tmp_path):
@@ -601,59 +586,3 @@ def test_tones_sound_as_they_are_labelled(tmp_path):
         parts = np.abs(wave).reshape(40, 200).mean(axis=1)
         loudness[path.parent.name.split("_")[0]].append(parts.std() / parts.mean())
     assert max(loudness["steady"]) < min(loudness["trembling"])
-
-
-# Comparison and search
-
-
-def test_comparison_reports_the_mean_of_the_pairs(models, train_csv, tmp_path):
-    argv = ["text_classification", "--seeds", 0, 1, "--output_dir", tmp_path / "out", "--num_train_epochs", 2, *QUIET]
-    argv += ["--model_name_or_path", models["text"], "--train_file", train_csv, "--validation_file", train_csv]
-    argv += ["--learning_rate", 0.01, "--imbalance_ratio", 2]
-    text = compare.main(words(*argv))
-    accuracy = {}
-    for name, chain in (("Trainer", []), ("LPGTrainer", ["auto"])):
-        folders = [tmp_path / "out" / f"{name}-seed-{seed}" for seed in (0, 1)]
-        runs = [json.loads((folder / "eval_results.json").read_text()) for folder in folders]
-        accuracy[name] = 100 * np.array([run["eval_accuracy"] for run in runs])
-        args = torch.load(folders[1] / "training_args.bin", weights_only=False)
-        assert args.seed == 1 and args.perturbations == (chain or ["none"])
-    rows = [line.split("|")[1:-1] for line in text.splitlines()]
-    assert [cell.strip() for cell in rows[0][1:3]] == ["accuracy", "balanced"]
-    differences = accuracy["LPGTrainer"] - accuracy["Trainer"]
-    for row, values, sign in ((2, accuracy["Trainer"], ""), (3, accuracy["LPGTrainer"], ""), (4, differences, "+")):
-        expected = f"{values.mean():{sign}.1f} ± {stats.sem(values):.1f}"
-        assert rows[row][1].strip() == expected
-    assert (tmp_path / "out" / "comparison.md").read_text().strip() == text
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/eval_results.json")}
-    assert compare.main(words(*argv)) == text
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/eval_results.json")}
-    with pytest.raises(ValueError, match=r"Trainer-seed-0 was trained with other arguments"):
-        compare.main(words(*argv, "--weight_decay", 0.1))
-
-
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_search_writes_a_config_that_the_example_takes(models, train_csv, tmp_path):
-    import optuna
-
-    base = ["--model_name_or_path", models["text"], "--train_file", train_csv, "--validation_file", train_csv, *QUIET]
-    argv = words("text_classification", *base, "--n_trials", 2, "--max_steps", 2, "--output_dir", tmp_path / "search")
-    hyperparameter_search.main(argv)
-    best = hyperparameter_search.main(argv)
-    study = optuna.load_study(study_name="lpg", storage=f"sqlite:///{tmp_path / 'search' / 'study.db'}")
-    assert len(study.trials) == 4
-    assert len({trial.params["lpg_epsilon"] for trial in study.trials}) == 4
-    top = max(trial.value for trial in study.trials)
-    assert best.objective == top and best.hyperparameters in [t.params for t in study.trials if t.value == top]
-    config = tmp_path / "search" / "best.yaml"
-    argv = words(config, *base, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out")
-    (arguments,) = parse_arguments(text_classification.TextArguments, "", argv)
-    found = {name: getattr(arguments.training, name) for name in best.hyperparameters}
-    assert found == best.hyperparameters and arguments.training.perturbations == ["lpg"]
-    text_classification.main(argv)
-
-
-def test_search_without_a_script_prints_how(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        hyperparameter_search.main([])
-    assert exit_.value.code == 2 and "hyperparameter_search.py text_classification" in capsys.readouterr().out

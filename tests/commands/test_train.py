@@ -1,33 +1,30 @@
-"""The classification examples from files to a saved model, against the same steps by hand."""
+"""`lpg-hf train` from files to a saved model, against the same steps by hand."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import audio_classification
-import datasets
-import image_classification
 import make_tones
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-import text_classification
 import torch
-from classification import training
-from datasets import ClassLabel, Dataset
-from example_data import (
+from command_data import (
     EVAL_ROWS,
     NAMES,
+    QUIET,
     TRAIN_ROWS,
     audio_model,
     image_model,
     text_model,
     text_rows,
+    words,
     write_csv,
     write_images,
 )
+from datasets import ClassLabel, Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.signal import resample_poly
@@ -49,24 +46,19 @@ from transformers import (
     set_seed,
 )
 
+from lpg_hf.commands import run
+from lpg_hf.commands.audio import SUFFIXES
+from lpg_hf.commands.media_files import load_labeled_files
+from lpg_hf.commands.train import train
 from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 
 
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
 FAST = [*QUIET, "--per_device_train_batch_size", "12", "--learning_rate", "0.02", "--save_strategy", "no"]
 DO = ["--do_train", "--do_eval"]
-
-
-def words(*values):
-    return list(map(str, values))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +123,7 @@ def predict_texts(model, tokenizer, rows):
 
 def test_texts_from_csv_to_predictions(texts, tmp_path):
     more = ["--do_predict", "--test_file", texts / "test.csv", "--num_train_epochs", 20]
-    results = text_classification.main(text_arguments(texts, tmp_path, *DO, *more))
+    results = train("text", text_arguments(texts, tmp_path, *DO, *more))
     model = BertForSequenceClassification.from_pretrained(tmp_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     rows = text_rows(EVAL_ROWS, seed=1)
@@ -147,35 +139,36 @@ def test_texts_from_csv_to_predictions(texts, tmp_path):
 
 def test_a_saved_model_keeps_its_classes_when_it_is_only_evaluated(texts, tmp_path):
     names = ["red", "green", "blue"]  # not in the order of the alphabet, in which a config is saved
-    train = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=names))
-    train.to_parquet(tmp_path / "train.parquet")
+    data = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=names))
+    data.to_parquet(tmp_path / "train.parquet")
     more = ["--train_file", tmp_path / "train.parquet", "--num_train_epochs", 20]
-    text_classification.main(text_arguments(texts, tmp_path / "a", *DO, *more))
+    train("text", text_arguments(texts, tmp_path / "a", *DO, *more))
     # Two of the three classes: names taken from these rows would be other indices.
     rows = [row for row in text_rows(EVAL_ROWS) if row["label"] != "blue"]
     write_csv(tmp_path / "two.csv", rows)
-    results = text_classification.main(
+    results = train(
+        "text",
         words(
             *("--model_name_or_path", tmp_path / "a", "--validation_file", tmp_path / "two.csv", "--do_eval"),
             *("--output_dir", tmp_path / "b", *QUIET),
-        )
+        ),
     )
     assert results["eval_accuracy"] == 1.0 and results["eval_samples"] == len(rows)
     more = ["--test_file", tmp_path / "two.csv", "--do_predict", "--output_dir", tmp_path / "c", *QUIET]
-    text_classification.main(words("--model_name_or_path", tmp_path / "a", *more))
+    train("text", words("--model_name_or_path", tmp_path / "a", *more))
     assert pd.read_csv(tmp_path / "c" / "predictions.csv")["prediction"].tolist() == [row["label"] for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "audio"])
 def test_a_report_names_the_wrong_labels(kind, request, tmp_path):
-    fixture, make_arguments, script = {
-        "text": ("texts", text_arguments, text_classification),
-        "image": ("images", image_arguments, image_classification),
-        "audio": ("tones", audio_arguments, audio_classification),
+    fixture, make_arguments = {
+        "text": ("texts", text_arguments),
+        "image": ("images", image_arguments),
+        "audio": ("tones", audio_arguments),
     }[kind]
     more = ["--report", "--label_noise", 0.2, "--num_train_epochs", 2]
     argv = make_arguments(request.getfixturevalue(fixture), tmp_path, *DO, *more)
-    results = script.main(argv)
+    results = train(kind, argv)
     issues = pd.read_csv(tmp_path / "report" / "label_issues.csv")
     assert sorted(issues["row"]) == list(range(results["train_samples"]))
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
@@ -184,7 +177,7 @@ def test_a_report_names_the_wrong_labels(kind, request, tmp_path):
 def test_without_perturbations_it_is_the_trainer(texts, tmp_path):
     """The same steps by hand: `ClassLabel`, tokenizer, model, Trainer."""
     argv = text_arguments(texts, tmp_path / "a", "--do_train", "--perturbations", "none", "--max_steps", 5)
-    text_classification.main([*argv, "--seed", "3"])
+    train("text", [*argv, "--seed", "3"])
     tokenizer = AutoTokenizer.from_pretrained(texts / "model")
     dataset = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=NAMES))
     dataset = dataset.map(lambda row: tokenizer(row["text"]))
@@ -218,7 +211,7 @@ def test_a_decoder_without_a_padding_token(texts, tmp_path):
     rows = [row | {"text": row["text"] + " a" * (number % 4)} for number, row in enumerate(text_rows(EVAL_ROWS))]
     write_csv(tmp_path / "validation.csv", rows)
     more = ["--model_name_or_path", tmp_path / "model", "--validation_file", tmp_path / "validation.csv"]
-    results = text_classification.main(text_arguments(texts, tmp_path / "out", *DO, *more, "--num_train_epochs", 8))
+    results = train("text", text_arguments(texts, tmp_path / "out", *DO, *more, "--num_train_epochs", 8))
     model = GPT2ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         losses = [
@@ -229,7 +222,7 @@ def test_a_decoder_without_a_padding_token(texts, tmp_path):
 
 
 def test_images_from_folders(images, tmp_path):
-    results = image_classification.main(image_arguments(images, tmp_path, *DO, "--num_train_epochs", 6))
+    results = train("image", image_arguments(images, tmp_path, *DO, "--num_train_epochs", 6))
     model = ResNetForImageClassification.from_pretrained(tmp_path).eval()
     right = []
     for path in sorted((images / "validation").glob("*/*.png")):
@@ -248,7 +241,7 @@ def test_images_from_paths_in_a_csv(images, tmp_path):
         *("--model_name_or_path", images / "model", "--train_file", tmp_path / "train.csv", "--max_steps", 1),
         *("--train_val_split", 0.25, *DO, *FAST, "--output_dir", tmp_path / "out"),
     )
-    results = image_classification.main(argv)
+    results = train("image", argv)
     assert (results["train_samples"], results["eval_samples"]) == (27, 9)
 
 
@@ -257,14 +250,12 @@ def test_images_as_lists_of_pixels(images, tmp_path):
     rows = [{"image": np.asarray(Image.open(path)).tolist(), "label": path.parent.name} for path in paths]
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
     argv = ["--model_name_or_path", images / "model", "--train_file", tmp_path / "train.parquet", *FAST]
-    results = image_classification.main(words(*argv, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "a"))
+    results = train("image", words(*argv, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "a"))
     assert results["train_samples"] == TRAIN_ROWS
 
 
 def test_recordings_from_folders(tones, tmp_path):
-    results = audio_classification.main(
-        audio_arguments(tones, tmp_path, *DO, "--num_train_epochs", 20, "--learning_rate", 0.005)
-    )
+    results = train("audio", audio_arguments(tones, tmp_path, *DO, "--num_train_epochs", 20, "--learning_rate", 0.005))
     model = ASTForAudioClassification.from_pretrained(tmp_path).eval()
     extractor = ASTFeatureExtractor.from_pretrained(tmp_path)
     right = []
@@ -284,8 +275,8 @@ def test_recordings_from_paths_in_a_csv(tones, tmp_path):
         *("--model_name_or_path", tones / "model", "--train_file", tmp_path / "train.csv", "--max_steps", 2),
         *("--do_train", *FAST, "--output_dir"),
     )
-    audio_classification.main([*argv, str(tmp_path / "a")])
-    audio_classification.main(audio_arguments(tones, tmp_path / "b", "--do_train", "--max_steps", 2))
+    train("audio", [*argv, str(tmp_path / "a")])
+    train("audio", audio_arguments(tones, tmp_path / "b", "--do_train", "--max_steps", 2))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -305,7 +296,7 @@ def test_recordings_of_other_lengths_and_rates(tmp_path):
     before.save_pretrained(tmp_path / "model")
     argv = ["--model_name_or_path", tmp_path / "model", "--train_dir", tmp_path / "train", *DO, *FAST]
     more = ["--validation_dir", tmp_path / "train", "--max_steps", 3, "--learning_rate", 0.005]
-    results = audio_classification.main(words(*argv, *more, "--output_dir", tmp_path / "out"))
+    results = train("audio", words(*argv, *more, "--output_dir", tmp_path / "out"))
 
     model = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     losses = []
@@ -327,9 +318,9 @@ def test_recordings_from_a_metadata_file_and_from_parquet(tones, tmp_path):
         tones / "train" / "metadata.csv",
         [{"file_name": p.relative_to(tones / "train"), "label": p.parent.name} for p in paths],
     )
-    listed = audio_classification.load_audio_folder(str(tones / "train"))
+    listed = load_labeled_files(str(tones / "train"), None, "audio", SUFFIXES, "recordings")
     (tones / "train" / "metadata.csv").unlink()
-    found = audio_classification.load_audio_folder(str(tones / "train"))
+    found = load_labeled_files(str(tones / "train"), None, "audio", SUFFIXES, "recordings")
     assert listed["audio"][:] == found["audio"][:] == list(map(str, paths)) and listed["label"][:] == found["label"][:]
 
     recordings = [{"audio": {"bytes": path.read_bytes(), "path": None}, "label": path.parent.name} for path in paths]
@@ -338,8 +329,8 @@ def test_recordings_from_a_metadata_file_and_from_parquet(tones, tmp_path):
         *("--model_name_or_path", tones / "model", "--train_file", tmp_path / "train.parquet", "--max_steps", 2),
         *("--do_train", *FAST, "--output_dir"),
     )
-    audio_classification.main([*argv, str(tmp_path / "a")])
-    audio_classification.main(audio_arguments(tones, tmp_path / "b", "--do_train", "--max_steps", 2))
+    train("audio", [*argv, str(tmp_path / "a")])
+    train("audio", audio_arguments(tones, tmp_path / "b", "--do_train", "--max_steps", 2))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -349,15 +340,15 @@ def test_recordings_from_a_metadata_file_and_from_parquet(tones, tmp_path):
 
 def test_noise_and_tail_change_the_training_rows_alone(texts, tmp_path, monkeypatch):
     seen = {}
-    original = training.prepare
+    original = run.prepare
 
     def spy(*args):
         seen["prepared"] = original(*args)
         return seen["prepared"]
 
-    monkeypatch.setattr(training, "prepare", spy)
+    monkeypatch.setattr(run, "prepare", spy)
     more = ["--label_noise", 0.4, "--imbalance_ratio", 6, "--seed", 5, "--max_steps", 1]
-    text_classification.main(text_arguments(texts, tmp_path, *DO, *more))
+    train("text", text_arguments(texts, tmp_path, *DO, *more))
     prepared = seen["prepared"]
     rows = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=NAMES))
     expected = add_label_noise(make_long_tailed(rows, 6, seed=5), 0.4, seed=5)
@@ -371,7 +362,7 @@ def test_lora_trains_adapters_and_head_and_reloads(texts, tmp_path):
     from peft import AutoPeftModelForSequenceClassification
 
     argv = text_arguments(texts, tmp_path, *DO, "--use_lora", "--lora_r", 4, "--num_train_epochs", 20)
-    results = text_classification.main(argv)
+    results = train("text", argv)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in saved} == {"lora_A", "lora_B", "classifier"}
     assert {name.split(".")[-3] for name in saved if "lora_A" in name} == {"query", "key", "value", "dense"}
@@ -389,7 +380,7 @@ def test_lora_leaves_a_whole_model_with_its_classes(texts, tmp_path):
     text_model(tmp_path / "base", num_labels=5)
     more = ["--model_name_or_path", tmp_path / "base", "--ignore_mismatched_sizes", "--use_lora"]
     more += ["--do_predict", "--test_file", texts / "test.csv", "--num_train_epochs", 20]
-    text_classification.main(text_arguments(texts, tmp_path / "a", *DO, *more))
+    train("text", text_arguments(texts, tmp_path / "a", *DO, *more))
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "merged")
     assert model.config.label2id == {name: index for index, name in enumerate(NAMES)}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a" / "merged")
@@ -398,42 +389,42 @@ def test_lora_leaves_a_whole_model_with_its_classes(texts, tmp_path):
         pd.read_csv(tmp_path / "a" / "predictions.csv")["prediction"].tolist()
     )
     argv = ["--do_predict", "--test_file", texts / "test.csv", *QUIET, "--output_dir", tmp_path / "b"]
-    text_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+    train("text", words("--model_name_or_path", tmp_path / "a", *argv))
     assert (tmp_path / "b" / "predictions.csv").read_text() == predictions
     (tmp_path / "a" / "merged").rename(tmp_path / "elsewhere")
     with pytest.raises(
         ValueError, match=r"`--model_name_or_path` is .*LoRA adapters alone\. Pass the folder 'merged'"
     ):
-        text_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+        train("text", words("--model_name_or_path", tmp_path / "a", *argv))
 
 
 def test_lora_keeps_what_batch_normalization_has_seen(images, tmp_path):
     """Statistics are no parameters; without them what was saved is another model than what was evaluated."""
     more = ["--use_lora", "--lora_target_modules", "convolution", "--num_train_epochs", 6, "--save_strategy", "epoch"]
     argv = image_arguments(images, tmp_path / "a", *DO, *more)
-    trained = image_classification.main(argv)
-    again = image_classification.main(argv)
+    trained = train("image", argv)
+    again = train("image", argv)
     argv = ["--validation_dir", images / "validation", "--do_eval", "--output_dir", tmp_path / "b", *QUIET]
-    merged = image_classification.main(words("--model_name_or_path", tmp_path / "a", *argv))
+    merged = train("image", words("--model_name_or_path", tmp_path / "a", *argv))
     assert again["eval_loss"] == trained["eval_loss"] == pytest.approx(merged["eval_loss"], rel=1e-4)
 
 
 def test_a_second_run_resumes_where_the_first_was_killed(images, tmp_path, caplog):
     """With random crops and flips: the generator's state is part of the checkpoint. Three steps are an epoch."""
     argv = ["--do_train", "--max_steps", 9, "--save_strategy", "steps", "--save_steps", 3]
-    image_classification.main(image_arguments(images, tmp_path, *argv))
+    train("image", image_arguments(images, tmp_path, *argv))
     whole = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     # Killed while it saved for the third time.
     (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
     with caplog.at_level("INFO"):
-        image_classification.main(image_arguments(images, tmp_path, *argv))
+        train("image", image_arguments(images, tmp_path, *argv))
     assert f"Resuming from {tmp_path / 'checkpoint-6'}" in caplog.text
     # The third run finds that all is done.
     for _ in range(2):
         resumed = load_file(tmp_path / "model.safetensors")
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-        results = image_classification.main(image_arguments(images, tmp_path, *argv, "--do_eval"))
+        results = train("image", image_arguments(images, tmp_path, *argv, "--do_eval"))
     assert results["epoch"] == 3 and results["eval_samples"] == EVAL_ROWS
 
 
@@ -441,18 +432,18 @@ def test_a_finished_training_keeps_its_results(texts, tmp_path, caplog):
     """Within an epoch, where the loop of transformers would take one step more."""
     argv = text_arguments(texts, tmp_path, "--do_train", "--max_steps", 4)
     argv += ["--save_strategy", "steps", "--save_steps", "2"]
-    first = text_classification.main(argv)
+    first = train("text", argv)
     kept = {name: (tmp_path / name).read_bytes() for name in ("train_results.json", "model.safetensors")}
     with caplog.at_level("INFO"):
-        assert text_classification.main(argv) == first
+        assert train("text", argv) == first
     assert "finished already" in caplog.text and first["train_loss"] > 0
     assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
     # Without results, those of a shorter training are not mistaken for its own.
     (tmp_path / "train_results.json").write_text(json.dumps(first | {"epoch": 0.5}))
-    assert text_classification.main(argv) == {"epoch": first["epoch"], "train_samples": TRAIN_ROWS}
+    assert train("text", argv) == {"epoch": first["epoch"], "train_samples": TRAIN_ROWS}
     more = [*argv, "--max_steps", "6"]
     caplog.clear()
-    assert text_classification.main(more)["train_loss"] > 0 and "finished already" not in caplog.text
+    assert train("text", more)["train_loss"] > 0 and "finished already" not in caplog.text
 
 
 @pytest.mark.parametrize("spelled", ["true", "True"])
@@ -460,16 +451,16 @@ def test_resuming_when_asked_for(spelled, texts, tmp_path, caplog):
     argv = text_arguments(texts, tmp_path, "--do_train", "--resume_from_checkpoint", spelled, "--max_steps", 2)
     argv += ["--save_strategy", "steps", "--save_steps", "1"]
     with pytest.raises(ValueError, match=r"no complete checkpoint in .* Train without `resume_from_checkpoint`"):
-        text_classification.main(argv)
+        train("text", argv)
     index = argv.index("--resume_from_checkpoint")
-    text_classification.main(argv[:index] + argv[index + 2 :])
+    train("text", argv[:index] + argv[index + 2 :])
     with caplog.at_level("INFO"):
-        text_classification.main(argv)
+        train("text", argv)
     assert f"finished already: {tmp_path / 'checkpoint-2'}" in caplog.text
     argv[index + 1] = str(tmp_path / "checkpoint-3")
     message = r"`--resume_from_checkpoint` is '.*checkpoint-3', which is no checkpoint .* or `true` for the newest"
     with pytest.raises(ValueError, match=message):
-        text_classification.main(argv)
+        train("text", argv)
 
 
 @pytest.mark.parametrize(
@@ -479,16 +470,16 @@ def test_two_processes_train_like_one(kind, request, tmp_path):
     """With batches of half the size, and SGD, which does not blow up rounding as Adam does."""
     fixture = {"text": "texts", "image": "images", "audio": "tones"}[kind]
     make = {"text": text_arguments, "image": image_arguments, "audio": audio_arguments}[kind]
-    module = {"text": text_classification, "image": image_classification, "audio": audio_classification}[kind]
     data = request.getfixturevalue(fixture)
     same = [*DO, "--optim", "sgd", "--learning_rate", 0.1, "--max_steps", 4, "--perturbations", "logit_adjustment"]
     if kind == "image":
         same += ["--min_crop_area", 1, "--random_flip", "false"]
-    alone = module.main(make(data, tmp_path / "alone", *same))
+    alone = train(kind, make(data, tmp_path / "alone", *same))
     config = EXAMPLES / "accelerate" / "cpu_ddp.yaml"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
+    launcher += ["-m", "lpg_hf.commands", "train"]
     argv = make(data, tmp_path / "together", *same, "--per_device_train_batch_size", 6)
-    done = subprocess.run([*launcher, module.__file__, *argv], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*launcher, kind, *argv], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "together"))
     if kind != "image":  # where BatchNorm sees half of a batch on each process

@@ -1,4 +1,4 @@
-"""Tiny models and data for the classification examples; the class shows in every row."""
+"""Tiny models and data for `lpg-hf train`; the class shows in every row."""
 
 import csv
 from pathlib import Path
@@ -15,6 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessor,
     ViTImageProcessor,
     set_seed,
 )
@@ -24,6 +27,12 @@ WORDS = {"red": "rose", "green": "grass", "blue": "sky"}
 COLORS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 NAMES = sorted(WORDS)
 TRAIN_ROWS, EVAL_ROWS = 36, 12
+QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--dataloader_pin_memory", "false"]
+
+
+def words(*values: object) -> list[str]:
+    """A command line."""
+    return list(map(str, values))
 
 
 def label_of(row: int) -> str:
@@ -54,6 +63,29 @@ def write_images(folder: Path, number: int) -> Path:
         path = folder / label_of(row) / f"{row:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
+    return folder
+
+
+def write_videos(folder: Path, number: int) -> Path:
+    """Animations of four frames, which get brighter."""
+    rng = np.random.default_rng(0)
+    for row in range(number):
+        path = folder / label_of(row) / f"{row:02}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colors = [np.array(COLORS[label_of(row)]) * (frame + 1) / 4 for frame in range(4)]
+        pixels = [np.clip(color + rng.integers(-20, 20, (12, 16, 3)), 0, 255).astype(np.uint8) for color in colors]
+        frames = [Image.fromarray(values) for values in pixels]
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    return folder
+
+
+def video_model(folder: Path) -> Path:
+    size = {"height": 8, "width": 8}
+    VideoMAEImageProcessor(size={"shortest_edge": 8}, crop_size=size).save_pretrained(folder)
+    set_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = VideoMAEConfig(image_size=8, patch_size=8, num_frames=4, tubelet_size=2, num_labels=3, **sizes)
+    VideoMAEForVideoClassification(config).save_pretrained(folder)
     return folder
 
 

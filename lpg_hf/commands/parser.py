@@ -1,0 +1,185 @@
+"""Command line and config files of `lpg-hf train`, with a help that puts what is ours under one heading."""
+
+import json
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter, _ArgumentGroup
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..config import LPGConfig
+from .arguments import (
+    OUR_HEADING,
+    TRAINING_HEADING,
+    Arguments,
+    DataArguments,
+    FixesArguments,
+    FolderUseArguments,
+    ModelArguments,
+    ReportArguments,
+    StressArguments,
+)
+from .closest import closest
+
+
+ESSENTIAL_HEADING = "what to do"
+ESSENTIALS = (
+    "--output_dir",
+    "--do_train",
+    "--do_eval",
+    "--do_predict",
+    "--num_train_epochs",
+    "--learning_rate",
+    "--per_device_train_batch_size",
+)
+# Where transformers tells what its Trainer makes of an argument, not what a command does.
+OWN_HELP = {
+    "output_dir": "Required: folder for the model and all results.",
+    "do_train": "Whether to train, and to save the model.",
+    "do_eval": "Whether to evaluate on the validation data.",
+    "do_predict": "Whether to write predictions.csv for the test data.",
+}
+# Names in the published commands that TrainingArguments had before transformers 5. A ratio is a share of the steps.
+OLDER_NAMES = {
+    "eval_strategy": "--evaluation_strategy",
+    "warmup_steps": "--warmup_ratio",
+    "hub_model_id": "--push_to_hub_model_id",
+}
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The description as it was written, one name of each argument, and its default where it has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=119)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return ", ".join(action.option_strings)
+        value = f"{{{','.join(map(str, action.choices))}}}" if action.choices else "VALUE"
+        value = {"+": f"{value} ...", "?": "[true|false]"}.get(str(action.nargs), value)
+        return f"{action.option_strings[0]} {value}"
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None or action.required else super()._get_help_string(action)
+
+
+class ArgumentParser(HfArgumentParser):
+    """
+    An [`~transformers.HfArgumentParser`] whose help begins with what a newcomer needs.
+
+    The fields of [`LPGConfig`] are listed in two groups, its own with the other arguments of this library. The output
+    folder must be given: in a shared default, a run would resume another one's checkpoint.
+    """
+
+    def __init__(self, dataclasses: list[Any], **kwargs: Any) -> None:
+        self._groups_by_heading: dict[str, _ArgumentGroup] = {}
+        inherited = {f.name for f in fields(TrainingArguments)}
+        self._headings = {f.name: TRAINING_HEADING if f.name in inherited else OUR_HEADING for f in fields(LPGConfig)}
+        super().__init__(
+            dataclasses,
+            usage="%(prog)s [CONFIG.yaml] --output_dir FOLDER [--argument VALUE ...]",
+            # Else what is misspelled may be another argument's beginning, and a new argument make it ambiguous.
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+            **kwargs,
+        )
+
+    def add_argument_group(self, *args: Any, **kwargs: Any) -> _ArgumentGroup:
+        title = args[0] if args else kwargs["title"]
+        if title not in self._groups_by_heading:
+            self._groups_by_heading[title] = super().add_argument_group(*args, **kwargs)
+        return self._groups_by_heading[title]
+
+    def add_argument(self, *flags: Any, **settings: Any) -> Action:
+        name = flags[0].removeprefix("--").removeprefix("no_")
+        if name in OLDER_NAMES:
+            flags = (*flags, OLDER_NAMES[name])
+        if name == "output_dir":
+            settings = settings | {"required": True}
+        if name in OWN_HELP:
+            settings = settings | {"help": OWN_HELP[name]}
+        if name in self._headings:
+            return self.add_argument_group(self._headings[name]).add_argument(*flags, **settings)
+        return super().add_argument(*flags, **settings)
+
+    def format_short_help(self) -> str:
+        """Of the arguments of the Trainer, which are more than a hundred, the few that every run needs."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        sections = {ESSENTIAL_HEADING: [self._option_string_actions[name] for name in ESSENTIALS]}
+        sections |= {heading: group._group_actions for heading, group in self._groups_by_heading.items()}
+        for heading, actions in sections.items():
+            if heading not in ("options", TRAINING_HEADING):
+                formatter.start_section(heading)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        formatter.add_text("--help also lists the arguments of transformers.TrainingArguments.")
+        return formatter.format_help()
+
+
+def parse_arguments(data_class: type[DataArguments], prog: str, description: str, argv: list[str]) -> Arguments:
+    """
+    Reads the command line, or a config file and what overrides it.
+
+    Args:
+        data_class (`type`): [`DataArguments`] with the fields of one kind of data.
+        prog (`str`): What is typed before the arguments.
+        description (`str`): What the command does, with an example that works.
+        argv (`list[str]`): The arguments; nothing at all prints a short help.
+
+    Returns:
+        [`Arguments`]: What was asked for.
+
+    Raises:
+        SystemExit: With status 2 for unknown or missing arguments, and where there is none at all.
+    """
+    shared = [FixesArguments, StressArguments, ReportArguments, FolderUseArguments, LPGConfig]
+    parser = ArgumentParser([ModelArguments, data_class, *shared], prog=prog, description=description)
+    if not argv:
+        print(parser.format_short_help())
+        raise SystemExit(2)
+    try:
+        argv = expand_config(argv)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        # Each has a name with hyphens, too.
+        names = [name for name in parser._option_string_actions if "-" not in name.removeprefix("--")]
+        parser.error(closest("argument", unknown[0], names))
+    return Arguments(*parsed)
+
+
+def expand_config(argv: list[str]) -> list[str]:
+    """The arguments, with those of a config file in the place of its name where they begin with one."""
+    return [*read_config(argv[0]), *argv[1:]] if argv and argv[0].endswith(CONFIG_SUFFIXES) else argv
+
+
+def read_config(path: str) -> list[str]:
+    """
+    The command line that a YAML or JSON file of arguments stands for.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it does not hold names with values.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML or JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, but must hold arguments: lines of `name: value`.")
+    argv: list[str] = []
+    for name, value in config.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        argv += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return argv

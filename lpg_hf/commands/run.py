@@ -1,0 +1,163 @@
+"""One run of `lpg-hf train`: from its arguments to a trained, evaluated and saved model."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import Trainer, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
+
+from ..trainer import LPGTrainer
+from ..trainer.complete_checkpoints import is_complete, last_complete_checkpoint
+from .arguments import Arguments
+from .load_data import TEST, TRAIN, VALIDATION
+from .lora import save_merged
+from .run_files import save_command, save_issues
+from .task import ClassificationTask, class_names, make_model, make_trainer, prepare
+
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging() -> None:
+    """What the commands tell, and warnings of the libraries, on the first process; errors on the others."""
+    is_main = PartialState().is_main_process
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    for name in (__package__, "lpg_hf.data"):
+        logging.getLogger(name).setLevel("INFO" if is_main else "ERROR")
+    for library in (datasets, transformers):
+        library.utils.logging.set_verbosity_warning() if is_main else library.utils.logging.set_verbosity_error()
+
+
+def checkpoint_to_resume(arguments: Arguments) -> str | None:
+    """The checkpoint that was asked for, else the newest complete one in the output folder; `None` without any."""
+    args = arguments.training
+    asked = args.resume_from_checkpoint
+    if arguments.folder_use.overwrite_output_dir and asked is None:
+        return None
+    if str(asked).lower() == "true":
+        checkpoint = last_complete_checkpoint(arguments.output_dir)
+        if checkpoint is None:
+            raise ValueError(
+                f"There is no complete checkpoint in {args.output_dir}. Train without `resume_from_checkpoint`."
+            )
+        return checkpoint
+    if asked is not None:
+        if not is_complete(asked):
+            raise ValueError(
+                f"`--resume_from_checkpoint` is {asked!r}, which is no checkpoint that was saved to its end. Pass "
+                f"another {PREFIX_CHECKPOINT_DIR}-NUMBER folder, or `true` for the newest whole one in --output_dir."
+            )
+        return asked
+    if not any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        return None
+    try:
+        checkpoint = last_complete_checkpoint(arguments.output_dir)
+    except ValueError:
+        return None
+    logger.info(f"Resuming from {checkpoint}. To start anew, choose another --output_dir, or remove its checkpoints.")
+    return checkpoint
+
+
+def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict[str, float]:
+    """
+    Does what `--do_train`, `--do_eval` and `--do_predict` ask for.
+
+    Args:
+        task ([`ClassificationTask`]): The kind of data.
+        arguments ([`Arguments`]): What was asked for.
+        argv (`list[str]`): The same as it was typed, which the output folder keeps.
+
+    Returns:
+        `dict[str, float]`: All metrics, which are also in `all_results.json` of the output folder.
+    """
+    args = arguments.training
+    set_up_logging()
+    prepared = prepare(task, arguments)
+    set_seed(args.seed)
+    trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))
+
+    results: dict[str, float] = {}
+    if args.do_train:
+        results |= train(trainer, prepared.splits[TRAIN], checkpoint_to_resume(arguments))
+        save_command(trainer, task.kind, argv)
+        save_issues(trainer)
+    if args.do_eval:
+        evaluation = trainer.evaluate() | {"eval_samples": len(prepared.splits[VALIDATION])}
+        log_and_save(trainer, "eval", evaluation)
+        results |= evaluation
+    if args.do_predict:
+        prediction = trainer.predict(prepared.splits[TEST], metric_key_prefix="predict")
+        assert prediction.metrics is not None
+        log_and_save(trainer, "predict", prediction.metrics)
+        write_predictions(
+            trainer, class_names(prepared.config), prediction, Path(arguments.output_dir, "predictions.csv")
+        )
+        results |= prediction.metrics
+
+    if args.do_train:
+        if arguments.report.report:
+            logger.info(f"Report: {trainer.report()}")
+        card: dict[str, Any] = {"finetuned_from": arguments.model.model_name_or_path, "tasks": task.name}
+        card["dataset"] = arguments.data.dataset_name
+        trainer.push_to_hub(**card) if args.push_to_hub else trainer.create_model_card(**card)
+        if arguments.model.use_lora and trainer.is_world_process_zero():
+            # Last, since the model has no adapters after it.
+            save_merged(trainer.model, prepared.processor, arguments.output_dir)
+    return results
+
+
+def train(trainer: LPGTrainer, train_dataset: Dataset, checkpoint: str | None) -> dict[str, float]:
+    """
+    Trains, saves the model, and returns the metrics of the training.
+
+    Those of a training that had come to its end before are kept: the loss and the speed of no steps say nothing.
+    """
+    earlier, first_step = read_train_results(str(trainer.args.output_dir)), step_of(checkpoint)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    if trainer.state.global_step == first_step:
+        logger.info(f"The training was finished already: {checkpoint} is at step {first_step}, and none is left.")
+        if earlier.get("epoch") == metrics["epoch"]:
+            return earlier
+        # Killed after its last checkpoint, before it wrote them.
+        metrics = {"epoch": metrics["epoch"]}
+    metrics["train_samples"] = len(train_dataset)
+    trainer.save_state()
+    log_and_save(trainer, "train", metrics)
+    return metrics
+
+
+def read_train_results(folder: str) -> dict[str, float]:
+    path = Path(folder) / "train_results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def step_of(checkpoint: str | None) -> int | None:
+    """The optimizer steps that it has behind it."""
+    if checkpoint is None:
+        return None
+    return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+
+
+def log_and_save(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def write_predictions(trainer: LPGTrainer, names: list[str], prediction: PredictionOutput, path: Path) -> None:
+    """One line per test row, in their order: its number and the name of the class."""
+    if trainer.is_world_process_zero():
+        # Some models return more than logits.
+        is_tuple = isinstance(prediction.predictions, tuple)
+        logits = np.asarray(prediction.predictions[0] if is_tuple else prediction.predictions)
+        found = [names[index] for index in logits.argmax(-1)]
+        pd.DataFrame({"index": range(len(found)), "prediction": found}).to_csv(path, index=False)

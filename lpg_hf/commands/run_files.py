@@ -1,0 +1,83 @@
+"""What a training leaves in its output folder for the other commands: how it was started, and its label issues."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+
+from ..data import write_issues
+from ..trainer import LPGTrainer
+
+
+logger = get_logger(__name__)
+
+# `push_to_hub` leaves out what begins with an underscore: texts and paths of the training data stay on this machine.
+COMMAND_FILE = "_lpg/command.json"
+ISSUES_FILE = "_lpg/label_issues.csv"
+
+
+def save_command(trainer: LPGTrainer, kind: str, argv: list[str]) -> None:
+    """Writes how a training was started, and where, without secrets."""
+    if trainer.is_world_process_zero():
+        command = {"kind": kind, "arguments": without_secrets(argv), "folder": os.getcwd()}
+        path = Path(str(trainer.args.output_dir), COMMAND_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(command, indent=2) + "\n", encoding="utf-8")
+
+
+def without_secrets(argv: list[str]) -> list[str]:
+    """
+    The arguments without tokens.
+
+    Example:
+
+    ```python
+    >>> without_secrets(["--token", "hf_abc", "--hub_token=hf_abc", "--do_train"])
+    ['--do_train']
+
+    ```
+    """
+    kept: list[str] = []
+    skip = False
+    for argument in argv:
+        name, equals, _ = argument.replace("-", "_").partition("=")
+        is_secret = name in ("__token", "__hub_token")
+        if not skip and not is_secret:
+            kept.append(argument)
+        skip = is_secret and not equals
+    return kept
+
+
+def read_command(folder: str | Path) -> dict[str, Any]:
+    """
+    How the training of an output folder was started: `kind`, `arguments`, and the `folder` where.
+
+    Raises:
+        OSError: If no training of `lpg-hf train` was.
+    """
+    path = Path(folder, COMMAND_FILE)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {COMMAND_FILE} in {folder}, which `lpg-hf train` writes. Pass the --output_dir of a "
+            "training with it; in a script of your own call `trainer.report()`."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save_issues(trainer: LPGTrainer) -> None:
+    """Writes the label issues of a training that has just ended. All processes must call it."""
+    try:
+        issues = trainer.label_issues()
+        if trainer.is_world_process_zero():
+            path = Path(str(trainer.args.output_dir), ISSUES_FILE)
+            write_issues(issues, path, trainer.train_dataset, trainer.processing_class)
+    except ValueError as error:
+        logger.warning(f"There are no label issues of this training: {error}")
+
+
+def folder_of_issues(folder: str | Path) -> Path:
+    """Where [`~trainer.export_issues`] finds those of an output folder: of `lpg-hf train`, or of another script."""
+    path = Path(folder, ISSUES_FILE)
+    return path.parent if path.exists() else Path(folder)

@@ -1,0 +1,90 @@
+"""From label issues to fixes: `lpg-hf issues OUT --export`, a filled column, `lpg-hf train --fixes`."""
+
+import csv
+import json
+
+import pytest
+from command_data import QUIET, text_model, text_rows, words, write_csv
+
+from lpg_hf.commands import run
+from lpg_hf.commands.main import main
+from lpg_hf.commands.train import train
+
+
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """A training with a fifth of the labels wrong and without validation rows; its arguments and its label issues."""
+    root = tmp_path_factory.mktemp("fixes")
+    argv = ["--model_name_or_path", text_model(root / "model"), "--train_file"]
+    argv += [write_csv(root / "train.csv", text_rows(ROWS)), "--label_noise", 0.2, "--do_train", "--do_eval", *QUIET]
+    argv += ["--max_train_samples", 40, "--num_train_epochs", 3, "--save_strategy", "no"]
+    train("text", words(*argv, "--output_dir", root / "out"))
+    main(["issues", str(root / "out"), "--export", str(root / "issues.csv")])
+    return words(*argv), root
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """What the next run trains on."""
+    found, original = [], run.prepare
+    monkeypatch.setattr(run, "prepare", lambda *args: found.append(original(*args)) or found[-1])
+    return found
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def true_label(text):
+    return {"rose": "red", "grass": "green", "sky": "blue"}[text.split()[1]]
+
+
+def test_corrected_labels_are_trained_on(training, prepared, tmp_path, caplog):
+    """The file shows text and label of each row. Wrong ones are corrected, and one row is dropped."""
+    argv, root = training
+    lines = read(root / "issues.csv")
+    assert len(lines) == 40 and next(iter(lines[0])) == "fix"
+    wrong = [line for line in lines if line["label_name"] != true_label(line["text"])]
+    assert len(wrong) == 8  # a fifth
+    for line in wrong:
+        line["fix"] = true_label(line["text"])
+    dropped = next(line for line in lines if not line["fix"])
+    dropped["fix"] = "drop"
+    fixes = write_csv(tmp_path / "fixes.csv", lines[::-1])
+    with caplog.at_level("INFO"):
+        results = train("text", [*argv, "--fixes", str(fixes), "--output_dir", str(tmp_path / "out")])
+    rows = prepared[0].splits["train"]
+    assert results["train_samples"] == len(rows) == 39
+    names = rows.features["labels"].names
+    assert [names[label] for label in rows["labels"]] == [true_label(text) for text in rows["text"]]
+    assert "8 labels changed, 1 rows dropped" in caplog.text
+    assert json.loads((tmp_path / "out" / "_lpg" / "command.json").read_text())["arguments"][-4] == "--fixes"
+    main(["issues", str(tmp_path / "out"), "--export", str(tmp_path / "again.csv")])
+    assert all(line["label_name"] == true_label(line["text"]) for line in read(tmp_path / "again.csv"))
+
+
+def test_fixes_of_other_rows_are_refused(training, tmp_path):
+    argv, root = training
+    lines = read(root / "issues.csv")
+    lines[0]["fix"] = lines[0]["suggested_label_name"]
+    fixes = str(write_csv(tmp_path / "fixes.csv", lines))
+    with pytest.raises(ValueError, match=r"^`--fixes`: \d+ of 40 lines have another (label|text)"):
+        train("text", [*argv, "--fixes", fixes, "--seed", "7", "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_fixes_that_are_not_there_or_for_no_training(training, tmp_path):
+    argv, root = training
+    with pytest.raises(FileNotFoundError, match=r"^`--fixes`: .*none\.csv"):
+        train("text", [*argv, "--fixes", str(tmp_path / "none.csv"), "--output_dir", str(tmp_path / "out")])
+    more = ["--do_train", "false", "--fixes", str(root / "issues.csv"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"`--fixes` corrects the labels of a training, but there is none"):
+        train("text", [*argv, *more])
+    assert not (tmp_path / "out").exists()

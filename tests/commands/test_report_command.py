@@ -1,0 +1,108 @@
+"""`lpg-hf issues` and `lpg-hf report` of a training that has ended."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from command_data import QUIET, text_model, text_rows, words, write_csv
+from safetensors.torch import load_file
+
+from lpg_hf.commands import issues, report
+from lpg_hf.commands.main import main
+from lpg_hf.commands.train import train
+
+
+pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a training that was started in it; a fifth of the labels is wrong."""
+    root = tmp_path_factory.mktemp("training")
+    text_model(root / "model")
+    write_csv(root / "train.csv", text_rows(60))
+    write_csv(root / "validation.csv", text_rows(12, 1))
+    argv = [
+        "--model_name_or_path",
+        "model",
+        "--train_file",
+        "train.csv",
+        "--validation_file",
+        "validation.csv",
+        *QUIET,
+    ]
+    argv += ["--do_train", "--do_eval", "--label_noise", 0.2, "--num_train_epochs", 6, "--learning_rate", 0.01]
+    argv += ["--logging_steps", 10, "--output_dir", "out", "--token", "hf_secret"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train("text", words(*argv))
+    return root
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def test_issues_are_shown_and_exported(folder, tmp_path, capsys):
+    main(["issues", str(folder / "out"), "--number", "3", "--export", str(tmp_path / "issues.csv")])
+    rows = read(tmp_path / "issues.csv")
+    assert sorted(int(row["row"]) for row in rows) == list(range(60))
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    shown = capsys.readouterr().out.splitlines()[:4]
+    assert shown[0].split()[:4] == ["row", "score", "label_name", "suggested_label_name"]
+    for line, row in zip(shown[1:], rows, strict=False):
+        names = [row["label_name"], row["suggested_label_name"]]
+        assert line.split()[:4] == [row["row"], f"{float(row['score']):.3f}", *names]
+
+
+def test_nothing_of_the_training_is_written_for_others(folder):
+    command = json.loads((folder / "out" / "_lpg" / "command.json").read_text())
+    assert "hf_secret" not in str(command) and command["kind"] == "text" and command["folder"] == str(folder)
+    assert {path.name for path in (folder / "out" / "_lpg").iterdir()} == {"command.json", "label_issues.csv"}
+
+
+def test_the_report_is_that_of_the_training(folder, tmp_path, monkeypatch):
+    """From another folder, where the paths of the data mean nothing; against `--report` of the same training."""
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    main(["report", str(folder / "out"), "--report_dir", "later"])
+    assert before == {path: path.read_bytes() for path in before}
+    monkeypatch.chdir(folder)
+    arguments = json.loads((folder / "out" / "_lpg" / "command.json").read_text())["arguments"]
+    train("text", [*arguments, "--output_dir", str(tmp_path / "again"), "--report"])
+    for name in ("label_issues", "classes", "confusion", "calibration", "norms"):
+        later, at_once = (read(tmp_path / where / f"{name}.csv") for where in ("later", "again/report"))
+        assert later == at_once and len(later) > 0
+    one, other = (load_file(where / "model.safetensors") for where in (folder / "out", tmp_path / "again"))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_report_without_a_checkpoint_or_a_training(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no _lpg/command\.json in .*nowhere, which `lpg-hf train` writes"):
+        report.write_report(str(tmp_path / "nowhere"))
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    shutil.rmtree(next(out.glob("checkpoint-*")))
+    with pytest.raises(ValueError, match=r"no checkpoint of the end of the training in .*, step 48\. Train with"):
+        report.write_report(str(out))
+    (out / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"training in .*out is not finished\. The command that started it"):
+        report.write_report(str(out))
+
+
+def test_a_long_cell_is_cut():
+    assert issues.cut("label_name", "x" * 30) == "x" * 23 + "…" and issues.cut("score", "0.12345") == "0.123"
+
+
+def test_a_training_without_label_issues(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(folder)
+    arguments = json.loads((folder / "out" / "_lpg" / "command.json").read_text())["arguments"]
+    argv = [*arguments, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--track_rows", "false"]
+    train("text", argv)
+    assert "There are no label issues of this training: Training records nothing of its rows" in caplog.text
+    with pytest.raises(SystemExit, match=r"There are no label issues in .*out: neither"):
+        main(["issues", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"There is no folder .*nowhere"):
+        main(["issues", str(tmp_path / "nowhere")])
