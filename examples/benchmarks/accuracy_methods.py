@@ -43,6 +43,8 @@ class Method:
         labels (`str`):
             Which training labels it gets: `"noisy"`; `"clean"`; `"right"`, the noisy ones without the wrong ones; or
             `"believed"`, the noisy ones without those that a finished training with `auto` contradicts.
+        is_told_shares (`bool`):
+            Whether it is told the class shares of the test set. Otherwise it takes those of the training set.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Method:
     edit: Edit | None = None
     constants: dict[str, float] = field(default_factory=dict)
     labels: str = "noisy"
+    is_told_shares: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -179,10 +182,11 @@ _BENCHMARK = (
         "class-relative dampening",
         OURS,
         ("class_relative_dampening(power={value})",),
-        4.0,
+        2.0,
         (1.0, 2.0, 4.0, 8.0),
     ),
     Method("auto", "auto", AUTO, ("auto",)),
+    Method("auto_without_eval", "auto without an evaluation set", OURS, ("auto",), is_told_shares=False),
     _plug_in("label_smoothing", "label smoothing", "label_smoothing"),
     _plug_in("class_weighting", "class weights", "class_weighting"),
     _plug_in("effective_number", "effective number", "class_weighting(weights='effective')"),

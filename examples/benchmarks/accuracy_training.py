@@ -189,14 +189,19 @@ def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> 
 def lpg_options(run: Run, source: Source, split: Split) -> dict[str, Any]:
     """What a run passes to LPGTrainer beside what Trainer takes: all that the library is told of it."""
     counts = split.class_counts(source.num_labels)
-    # Methods that ask for it are told the class shares of the test set: the natural one for data as it comes.
-    is_natural = run.regime.startswith("natural")
-    test_counts = np.bincount(split.clean[split.natural_test], minlength=source.num_labels) + 1
+    method = METHODS[run.method]
     return {
-        "perturbations": METHODS[run.method].perturbations(run.value, counts),
+        "perturbations": method.perturbations(run.value, counts),
         "class_counts": counts,
-        "eval_shares": test_counts.tolist() if is_natural else "uniform",
+        "eval_shares": told_shares(run, source, split) if method.is_told_shares else "train",
     }
+
+
+def told_shares(run: Run, source: Source, split: Split) -> list[int] | str:
+    """Class counts of the natural test set where rows are as they come. Balanced and cut rows have a balanced one."""
+    if not run.regime.startswith(("natural", "human")):
+        return "uniform"
+    return (np.bincount(split.clean[split.natural_test], minlength=source.num_labels) + 1).tolist()
 
 
 def make_trainer(run: Run, source: Source, split: Split, output_dir: str, **kwargs) -> Trainer:

@@ -309,6 +309,23 @@ def test_all_methods_start_alike_and_see_the_same_batches(setting, tmp_path, mon
             assert torch.equal(batch["labels"], expected["labels"])
 
 
+@pytest.mark.parametrize("regime", ["natural", "human:worse", "long_tail_10", "symmetric_40"])
+def test_auto_is_told_the_class_shares_of_its_test_set(setting, regime):
+    sizes = [400, 200, 120]
+    labels = make_source(sizes).labels
+    source = make_source(sizes, 150, human={"worse": np.roll(labels, 1)})
+    split = make_split(source, parse_regime(regime), seed=0)
+    told, untold = (
+        training.lpg_options(training.Run(setting, regime, name, "", 0), source, split)["eval_shares"]
+        for name in ("auto", "auto_without_eval")
+    )
+    assert untold == "train"
+    if regime in ("natural", "human:worse"):
+        assert told == (np.bincount(labels[split.natural_test]) + 1).tolist()
+    else:
+        assert told == "uniform"
+
+
 @pytest.mark.parametrize("regime", ["symmetric_40", "long_tail_10"])
 def test_a_run_scores_the_last_and_the_picked_epoch(setting, tmp_path, regime):
     run = training.Run(setting, regime, "ce", "", 0)
