@@ -1,0 +1,92 @@
+"""The labels of a dataset as classes with names, however its column stores them."""
+
+from collections.abc import Mapping, Sequence
+
+import datasets
+import numpy as np
+
+from ..batch import IGNORE_INDEX
+from .class_cells import ClassCells
+from .labels import label_feature, read_labels
+
+
+NO_CLASS = -1
+
+
+class LabelValues:
+    """
+    The classes of a label column, and the class of each row.
+
+    A `ClassLabel` says its classes. Plain integers and strings have the classes that occur, and those of
+    `known_names`.
+
+    Args:
+        dataset (`datasets.Dataset`): The dataset.
+        column (`str`): Its label column.
+        known_names (`Mapping[int, str]`): Names of classes by their number, for a column of integers or strings.
+
+    Attributes:
+        cells ([`ClassCells`]): Reads and writes the classes.
+        classes (`np.ndarray` of shape `[N]`): The position in `cells` of each row's class, -1 without one.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, column: str, known_names: Mapping[int, str]) -> None:
+        feature = label_feature(dataset, column)
+        self._stored: list
+        numbers: list[int | None]
+        if isinstance(feature, datasets.Value) and "string" in feature.dtype:
+            values = _read_strings(dataset, column)
+            names = sorted({value for value in values if value is not None} | set(known_names.values()))
+            self._stored, numbers = names, _numbers_of(names, known_names)
+        else:
+            values = read_labels(dataset, column)
+            if isinstance(feature, datasets.ClassLabel):
+                self._stored, names = list(range(feature.num_classes)), feature.names
+            else:
+                found = set(np.unique(values[values != IGNORE_INDEX]).tolist())
+                self._stored = sorted(found | set(known_names))
+                names = [
+                    known_names.get(number, f"#{number}" if known_names else str(number)) for number in self._stored
+                ]
+            numbers = list(self._stored)
+        self.cells = ClassCells(names, numbers)
+        position = {value: index for index, value in enumerate(self._stored)}
+        self._values = values
+        self.classes = np.array([position.get(value, NO_CLASS) for value in list(values)], dtype=np.int64)
+
+    def with_classes(self, positions: Mapping[int, int]) -> np.ndarray | list[str | None]:
+        """
+        The labels as the column stores them, after a change.
+
+        Args:
+            positions (`Mapping[int, int]`): The position in `cells` of the new class, by row.
+        """
+        values = self._values.copy()
+        for row, position in positions.items():
+            values[row] = self._stored[position]
+        return values
+
+    def name_of(self, row: int) -> str:
+        """The name of the class of a row, for messages."""
+        position = int(self.classes[row])
+        return repr(self._values[row]) if position == NO_CLASS else repr(self.cells.names[position])
+
+
+def _read_strings(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    values = dataset.with_format(None).select_columns([column])[:][column]
+    if values and isinstance(values[0], list):
+        raise ValueError(
+            f"column {column!r} holds lists of strings, but one label per sample is needed. Pass `label_column` if "
+            "another column holds the classes."
+        )
+    if not any(value is not None for value in values):
+        raise ValueError(f"column {column!r} has no label in any of {len(values)} rows. Check how they were loaded.")
+    return np.array(values, dtype=object)
+
+
+def _numbers_of(names: Sequence[str], known_names: Mapping[int, str]) -> list[int | None]:
+    """The numbers that `class_encode_column` gives to strings, unless other ones are known."""
+    if all(number < len(names) and names[number] == name for number, name in known_names.items()):
+        return list(range(len(names)))
+    numbers = {name: number for number, name in known_names.items()}
+    return [numbers.get(name) for name in names]
