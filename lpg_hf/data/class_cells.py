@@ -13,7 +13,6 @@ DROP = "drop"
 SHOWN_NAMES = 8
 # Of "12.000" nobody knows whether it is twelve or twelve thousand.
 _NUMBER = re.compile(r"[+-]?[0-9]+(?:\.(?!000$)[0-9]+)?")
-_BY_NUMBER = re.compile(r"#[0-9]+")
 _TRUTH_VALUES = ("true", "false")
 
 
@@ -21,7 +20,8 @@ class ClassCells:
     """
     Writes classes to cells and reads them again.
 
-    A cell is the name of a class, or `#3` for the class with number 3. A plain number is a name where a class has it
+    A cell is the name of a class, or `#3` for the class with number 3 (`##3` with a class that is called `#` and a
+    number). A plain number is a name where a class has it
     as its name, and else the number of a class, but only where no class is called by a number. Capital letters, blanks
     around a name and the way in which a number is written (`3.0`, `007`) do not count as long as one class alone is
     meant: spreadsheets change them.
@@ -61,6 +61,9 @@ class ClassCells:
         while self.drop in self._alike:
             self._taken_words.add(self.drop)
             self.drop = f"#{self.drop}"
+        self._sign = "#"
+        while any(self._number_in(name) is not None for name in self.names):
+            self._sign += "#"
         self._exact = {
             name: positions[0] for name, positions in self._same.items() if self._is_plain(name, len(positions))
         }
@@ -71,7 +74,12 @@ class ClassCells:
         # Excel writes 1 for 01, and TRUE for true.
         is_changed = isinstance(key, Decimal) or key in _TRUTH_VALUES
         is_one = num_classes == 1 and (len(self._alike[key]) == 1 or not is_changed)
-        return is_one and key != "" and key not in self._taken_words and not _BY_NUMBER.fullmatch(name.strip())
+        return is_one and key != "" and key not in self._taken_words
+
+    def _number_in(self, text: str) -> int | None:
+        """The number in `#3`."""
+        match = re.fullmatch(f"{self._sign}([0-9]+)", text.strip())
+        return None if match is None else int(match[1])
 
     def write(self, position: int) -> str:
         """
@@ -81,7 +89,7 @@ class ClassCells:
             position (`int`): The position of the class in `names`.
         """
         name = self.names[position]
-        return name if name in self._exact else f"#{self._number_of[position]}"
+        return name if name in self._exact else f"{self._sign}{self._number_of[position]}"
 
     def is_drop(self, cell: str) -> bool:
         """Whether a cell says that its row shall be removed."""
@@ -104,11 +112,18 @@ class ClassCells:
         if cell in self._exact:
             return self._exact[cell]
         text, key = cell.strip(), _key(cell)
-        if _BY_NUMBER.fullmatch(text):
-            return self._numbered(text)
+        number = self._number_in(text)
+        if number is not None:
+            position = self.at_number(number)
+            if position is None:
+                numbers = _shortened(list(self._position_of))
+                raise ValueError(f"{cell!r} means a class by its number, and the numbers are {numbers}.")
+            return position
         if key in self._taken_words:
-            word = f"the class (write {self.write(self._alike[key][0])!r})" if self._number_of else "the class"
-            raise ValueError(f"{cell!r} may mean {word} or that the row is to be removed (write {self.drop!r}).")
+            hint = self._hint(self._alike[key][0])
+            raise ValueError(
+                f"{cell!r} may mean the class (write {hint!r}) or that the row is to be removed (write {self.drop!r})."
+            )
         found = self._alike.get(key, [])
         if len(found) > 1:
             names = ", ".join(f"{self.names[position]!r} (write {self._hint(position)!r})" for position in found)
@@ -123,19 +138,8 @@ class ClassCells:
         guess = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{cell!r} is no class.{guess} {self.what_there_is()}")
 
-    def _numbered(self, text: str) -> int:
-        position = self.at_number(int(text[1:]))
-        named = self._same.get(text, [])
-        if position is None or (named and named != [position]):
-            also = f" {text!r} is also the name of a class." if named else ""
-            raise ValueError(
-                f"{text!r} means the class with this number, and the numbers are "
-                f"{_shortened(self._position_of)}.{also}"
-            )
-        return position
-
     def _hint(self, position: int) -> str:
-        return f"#{self._number_of[position]}" if position in self._number_of else self.names[position]
+        return f"{self._sign}{self._number_of[position]}" if position in self._number_of else self.names[position]
 
     def what_there_is(self) -> str:
         """The names of the classes as a sentence, for messages."""
@@ -148,6 +152,6 @@ def _key(text: str) -> Hashable:
     return Decimal(text) if _NUMBER.fullmatch(text) else text.casefold()
 
 
-def _shortened(values: Sequence[object] | dict[int, int]) -> str:
-    shown = ", ".join(map(repr, list(values)[:SHOWN_NAMES]))
+def _shortened(values: Sequence[object]) -> str:
+    shown = ", ".join(map(repr, values[:SHOWN_NAMES]))
     return shown if len(values) <= SHOWN_NAMES else f"{shown}, ... ({len(values)} in all)"

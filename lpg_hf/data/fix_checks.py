@@ -81,19 +81,21 @@ def _claim(line: FixLine) -> str:
     return repr(line.label if line.label_name is None else line.label_name)
 
 
-def check_texts(lines: Sequence[FixLine], dataset: datasets.Dataset) -> None:
+def check_texts(lines: Sequence[FixLine], dataset: datasets.Dataset, label_column: str) -> None:
     """
     Compares the texts of all lines with those of the dataset, letter by letter.
 
     Args:
         lines (`Sequence[FixLine]`): The lines, with rows in range.
-        dataset (`datasets.Dataset`): The dataset. Without texts of its own there is nothing to compare.
+        dataset (`datasets.Dataset`): The dataset. Without texts there is nothing to compare.
+        label_column (`str`): Its label column, which holds no texts.
 
     Raises:
         ValueError: If they differ.
     """
     lines = [line for line in lines if len(_letters(line.text)) >= FEWEST_LETTERS]
-    found = row_strings(dataset, [line.row for line in lines])
+    others = dataset.select_columns([name for name in dataset.column_names if name != label_column])
+    found = row_strings(others, [line.row for line in lines])
     different = [
         (line, texts)
         for line, texts in zip(lines, found, strict=True)

@@ -79,7 +79,7 @@ def apply_fixes(
     values = LabelValues(dataset, column, _known_names(lines))
     positions = [_position(line, values) for line in lines]
     check_labels(lines, positions, values, column)
-    check_texts(lines, dataset)
+    check_texts(lines, dataset, column)
 
     new = _by_row(lines, positions, values)
     changed = {row: position for row, position in new.items() if position not in (_DROPPED, values.classes[row])}

@@ -88,10 +88,13 @@ def write_issues(issues: Dataset, path: str | Path, train_dataset: object = None
 
     Args:
         issues (`datasets.Dataset`): The table of [`LPGTrainer.label_issues`], or some lines of it.
-        path (`str` or `Path`): The file. One that exists is replaced.
+        path (`str` or `Path`): The file. One of label issues without a fix is replaced.
         train_dataset (*optional*):
             The training set. The first 1,000 lines then have the beginning of the row's text, or the path of its file.
         tokenizer (*optional*): Decodes rows that have nothing but tokens.
+
+    Raises:
+        ValueError: If there is a file with fixes, or one of something else.
 
     Example:
 
@@ -113,6 +116,7 @@ def write_issues(issues: Dataset, path: str | Path, train_dataset: object = None
 
     ```
     """
+    check_replaceable(path)
     rows = issues[:TEXT_ROWS][ROW] if train_dataset is not None else []
     write_table(IssueTable(issues, row_texts(train_dataset, rows, tokenizer)), path)
 
@@ -126,20 +130,36 @@ def write_table(table: IssueTable, path: str | Path) -> None:
         writer.writerows(table.lines())
 
 
-def table_texts(table: IssueTable, num_rows: int) -> dict[str, Any]:
+def check_replaceable(path: str | Path) -> None:
+    """
+    Raises:
+        ValueError: If there is a file, and it has fixes, or is none of label issues.
+    """
+    if not Path(path).exists():
+        return
+    try:
+        has_fixes = any(line.get(FIX, "").strip() for line in read_table(path))
+    except ValueError as error:
+        raise ValueError(f"{path} exists and holds no label issues. Choose another path.") from error
+    if has_fixes:
+        raise ValueError(f"{path} has fixes that would be lost. Choose another path.")
+
+
+def table_texts(table: IssueTable, num_rows: int, by_number: bool) -> dict[str, Any]:
     """
     What a page needs to write the first lines of the file itself: it puts a fix in front of a line, and joins them.
 
     Args:
         table ([`IssueTable`]): The label issues.
         num_rows (`int`): How many of them the page has.
+        by_number (`bool`): Whether fixes are numbers of classes, for data sets that do not know the names.
 
     Returns:
         `dict`: The text of the `header`, the text after the fix of each of the `lines`, the text of the fix for each
         of the `classes` and for `drop`, and the `names` of the classes for a person.
     """
     cells = ClassCells(table.issues.features[LABEL].names)
-    names = [cells.write(position) for position in range(len(cells.names))]
+    names = [f"#{label}" if by_number else cells.write(label) for label in range(len(cells.names))]
     return {
         "header": BYTE_ORDER_MARK + _line(table.header),
         "lines": [_line(line) for line in table.lines(num_rows)],

@@ -1,12 +1,16 @@
 """The CSV files of the report. Class names in them are no formulas."""
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.issues_csv import IssueTable, write_table
+from ..data.issues_csv import IssueTable, check_replaceable, write_table
 from ..safe_text import spreadsheet_cell
+
+
+logger = logging.getLogger(__name__)
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -22,7 +26,17 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_issues_of(table: IssueTable | None, path: Path) -> None:
-    """Writes the label issues. Without any there is no file, and that of an earlier report is removed."""
-    path.unlink(missing_ok=True)
+    """
+    Writes the label issues. Without any there is no file, and that of an earlier report is removed.
+
+    If somebody has written fixes into that one, it is kept under another name.
+    """
+    try:
+        check_replaceable(path)
+        path.unlink(missing_ok=True)
+    except ValueError:
+        kept = path.with_suffix(".old.csv")
+        path.replace(kept)
+        logger.warning(f"{path} was not written by a report, or has fixes. It is kept as {kept}.")
     if table is not None:
         write_table(table, path)

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..calibration import CalibrationBin
 from ..data.issues_csv import TEXT_ROWS, IssueTable, table_texts
+from ..data.labels import label_names
 from ..data.row_texts import row_texts
 from ..safe_text import shown
 from .csv_files import write_issues_of, write_lines
@@ -66,7 +67,7 @@ def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, f
         failed=failed,
         issues=[line | {"preview": shown_row} for line, shown_row in zip(issues, previews, strict=True)],
         num_issues=0 if tables.issues is None else len(tables.issues),
-        lines=None if table is None else table_texts(table, len(issues)),
+        lines=None if table is None else table_texts(table, len(issues), not label_names(train_dataset)),
         classes=sorted(tables.classes, key=lambda line: -line.get("train_rows", 0)),
         pairs=[line for line in pairs if line["label"] != line["predicted"]][:SHOWN_PAIRS],
         num_in_confusion=0 if tables.confusion is None else len(most_confused_classes(tables.confusion)),
