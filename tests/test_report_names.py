@@ -60,7 +60,7 @@ def make_summary(names, num_rows=40, evaluation=None):
         class_names=names,
         class_counts=[10] * len(names),
         class_accuracy=[0.5] * len(names),
-        class_signs=[1, -1, 1, -1][: len(names)],
+        class_signs=([1, -1] * len(names))[: len(names)],
         class_bounds=[0.1] * len(names),
         label_issues=records.ranked(names, with_weight=True),
         evaluation=evaluation,

@@ -161,9 +161,9 @@ def table_texts(table: IssueTable, num_rows: int, by_number: bool) -> dict[str, 
     cells = ClassCells(table.issues.features[LABEL].names)
     names = [f"#{label}" if by_number else cells.write(label) for label in range(len(cells.names))]
     return {
-        "header": BYTE_ORDER_MARK + _line(table.header),
+        "header": BYTE_ORDER_MARK + _line(list(map(spreadsheet_cell, table.header))),
         "lines": [_line(line) for line in table.lines(num_rows)],
-        "classes": [_line([name]).removesuffix("\r\n") for name in names],
+        "classes": [_line([spreadsheet_cell(name)]).removesuffix("\r\n") for name in names],
         "drop": cells.drop,
         "names": list(map(shown, cells.names)),
     }
@@ -171,7 +171,7 @@ def table_texts(table: IssueTable, num_rows: int, by_number: bool) -> dict[str, 
 
 def _line(cells: Sequence[Any]) -> str:
     buffer = io.StringIO(newline="")
-    csv.writer(buffer).writerow(map(spreadsheet_cell, cells))
+    csv.writer(buffer).writerow(cells)
     return buffer.getvalue()
 
 

@@ -45,9 +45,8 @@ class LabelValues:
             else:
                 found = set(np.unique(values[values != IGNORE_INDEX]).tolist())
                 self._stored = sorted(found | set(known_names))
-                names = [
-                    known_names.get(number, f"#{number}" if known_names else str(number)) for number in self._stored
-                ]
+                unnamed = "class {}" if known_names else "{}"
+                names = [known_names.get(number, unnamed.format(number)) for number in self._stored]
             numbers = list(self._stored)
         self.cells = ClassCells(names, numbers)
         position = {value: index for index, value in enumerate(self._stored)}
