@@ -99,6 +99,10 @@ class ClassCells:
         """The position of the class with this number; `None` if there is none."""
         return self._position_of.get(number)
 
+    def number_of(self, position: int) -> int | None:
+        """The number of the class at a position; `None` if it is not known."""
+        return self._number_of.get(position)
+
     def read(self, cell: str) -> int:
         """
         The position in `names` of the class that a cell means.

@@ -6,7 +6,7 @@ import datasets
 
 from ..safe_text import encodable, shown, snippet
 from .fix_lines import FixLine
-from .label_values import LabelValues
+from .label_values import LabelValues, named
 from .row_texts import row_strings
 
 
@@ -46,7 +46,7 @@ def check_labels(lines: Sequence[FixLine], positions: Sequence[int | None], valu
     if not different:
         return
     examples = "; ".join(
-        f"{line.place}: row {line.row} was {_claim(line)}, and is {values.name_of(line.row)}"
+        f"{line.place}: row {line.row} was {_claim(line)}, and is {values.shown(line.row)}"
         for line, _ in different[:SHOWN_LINES]
     )
     if all(fix == values.classes[line.row] for line, fix in different):
@@ -78,7 +78,9 @@ def _has_label(line: FixLine, values: LabelValues) -> bool:
 
 
 def _claim(line: FixLine) -> str:
-    return repr(line.label if line.label_name is None else line.label_name)
+    if line.label_name is None:
+        return repr(line.label)
+    return named(line.label_name, line.label if isinstance(line.label, int) else None)
 
 
 def check_texts(lines: Sequence[FixLine], dataset: datasets.Dataset, label_column: str) -> None:

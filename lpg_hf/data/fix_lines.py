@@ -51,18 +51,15 @@ def read_lines(fixes: str | PathLike[str] | Iterable[Mapping[str, object]]) -> l
         ValueError: If a line has no row, no label or a fix that is neither text nor a whole number.
     """
     if isinstance(fixes, str | PathLike):
-        named = [(f"{fixes}, line {number}", line) for number, line in enumerate(read_table(str(fixes)), start=2)]
-        lines: list[tuple[str, Mapping[str, object]]] = [(place, line) for place, line in named if line]
-    elif isinstance(fixes, Iterable) and not isinstance(fixes, Mapping):
-        lines = [(f"fixes[{number}]", line) for number, line in enumerate(fixes)]
-    else:
-        lines = [("", None)]  # type: ignore[list-item]
-    if not all(isinstance(line, Mapping) for _, line in lines):
+        table = enumerate(read_table(str(fixes)), start=2)  # as spreadsheets count, below the names of the columns
+        return [_fix_line(f"{fixes}, line {number}", line) for number, line in table if line]
+    lines = list(fixes) if isinstance(fixes, Iterable) else [fixes]
+    if isinstance(fixes, Mapping) or not all(isinstance(line, Mapping) for line in lines):
         raise TypeError(
             f"fixes is a {type(fixes).__name__}, but must be the path of a CSV file, or dicts in a list. Of a data "
             "frame of pandas take `to_dict('records')`."
         )
-    return [_fix_line(place, line) for place, line in lines]
+    return [_fix_line(f"fixes[{number}]", line) for number, line in enumerate(lines)]
 
 
 def _fix_line(place: str, line: Mapping[str, object]) -> FixLine:

@@ -10,14 +10,11 @@ import numpy as np
 from .fix_checks import check_labels, check_rows, check_texts
 from .fix_lines import FixLine, read_lines
 from .label_column import with_labels
-from .label_values import LabelValues
+from .label_values import DROPPED, NO_CLASS, LabelValues
 from .labels import resolve_label_column
 
 
 logger = logging.getLogger(__name__)
-
-# Takes the place of a class.
-_DROPPED = -1
 
 
 def apply_fixes(
@@ -82,8 +79,8 @@ def apply_fixes(
     check_texts(lines, dataset, column)
 
     new = _by_row(lines, positions, values)
-    changed = {row: position for row, position in new.items() if position not in (_DROPPED, values.classes[row])}
-    dropped = [row for row, position in new.items() if position == _DROPPED]
+    changed = {row: position for row, position in new.items() if position not in (DROPPED, values.classes[row])}
+    dropped = [row for row, position in new.items() if position == DROPPED]
     _tell(len(lines), changed, dropped, values)
     if len(dropped) == len(dataset):
         raise ValueError(f"The fixes drop all {len(dataset)} rows of the dataset. Keep some.")
@@ -106,7 +103,7 @@ def _known_names(lines: Sequence[FixLine]) -> dict[int, str]:
 
 
 def _position(line: FixLine, values: LabelValues) -> int | None:
-    """The position of the class that a fix means, `_DROPPED`, or `None` to keep the label."""
+    """The position of the class that a fix means, `DROPPED`, or `None` to keep the label."""
     if line.fix is None:
         return None
     if isinstance(line.fix, int):
@@ -117,7 +114,7 @@ def _position(line: FixLine, values: LabelValues) -> int | None:
             )
         return position
     if values.cells.is_drop(line.fix):
-        return _DROPPED
+        return DROPPED
     try:
         return values.cells.read(line.fix)
     except ValueError as error:
@@ -149,5 +146,5 @@ def _tell(num_lines: int, changed: Mapping[int, int], dropped: Sequence[int], va
     after[list(changed)] = list(changed.values())
     lost = set(values.classes.tolist()) - set(np.delete(after, dropped).tolist())
     if lost:
-        names = ", ".join(repr(values.cells.names[position]) for position in sorted(lost - {_DROPPED}))
+        names = ", ".join(repr(values.cells.names[position]) for position in sorted(lost - {NO_CLASS}))
         logger.warning(f"The fixes leave no row with the label {names}.")

@@ -24,9 +24,9 @@ SUGGESTED, SUGGESTED_NAME = "suggested_label", "suggested_label_name"
 CHUNK_ROWS = 100_000
 # The most doubtful rows have their text next to them. Nobody reads more.
 TEXT_ROWS = 1_000
-# Spreadsheets write what the country takes to part the cells of a list.
+# Spreadsheets of many countries write semicolons.
 DELIMITERS = ",;\t"
-# Without it, Excel takes the letters for those of another alphabet.
+# Without it, Excel does not read the file as UTF-8.
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -94,7 +94,7 @@ def write_issues(issues: Dataset, path: str | Path, train_dataset: object = None
         tokenizer (*optional*): Decodes rows that have nothing but tokens.
 
     Raises:
-        ValueError: If there is a file with fixes, or one of something else.
+        ValueError: If there is a file with fixes, or one of something else, or `issues` has a column `fix`.
 
     Example:
 
@@ -116,6 +116,8 @@ def write_issues(issues: Dataset, path: str | Path, train_dataset: object = None
 
     ```
     """
+    if FIX in issues.column_names:
+        raise ValueError(f"issues has a column {FIX!r} already. Pass issues to `apply_fixes`, or remove the column.")
     check_replaceable(path)
     rows = issues[:TEXT_ROWS][ROW] if train_dataset is not None else []
     write_table(IssueTable(issues, row_texts(train_dataset, rows, tokenizer)), path)

@@ -10,7 +10,8 @@ from .class_cells import ClassCells
 from .labels import label_feature, read_labels
 
 
-NO_CLASS = -1
+# In the place of the position of a class: the row has none, or goes.
+NO_CLASS, DROPPED = -1, -2
 
 
 class LabelValues:
@@ -65,10 +66,17 @@ class LabelValues:
             values[row] = self._stored[position]
         return values
 
-    def name_of(self, row: int) -> str:
-        """The name of the class of a row, for messages."""
+    def shown(self, row: int) -> str:
+        """The class of a row for messages: its name, and its number if it has one."""
         position = int(self.classes[row])
-        return repr(self._values[row]) if position == NO_CLASS else repr(self.cells.names[position])
+        if position == NO_CLASS:
+            return repr(self._values[row])
+        return named(self.cells.names[position], self.cells.number_of(position))
+
+
+def named(name: str, number: int | None) -> str:
+    """A class as a message shows it."""
+    return repr(name) if number is None else f"{name!r} (number {number})"
 
 
 def _read_strings(dataset: datasets.Dataset, column: str) -> np.ndarray:

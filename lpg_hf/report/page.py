@@ -67,7 +67,7 @@ def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, f
         failed=failed,
         issues=[line | {"preview": shown_row} for line, shown_row in zip(issues, previews, strict=True)],
         num_issues=0 if tables.issues is None else len(tables.issues),
-        lines=None if table is None else table_texts(table, len(issues), not label_names(train_dataset)),
+        lines=None if table is None else table_texts(table, len(issues), not _knows_names(train_dataset, table)),
         classes=sorted(tables.classes, key=lambda line: -line.get("train_rows", 0)),
         pairs=[line for line in pairs if line["label"] != line["predicted"]][:SHOWN_PAIRS],
         num_in_confusion=0 if tables.confusion is None else len(most_confused_classes(tables.confusion)),
@@ -98,6 +98,12 @@ def _issue_table(tables: ReportTables, train_dataset: object, tokenizer: object)
     except Exception as error:  # data set and tokenizer are the user's, and may raise anything
         logger.warning(f"The file label_issues.csv has no texts: {error!r}.")
     return IssueTable(tables.issues, texts)
+
+
+def _knows_names(train_dataset: object, table: IssueTable) -> bool:
+    """Whether the names of the classes are the data set's own. Else they are the model's."""
+    names = table.issues.features["label"].names
+    return label_names(train_dataset)[: len(names)] == names
 
 
 def _previews(train_dataset: object, rows: list[int], tokenizer: object) -> list[dict[str, str]]:

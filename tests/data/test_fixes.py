@@ -217,12 +217,20 @@ def test_data_that_are_not_those_of_the_issues(path):
     with pytest.raises(ValueError, match=r"line 2: row 7 is out of range, since the dataset has 7 rows, 0 to 6\."):
         apply_fixes(named().select(range(7)), path)
     moved = named().select([1, 0, *range(2, 8)])
-    with pytest.raises(ValueError, match=r"2 of 8 lines have another label .* row 1 was 'bee', and is 'ant'; .*moved"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of 8 lines have another label .* row 1 was 'bee' \(number 1\), and is 'ant' \(number 0\); .*moved",
+    ):
         apply_fixes(moved, path)
     # Even rows of the same class, which differ in their text alone.
     same = named().select([3, 1, 2, 0, *range(4, 8)])
     with pytest.raises(ValueError, match=r"2 of 8 lines have another text .* row 3 was '.*four', and is '.*one'\)"):
         apply_fixes(same, path)
+    recoded = named([2 - label for label in LABELS], NAMES[::-1])
+    with pytest.raises(
+        ValueError, match=r"row 7 was 'bee' \(number 1\), and|row 6 was 'ant' \(number 0\), and is 'ant' \(n"
+    ):
+        apply_fixes(recoded, path)
     reordered = Dataset.from_dict(named().to_dict()).cast_column("label", ClassLabel(names=NAMES[::-1]))
     with pytest.raises(ValueError, match="have another label than column 'label'"):
         apply_fixes(reordered, path)
@@ -231,7 +239,9 @@ def test_data_that_are_not_those_of_the_issues(path):
 def test_fixes_that_are_in_the_data_already(path):
     edited(path, {0: "cat", 4: "ant"})
     once = apply_fixes(named(), path)
-    with pytest.raises(ValueError, match=r"2 of 8 lines .* row 4 was 'bee', and is 'ant'.* in the data already"):
+    with pytest.raises(
+        ValueError, match=r"2 of 8 lines .* row 4 was 'bee' \(number 1\), and is 'ant' .* in the data already"
+    ):
         apply_fixes(once, path)
 
 
@@ -304,6 +314,8 @@ def test_a_file_with_fixes_is_not_replaced(path, tmp_path):
     write_issues(issues, path)  # none yet
     with pytest.raises(ValueError, match="has fixes that would be lost"):
         write_issues(issues, edited(path, {0: "cat"}))
+    with pytest.raises(ValueError, match="issues has a column 'fix' already"):
+        write_issues(issues.add_column("fix", [""] * 8), tmp_path / "new.csv")
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
     with pytest.raises(ValueError, match="exists and holds no label issues"):
         write_issues(issues, tmp_path / "train.csv")
