@@ -83,4 +83,4 @@ def test_links_and_commands():
         assert (Path(__file__).parents[1] / "docs" / target).is_file(), target
     commands = re.search(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1].splitlines()
     assert "lpg-hf issues out --export issues.csv" in commands
-    assert commands[-1] == commands[0].replace("out", "out-fixed") + " --fixes issues.csv"
+    assert commands[-1] == commands[0].replace(" out", " out-fixed") + " --fixes issues.csv"
