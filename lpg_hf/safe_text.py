@@ -156,8 +156,7 @@ def restored_cell(cell: str) -> str:
 
     ```
     """
-    text = cell.removeprefix("'")
-    return text if spreadsheet_cell(text) == cell else cell
+    return cell[1:] if cell.startswith("'") and spreadsheet_cell(cell[1:]) == cell else cell
 
 
 def encodable(text: str) -> str:

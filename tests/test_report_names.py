@@ -155,6 +155,20 @@ def test_only_the_rows_that_the_page_shows_are_read(tmp_path):
     assert "The 100 most doubtful of 500 training rows" in page
 
 
+def test_a_tokenizer_that_fails_costs_the_file_its_texts_alone(tmp_path, caplog):
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            raise RuntimeError("no words")
+
+    dataset = Dataset.from_dict({"input_ids": [[1]] * 40})
+    with caplog.at_level(logging.WARNING, logger="lpg_hf"):
+        write_report(make_summary(["a", "b"]), tmp_path, dataset, Tokenizer())
+    assert "The file label_issues.csv has no texts: RuntimeError('no words')" in caplog.text
+    with (tmp_path / "label_issues.csv").open(newline="", encoding="utf-8-sig") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 40 and "tokens" not in lines[0]
+
+
 class Broken(CountedRows):
     def __getitem__(self, row):
         raise RuntimeError("disk on fire")

@@ -72,11 +72,10 @@ def _fix_line(place: str, line: Mapping[str, object]) -> FixLine:
             f"{place}: the row is {line[ROW]!r}, but must be a whole number, the index of a row of the training set."
         )
     name = line.get(LABEL_NAME)
-    label = line.get(LABEL)
-    if name is not None:
-        label = _whole(label) if _whole(label) is not None else _cell(name, place)
-    else:
-        label = _cell(label, place)
+    # Next to a name stands a number, also where it is read as text.
+    label: int | str | None = None if name is None else _whole(line.get(LABEL))
+    if label is None:
+        label = _cell(line.get(LABEL) if name is None else name, place)
     if label is None:
         raise ValueError(
             f"{place} does not say the label of row {row}, without which nobody can tell whether it is the same row "
