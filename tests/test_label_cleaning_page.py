@@ -81,6 +81,6 @@ def test_the_steps(namespace):
 def test_links_and_commands():
     for target in re.findall(r"\]\(([^)#:]+)\)", PAGE):
         assert (Path(__file__).parents[1] / "docs" / target).is_file(), target
-    commands = re.search(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1].splitlines()
+    commands = re.search(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1].replace("\\\n", "").splitlines()
     assert "lpg-hf issues out --export issues.csv" in commands
     assert commands[-1] == commands[0].replace(" out", " out-fixed") + " --fixes issues.csv"

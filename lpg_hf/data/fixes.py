@@ -78,7 +78,7 @@ def apply_fixes(
     check_labels(lines, positions, values, column)
     check_texts(lines, dataset, column)
 
-    new = _by_row(lines, positions, values)
+    new = _by_row(lines, positions)
     changed = {row: position for row, position in new.items() if position not in (DROPPED, values.classes[row])}
     dropped = [row for row, position in new.items() if position == DROPPED]
     _tell(len(lines), changed, dropped, values)
@@ -121,7 +121,7 @@ def _position(line: FixLine, values: LabelValues) -> int | None:
         raise ValueError(f"{line.place}: the fix {error}") from error
 
 
-def _by_row(lines: Sequence[FixLine], positions: Sequence[int | None], values: LabelValues) -> dict[int, int]:
+def _by_row(lines: Sequence[FixLine], positions: Sequence[int | None]) -> dict[int, int]:
     new: dict[int, int] = {}
     first: dict[int, FixLine] = {}
     for line, position in zip(lines, positions, strict=True):
@@ -144,7 +144,7 @@ def _tell(num_lines: int, changed: Mapping[int, int], dropped: Sequence[int], va
     logger.info(f"{num_lines} lines of fixes: {len(changed)} labels changed, {len(dropped)} rows dropped.")
     after = values.classes.copy()
     after[list(changed)] = list(changed.values())
-    lost = set(values.classes.tolist()) - set(np.delete(after, dropped).tolist())
+    lost = set(values.classes.tolist()) - set(np.delete(after, dropped).tolist()) - {NO_CLASS}
     if lost:
-        names = ", ".join(repr(values.cells.names[position]) for position in sorted(lost - {NO_CLASS}))
+        names = ", ".join(repr(values.cells.names[position]) for position in sorted(lost))
         logger.warning(f"The fixes leave no row with the label {names}.")

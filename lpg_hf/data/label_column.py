@@ -1,7 +1,5 @@
 """Puts other labels into a dataset whose other columns, format and transform stay as they are."""
 
-from collections.abc import Sequence
-
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -10,7 +8,7 @@ from .labels import is_list
 
 
 def with_labels(
-    dataset: datasets.Dataset, column: str, labels: np.ndarray | Sequence[str | None], kept_as: str | None = None
+    dataset: datasets.Dataset, column: str, labels: np.ndarray, kept_as: str | None = None
 ) -> datasets.Dataset:
     """
     A new dataset with other labels. Nothing is decoded, and no transform runs.
@@ -18,7 +16,7 @@ def with_labels(
     Args:
         dataset (`datasets.Dataset`): The dataset.
         column (`str`): The label column, stored as `[N]` or `[N, 1]`. It keeps its place and its feature type.
-        labels (`np.ndarray` or `Sequence[str]` of length `N`): The label of each row.
+        labels (`np.ndarray` of shape `[N]`): The label of each row.
         kept_as (`str`, *optional*): The name of a new last column for the labels that were there.
     """
     feature = dataset.features[column]
@@ -32,7 +30,7 @@ def with_labels(
     return result
 
 
-def _as_arrow_column(labels: np.ndarray | Sequence[str | None], feature: object) -> pa.Array:
+def _as_arrow_column(labels: np.ndarray, feature: object) -> pa.Array:
     arrow_type = datasets.Features({"labels": feature}).arrow_schema.field("labels").type
     if is_list(arrow_type):
         return pa.array([[label] for label in labels], type=arrow_type)

@@ -1,6 +1,7 @@
 """The labels of a dataset as classes with names, however its column stores them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 
 import datasets
 import numpy as np
@@ -37,8 +38,8 @@ class LabelValues:
         numbers: list[int | None]
         if isinstance(feature, datasets.Value) and "string" in feature.dtype:
             values = _read_strings(dataset, column)
-            names = sorted({value for value in values if value is not None} | set(known_names.values()))
-            self._stored, numbers = names, _numbers_of(names, known_names)
+            names, numbers = _classes_of(sorted({value for value in values if value is not None}), known_names)
+            self._stored = names
         else:
             values = read_labels(dataset, column)
             if isinstance(feature, datasets.ClassLabel):
@@ -54,7 +55,7 @@ class LabelValues:
         self._values = values
         self.classes = np.array([position.get(value, NO_CLASS) for value in list(values)], dtype=np.int64)
 
-    def with_classes(self, positions: Mapping[int, int]) -> np.ndarray | list[str | None]:
+    def with_classes(self, positions: Mapping[int, int]) -> np.ndarray:
         """
         The labels as the column stores them, after a change.
 
@@ -91,9 +92,17 @@ def _read_strings(dataset: datasets.Dataset, column: str) -> np.ndarray:
     return np.array(values, dtype=object)
 
 
-def _numbers_of(names: Sequence[str], known_names: Mapping[int, str]) -> list[int | None]:
-    """The numbers that `class_encode_column` gives to strings, unless other ones are known."""
-    if all(number < len(names) and names[number] == name for number, name in known_names.items()):
-        return list(range(len(names)))
-    numbers = {name: number for number, name in known_names.items()}
-    return [numbers.get(name) for name in names]
+def _classes_of(names: list[str], known_names: Mapping[int, str]) -> tuple[list[str], list[int | None]]:
+    """The classes of a column of strings, with their numbers: those known, or else `class_encode_column`'s."""
+    cells = ClassCells(names, [None] * len(names))
+    numbers: dict[str, int] = {}
+    for number, name in known_names.items():
+        if name not in names:
+            # A spreadsheet may have changed it. Else it is a class that has no row.
+            with suppress(ValueError):
+                name = names[cells.read(name)]
+        numbers[name] = number
+    all_names = [*names, *(name for name in numbers if name not in names)]
+    if all(all_names.index(name) == number for name, number in numbers.items()):
+        return all_names, list(range(len(all_names)))
+    return all_names, [numbers.get(name) for name in all_names]

@@ -171,6 +171,26 @@ def test_a_dataset_of_labels_alone_and_one_that_was_shuffled():
     assert result["label"][:] == [1, 2, 2] and result["text"][:] == [TEXTS[7], TEXTS[3], TEXTS[5]]
 
 
+def test_names_of_strings_that_a_spreadsheet_changes(tmp_path):
+    names, path = ["007", "010", "true"], tmp_path / "issues.csv"
+    dataset = Dataset.from_dict({"label": ["007", "010", "true", "007"]})
+    write_issues(issues_of([0, 1, 2, 0], names), path)
+    changed = {"007": "7", "010": "10", "true": "TRUE"}
+    edited(path, {0: "10", 3: "TRUE"}, cell_of=lambda name, cell: changed.get(cell, cell))
+    assert apply_fixes(dataset, path)["label"][:] == ["010", "010", "true", "true"]
+    # A class of the training that has no row here is one all the same.
+    assert apply_fixes(dataset.select([0, 1]), path_of(path, 2))["label"][:] == ["010", "010"]
+    edited(path, {0: "#2"})
+    assert apply_fixes(dataset, path)["label"][0] == "true"
+
+
+def path_of(path, num_rows):
+    """The lines of the first rows."""
+    header, *lines = path.read_text(encoding="utf-8-sig").splitlines()
+    path.write_text("\n".join([header, *(line for line in lines if int(line.split(",")[1]) < num_rows)]))
+    return path
+
+
 def test_rows_without_a_label_stay():
     assert apply_fixes(dataset_of([0, -100, 1]), [{"row": 0, "label": 0, "fix": 1}])["label"][:] == [1, -100, 1]
     texts = dataset_of(["a", None, "b"], feature=Value("string"))
