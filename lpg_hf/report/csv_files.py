@@ -1,6 +1,7 @@
 """The CSV files of the report. Class names in them are no formulas."""
 
 import csv
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ def write_issues_of(table: IssueTable | None, path: Path) -> None:
         check_replaceable(path)
         path.unlink(missing_ok=True)
     except ValueError:
-        kept = path.with_suffix(".old.csv")
+        free = (path.with_suffix(f".old{number}.csv") for number in itertools.count(1))
+        kept = next(name for name in free if not name.exists())
         path.replace(kept)
         logger.warning(f"{path} was not written by a report, or has fixes. It is kept as {kept}.")
     if table is not None:

@@ -106,7 +106,11 @@ def test_a_report_keeps_the_fixes_in_the_file_of_an_earlier_one(trained, tmp_pat
     path.write_text(edited)
     trainer.report(tmp_path)
     check(path, trainer, [*FROM_CHECKPOINT[:5], "text", *FROM_CHECKPOINT[5:]])
-    assert (tmp_path / "label_issues.old.csv").read_text() == edited
+    assert (tmp_path / "label_issues.old1.csv").read_text() == edited
+    path.write_text(edited.replace("drop", "ant"))
+    trainer.report(tmp_path)
+    assert (tmp_path / "label_issues.old1.csv").read_text() == edited
+    assert (tmp_path / "label_issues.old2.csv").read_text() == edited.replace("drop", "ant")
     assert "label_issues.csv was not written by a report, or has fixes. It is kept as" in caplog.text
 
 
