@@ -8,6 +8,7 @@ from unicodedata import category
 
 
 LONGEST_SHOWN = 120
+LONGEST_SNIPPET = 240
 # A spreadsheet evaluates a cell that begins with one of these, the full-width ones included, also after blanks.
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n']")
 # What a model page may take for markup, mathematics or a mention; the beginning of an address.
@@ -138,3 +139,56 @@ def spreadsheet_cell(value: object) -> object:
     ```
     """
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
+def restored_cell(cell: str) -> str:
+    """
+    The text that [`spreadsheet_cell`] made a cell of.
+
+    Args:
+        cell (`str`): A cell of a CSV file. One that a person has typed, apostrophe and all, stays as it is.
+
+    Example:
+
+    ```python
+    >>> restored_cell("'=1+1"), restored_cell("ant"), restored_cell("'tis")
+    ('=1+1', 'ant', "'tis")
+
+    ```
+    """
+    return cell[1:] if cell.startswith("'") and spreadsheet_cell(cell[1:]) == cell else cell
+
+
+def encodable(text: str) -> str:
+    r"""
+    The text as a file in UTF-8 can hold it: lone surrogates become escapes.
+
+    Example:
+
+    ```python
+    >>> print(encodable("a\ud800"), encodable("é"))
+    a\ud800 é
+
+    ```
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def snippet(text: str, longest: int = LONGEST_SNIPPET) -> str:
+    """
+    The beginning of a text, on one line.
+
+    Args:
+        text (`str`): Any text.
+        longest (`int`, *optional*, defaults to 240): Largest number of characters.
+
+    Example:
+
+    ```python
+    >>> snippet("two\\nlines of text", longest=9)
+    'two line…'
+
+    ```
+    """
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -28,8 +28,9 @@ from lpg_hf.perturbations.base import LogitPerturbation
 from lpg_hf.report import ReportCallback, write_report
 from lpg_hf.report.page import write_page
 from lpg_hf.report.plots import most_confused_classes
-from lpg_hf.report.previews import LONGEST_TEXT, preview
+from lpg_hf.report.previews import preview
 from lpg_hf.report.tables import ReportTables
+from lpg_hf.safe_text import LONGEST_SNIPPET
 from lpg_hf.summary import Evaluation, TrainingSummary, Unavailable
 from lpg_hf.trainer.summary import summarize_training
 
@@ -86,8 +87,8 @@ def trained(tmp_path_factory):
     return trainer, Path(trainer.report()).parent
 
 
-def read_csv(path):
-    with path.open(newline="") as file:
+def read_csv(path, encoding="utf-8"):
+    with path.open(newline="", encoding=encoding) as file:
         return list(csv.DictReader(file))
 
 
@@ -117,7 +118,9 @@ def test_the_page_needs_nothing_else_and_is_safe(trained):
     assert len(sources) >= len(FIGURES) and all(source.startswith("data:image/png;base64,") for source in sources)
     for name in FIGURES:
         assert base64.b64encode((trained[1] / name).read_bytes()).decode() in page
-    assert "<script" not in page and "&lt;script&gt;row" in page  # texts of the data are shown, not run
+    assert "&lt;script&gt;row" in page  # texts of the data are shown, not run
+    own = re.findall("<script.*?</script>", page, re.DOTALL)
+    assert len(own) == page.count("<script") == 2 and "<script" not in own[0][1:]
     assert "<b>dog</b>" not in page
 
 
@@ -179,17 +182,20 @@ def test_confusion_and_calibration_agree_with_other_code(trained):
 def test_label_issues_and_norms_agree_with_the_trainer_and_the_page(trained, tmp_path):
     trainer, folder = trained
     issues = trainer.label_issues()
-    lines = read_csv(folder / "label_issues.csv")
+    lines = read_csv(folder / "label_issues.csv", encoding="utf-8-sig")
     assert [int(line["row"]) for line in lines] == issues["row"][:]
     assert [float(line["score"]) for line in lines] == issues["score"][:]
     assert [line["suggested_label_name"] for line in lines] == [NAMES[label] for label in issues["suggested_label"]]
     _, *shown = table_of((folder / "report.html").read_text(), "label_issues")
     for cells, line in zip(shown, lines[: len(shown)], strict=True):
+        assert (line["fix"], line["text"]) == ("", f"<script>row {line['row']}</script>")
         assert cells == [
+            "",  # to tick
             line["row"],
-            f"<script>row {line['row']}</script>",
+            line["text"],
             line["label_name"],
             line["suggested_label_name"],
+            f"{line['suggested_label_name']}drop the row",
             f"{float(line['score']):.4f}",
             f"{float(line['weight']):.3f}",
             line["visits"],
@@ -347,7 +353,7 @@ def test_previews(tmp_path):
     pixels = [{"pixel_values": torch.rand(3, 200, 100), "labels": 0}]
     assert size(preview(pixels, 0)) == (48, 96)
     assert preview([{"pixel_values": torch.rand(5)}], 0) == {} == preview([(1, 2)], 0)
-    assert len(preview([{"title": "short", "text": "word " * 100}], 0)["text"]) == LONGEST_TEXT
+    assert len(preview([{"title": "short", "text": "word " * 100}], 0)["text"]) == LONGEST_SNIPPET
     assert preview(Dataset.from_dict({"input_ids": [[5, 6]]}), 0) == {}
     sounds = Dataset.from_dict({"audio": ["no such file.wav"], "label": [0]})
     for decode in (True, False):  # it is not decoded

@@ -60,7 +60,7 @@ def make_summary(names, num_rows=40, evaluation=None):
         class_names=names,
         class_counts=[10] * len(names),
         class_accuracy=[0.5] * len(names),
-        class_signs=[1, -1, 1, -1][: len(names)],
+        class_signs=([1, -1] * len(names))[: len(names)],
         class_bounds=[0.1] * len(names),
         label_issues=records.ranked(names, with_weight=True),
         evaluation=evaluation,
@@ -81,7 +81,7 @@ def test_unusual_names_are_shown_as_they_are(kind, tmp_path):
     for name, text in zip(names, written, strict=True):
         assert f"<bdi>{shown(name)}</bdi>" in unescape(page)
         assert text in in_csv or f"'{text}" in in_csv
-    assert "<script" not in page
+    assert page.count("<script") == page.count("</script") == 2  # the page's own
     for file in tmp_path.glob("*.csv"):
         assert not [cell for cell in cells_of(file) if re.match(r"\s*[=+@]|[\t\r\n]|\s*-\D", cell)]
     for name in ("class_accuracy", "signs", "dampening", "confusion"):
@@ -118,7 +118,7 @@ def test_duplicate_names_of_a_model_get_their_number():
 
 
 def test_the_file_of_label_issues_is_the_table_whatever_its_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("lpg_hf.report.csv_files.CHUNK_ROWS", 7)
+    monkeypatch.setattr("lpg_hf.data.issues_csv.CHUNK_ROWS", 7)
     summary = make_summary(["=a", "b"])
     write_report(summary, tmp_path)
     with (tmp_path / "label_issues.csv").open(newline="") as file:
@@ -151,8 +151,22 @@ class CountedRows(torch.utils.data.Dataset):
 def test_only_the_rows_that_the_page_shows_are_read(tmp_path):
     dataset, summary = CountedRows(500), make_summary(["a", "b"], num_rows=500)
     page = Path(write_report(summary, tmp_path, dataset)).read_text()
-    assert dataset.asked == summary.label_issues["row"][:50]
-    assert "The 50 most doubtful of 500 training rows" in page
+    assert dataset.asked == summary.label_issues["row"][:100]
+    assert "The 100 most doubtful of 500 training rows" in page
+
+
+def test_a_tokenizer_that_fails_costs_the_file_its_texts_alone(tmp_path, caplog):
+    class Tokenizer:
+        def decode(self, ids, skip_special_tokens):
+            raise RuntimeError("no words")
+
+    dataset = Dataset.from_dict({"input_ids": [[1]] * 40})
+    with caplog.at_level(logging.WARNING, logger="lpg_hf"):
+        write_report(make_summary(["a", "b"]), tmp_path, dataset, Tokenizer())
+    assert "The file label_issues.csv has no texts: RuntimeError('no words')" in caplog.text
+    with (tmp_path / "label_issues.csv").open(newline="", encoding="utf-8-sig") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 40 and "tokens" not in lines[0]
 
 
 class Broken(CountedRows):

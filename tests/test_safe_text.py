@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lpg_hf.safe_text import code_span, escape_markdown, one_line, shown, spreadsheet_cell, unique_names
+from lpg_hf.safe_text import code_span, escape_markdown, one_line, restored_cell, shown, spreadsheet_cell, unique_names
 
 
 MARKUP = "\\`*_{}[]()<>#+-.!|~$&@:/='\"^ \n\t\r"
@@ -84,6 +84,7 @@ def test_no_cell_is_a_formula_and_every_text_can_be_restored(text):
     cell = spreadsheet_cell(text)
     assert not re.match(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]", cell)
     assert cell.removeprefix("'") == text
+    assert restored_cell(cell) == text
     if "\ud800" <= max(text, default="") <= "\udfff":
         return
     buffer = io.StringIO(newline="")

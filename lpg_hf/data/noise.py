@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from scipy.special import ndtr, ndtri
 
 from ..batch import IGNORE_INDEX
+from .label_column import with_labels
 from .labels import (
     CLEAN_LABEL_COLUMN,
     check_range,
     check_two_classes,
-    is_list,
     label_feature,
     number_of_classes,
     read_labels,
@@ -137,7 +136,7 @@ def add_label_noise(
         else:
             vectors = sample_vectors(dataset, column) if features is None else as_vectors(features, len(dataset))
             noisy_labels[valid_mask] = _flip_by_instance(clean, num_classes, rate, vectors[valid_mask], rng)
-    return _with_noisy_labels(dataset, column, noisy_labels)
+    return with_labels(dataset, column, noisy_labels, kept_as=CLEAN_LABEL_COLUMN)
 
 
 def _flip_uniformly(labels: np.ndarray, num_classes: int, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -186,35 +185,6 @@ def _instance_flip_rates(size: int, rate: float, rng: np.random.Generator) -> np
     half_width = min(rate, 1 - rate)
     upper = ndtr(half_width / _INSTANCE_RATE_STD)
     return rate + _INSTANCE_RATE_STD * ndtri(rng.uniform(1 - upper, upper, size))
-
-
-def _with_noisy_labels(dataset: datasets.Dataset, column: str, noisy_labels: np.ndarray) -> datasets.Dataset:
-    feature = dataset.features[column]
-    # Arrow in, arrow out. Nothing is decoded, not even where add_column writes a shuffled dataset out.
-    result = dataset.with_format("arrow").rename_column(column, CLEAN_LABEL_COLUMN)
-    result = result.add_column(column, _as_arrow_column(noisy_labels, feature), feature=feature)
-    result = result.select_columns([*dataset.column_names, CLEAN_LABEL_COLUMN])
-    _copy_format(dataset, result)
-    return result
-
-
-def _as_arrow_column(labels: np.ndarray, feature: object) -> pa.Array:
-    arrow_type = datasets.Features({"labels": feature}).arrow_schema.field("labels").type
-    if is_list(arrow_type):
-        return pa.array(labels[:, None].tolist(), type=arrow_type)
-    return pa.array(labels).cast(arrow_type)
-
-
-def _copy_format(source: datasets.Dataset, target: datasets.Dataset) -> None:
-    source_format = source.format
-    # `select` sorts the names of the formatted columns.
-    every_column = set(source_format["columns"]) == set(source.column_names)
-    target.set_format(
-        type=source_format["type"],
-        columns=None if every_column else source_format["columns"],
-        output_all_columns=source_format["output_all_columns"],
-        **source_format["format_kwargs"],
-    )
 
 
 def _check_noise_arguments(rate: float | None, kind: str, matrix: object, features: object) -> None:

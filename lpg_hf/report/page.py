@@ -9,8 +9,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..calibration import CalibrationBin
+from ..data.issues_csv import TEXT_ROWS, IssueTable, table_texts
+from ..data.labels import label_names
+from ..data.row_texts import row_texts
 from ..safe_text import shown
-from .csv_files import write_issues, write_lines
+from .csv_files import write_issues_of, write_lines
 from .plots import FIGURES, draw_figures, most_confused_classes
 from .previews import preview
 from .tables import ReportTables
@@ -18,7 +21,7 @@ from .tables import ReportTables
 
 logger = logging.getLogger(__name__)
 
-SHOWN_ISSUES = 50
+SHOWN_ISSUES = 100
 SHOWN_PAIRS = 15
 
 
@@ -41,7 +44,8 @@ def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, f
     write_lines(folder / "norms.csv", tables.norms)
     write_lines(folder / "calibration.csv", [_calibration_line(each) for each in tables.calibration])
     write_lines(folder / "confusion.csv", pairs)
-    write_issues(folder / "label_issues.csv", tables.issues)
+    table = _issue_table(tables, train_dataset, tokenizer)
+    write_issues_of(table, folder / "label_issues.csv")
 
     for name in FIGURES:  # an earlier report may have had more of them
         (folder / f"{name}.png").unlink(missing_ok=True)
@@ -63,6 +67,7 @@ def write_page(tables: ReportTables, train_dataset: object, tokenizer: object, f
         failed=failed,
         issues=[line | {"preview": shown_row} for line, shown_row in zip(issues, previews, strict=True)],
         num_issues=0 if tables.issues is None else len(tables.issues),
+        lines=None if table is None else table_texts(table, len(issues), not _knows_names(train_dataset, table)),
         classes=sorted(tables.classes, key=lambda line: -line.get("train_rows", 0)),
         pairs=[line for line in pairs if line["label"] != line["predicted"]][:SHOWN_PAIRS],
         num_in_confusion=0 if tables.confusion is None else len(most_confused_classes(tables.confusion)),
@@ -81,6 +86,24 @@ def most_doubtful(tables: ReportTables) -> list[dict[str, Any]]:
         line | {"label_name": names[line["label"]], "suggested_label_name": names[line["suggested_label"]]}
         for line in tables.issues.select(range(min(SHOWN_ISSUES, len(tables.issues))))
     ]
+
+
+def _issue_table(tables: ReportTables, train_dataset: object, tokenizer: object) -> IssueTable | None:
+    """All label issues, with the texts of the most doubtful rows; without texts where reading them fails."""
+    if tables.issues is None or len(tables.issues) == 0:
+        return None
+    texts = None
+    try:
+        texts = row_texts(train_dataset, tables.issues[:TEXT_ROWS]["row"], tokenizer)
+    except Exception as error:  # data set and tokenizer are the user's, and may raise anything
+        logger.warning(f"The file label_issues.csv has no texts: {error!r}.")
+    return IssueTable(tables.issues, texts)
+
+
+def _knows_names(train_dataset: object, table: IssueTable) -> bool:
+    """Whether the names of the classes are the data set's own. Else they are the model's."""
+    names = table.issues.features["label"].names
+    return label_names(train_dataset)[: len(names)] == names
 
 
 def _previews(train_dataset: object, rows: list[int], tokenizer: object) -> list[dict[str, str]]:

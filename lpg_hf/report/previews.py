@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Audio, Dataset, Image, Value
+from datasets import Audio, Dataset, Image
+
+from ..data.row_texts import is_text
+from ..safe_text import snippet
 
 
 if TYPE_CHECKING:
@@ -15,7 +18,6 @@ if TYPE_CHECKING:
 
 
 THUMBNAIL_SIZE = 96
-LONGEST_TEXT = 240
 MODEL_INPUTS = ("pixel_values", "input_ids")
 
 
@@ -41,18 +43,18 @@ def preview(dataset: Any, row: int, tokenizer: Any = None) -> dict[str, str]:
         return {}
     for name, value in item.items():
         if isinstance(features.get(name), Audio):
-            return {"text": _snippet(value["path"])} if value and value["path"] else {}
+            return {"text": snippet(value["path"])} if value and value["path"] else {}
         if isinstance(features.get(name), Image) or hasattr(value, "thumbnail"):
             image = _decoded(value)
             return {} if image is None else {"image": _data_uri(image)}
-    texts = [value for name, value in item.items() if isinstance(value, str) and _is_text(features.get(name))]
+    texts = [value for name, value in item.items() if isinstance(value, str) and is_text(features.get(name))]
     if texts:
-        return {"text": _snippet(max(texts, key=len))}
+        return {"text": snippet(max(texts, key=len))}
     if "pixel_values" in item:
         image = _image_of(item["pixel_values"])
         return {} if image is None else {"image": _data_uri(image)}
     if "input_ids" in item and hasattr(tokenizer, "decode"):
-        return {"text": _snippet(tokenizer.decode(item["input_ids"], skip_special_tokens=True))}
+        return {"text": snippet(tokenizer.decode(item["input_ids"], skip_special_tokens=True))}
     return {}
 
 
@@ -63,7 +65,7 @@ def _raw_item(dataset: Any, row: int) -> tuple[Any, dict[str, Any]]:
     # Other columns stay out: decoding a video takes long, and more packages.
     features = dict(dataset.features)
     seen = [name for name in features if name in MODEL_INPUTS or isinstance(features[name], Audio | Image)]
-    shown = [*seen, *(name for name in features if name not in seen and _is_text(features[name]))]
+    shown = [*seen, *(name for name in features if name not in seen and is_text(features[name]))]
     if not shown:
         return {}, features
     dataset = dataset.with_format(None).select_columns(shown)
@@ -81,15 +83,6 @@ def _decoded(value: Any) -> "Picture | None":
         return Image().decode_example(value)
     except (OSError, ValueError):  # the file has moved, or is not an image
         return None
-
-
-def _is_text(feature: object) -> bool:
-    return feature is None or (isinstance(feature, Value) and "string" in feature.dtype)
-
-
-def _snippet(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
 def _image_of(pixels: object) -> "Picture | None":
