@@ -49,7 +49,5 @@ def broken_links(path: Path) -> list[str]:
 def both_sides(diff: str) -> tuple[str, str]:
     """The code before and after a diff."""
     lines = diff.splitlines()
-    before, after = (
-        "\n".join(line[1:] for line in lines if not line.startswith(other)) for other in ("+", "-")
-    )
+    before, after = ("\n".join(line[1:] for line in lines if not line.startswith(other)) for other in ("+", "-"))
     return before, after
