@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from notebook import code_cells, run
+from notebook_cells import code_cells, run
 
 
 PATH = Path(__file__).parents[2] / "examples" / "notebook.ipynb"

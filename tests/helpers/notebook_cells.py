@@ -1,7 +1,7 @@
 """
 Runs a Jupyter notebook without Jupyter: its code cells one after the other, in one namespace.
 
-    python tests/helpers/notebook.py examples/notebook.ipynb    # writes the new outputs into the file
+    python tests/helpers/notebook_cells.py examples/notebook.ipynb    # writes the new outputs into the file
 """
 
 import base64
