@@ -94,7 +94,7 @@ class ClassMeans(nn.Module):
 
     @property
     def memorizing(self) -> Tensor:
-        """The largest [`memorizing`] of any epoch before dampening acted, a scalar in [0, 1]."""
+        """The largest [`memorizing`] of any epoch until the evidence was enough, a scalar in [0, 1]."""
         return self._evidence[1]
 
     @property

@@ -191,7 +191,8 @@ class LPGLoss(nn.Module):
 
     def _run(self, step: Callable[..., Sequence[Tensor]], *inputs: Tensor, device: torch.device) -> Sequence[Tensor]:
         parts = [self, self.statistics, self._telemetry, *self._methods]
-        return self.graphs.run(self, step, inputs, parts, device, rule=self.statistics.judged_offset_or_none is None)
+        offsets = self.statistics.judged_offset_or_none, self.statistics.fitted_offset_or_none
+        return self.graphs.run(self, step, inputs, parts, device, rule=[offset is None for offset in offsets])
 
     def perturb_loss(
         self,

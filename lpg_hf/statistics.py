@@ -167,7 +167,8 @@ class ClassStatistics(ClassMeans):
         return self._prior_rows[-2]
 
     @property
-    def _fitted_offset_or_none(self) -> Tensor | None:
+    def fitted_offset_or_none(self) -> Tensor | None:
+        """The `fitted_offset`; `None` where it is 0 by design."""
         return self.fitted_offset if self._corrections else None
 
     @property
@@ -225,7 +226,7 @@ class ClassStatistics(ClassMeans):
     def rows_of(self, batch: LogitBatch) -> list[Tensor]:
         """What is summed up per class, `[N]` each, with anything for ignored samples, but for [`lost_weight`]."""
         ratio = batch.confidence_ratio
-        excess = batch.fit_excess(self._fitted_offset_or_none)
+        excess = batch.fit_excess(self.fitted_offset_or_none)
         rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, excess]
         return [*rows, batch.is_correct, batch.label_prob]
 
