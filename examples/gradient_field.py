@@ -79,12 +79,12 @@ def simplex_grid(points: int) -> Tensor:
 
 
 def trained_statistics() -> ClassStatistics:
-    """A class that has been learned and of which the model contradicts a part."""
+    """Classes that have been learned, and evidence that some of their labels are wrong."""
     statistics = ClassStatistics(3, COUNTS).double()
     statistics.label_prob.fill_(0.8)
     statistics.last_label_prob.fill_(0.8)
     statistics.confidence_ratio.fill_(0.85)
-    statistics.confident_error_rate.fill_(0.2)
+    statistics.noise_evidence.fill_(2.0)
     return statistics
 
 

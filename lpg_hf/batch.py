@@ -21,6 +21,8 @@ class LogitBatch:
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
         judged_offset (`torch.Tensor` of shape `[C]`, *optional*):
             Added to the logits where the labels are judged, see [`ClassStatistics.judged_offset`]. Left out, it is 0.
+        fitted_offset (`torch.Tensor` of shape `[C]`, *optional*):
+            Added to the logits for the fit excess, see [`ClassStatistics.fitted_offset`]. Left out, it is 0.
 
     Attributes:
         ignore_mask (`torch.Tensor` of shape `[N]`): Whether a sample has no label.
@@ -38,6 +40,10 @@ class LogitBatch:
         label_gradient (`torch.Tensor` of shape `[N, 1]`): The entries of the labels in `gradient`.
         gradient (`torch.Tensor` of shape `[N, C]`):
             Gradient of the summed cross-entropy at the logits, see [`logit_gradient`]. Read-only.
+        fit_excess (`torch.Tensor` of shape `[N]`):
+            `q_y - sum_j q_j^2` with `q = softmax(z + fitted_offset)`, in [-1, 1]; arbitrary for ignored samples. It is
+            the probability of the label, less the one that the model itself expects. Its mean is 0 for a model that is
+            calibrated on these labels, and above 0 for one that fits labels which it has seen before.
 
     Raises:
         ValueError: If a label is neither -100 nor a class. On a GPU, CUDA raises its own error instead.
@@ -55,20 +61,32 @@ class LogitBatch:
     ```
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor, judged_offset: Tensor | None = None):
+    def __init__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        judged_offset: Tensor | None = None,
+        fitted_offset: Tensor | None = None,
+    ):
         self.logits = logits
         self.labels = labels
         self.ignore_mask = labels == IGNORE_INDEX
         self.valid_bits = _bits(self.ignore_mask)
         self.classes = labels.masked_fill(self.ignore_mask, 0)
         index = self.classes[:, None]
-        margin = _label_entries(logits, index) - logits.amax(-1, keepdim=True)
-        if judged_offset is None:
-            judged, probabilities = margin, logits.softmax(-1)
-        else:
-            shifted = logits + judged_offset.to(logits)
-            judged = shifted.gather(-1, index) - shifted.amax(-1, keepdim=True)
-            probabilities = torch.softmax(logits, -1, out=shifted)  # no second matrix
+        margin = judged = _label_entries(logits, index) - logits.amax(-1, keepdim=True)
+        # One matrix serves for all: new memory costs more than arithmetic.
+        matrix: Tensor | None = None
+        self._fit_excess: Tensor | None = None
+        if fitted_offset is not None:
+            matrix = logits + fitted_offset.to(logits)
+            torch.softmax(matrix, -1, out=matrix)
+            norm = torch.linalg.vector_norm(matrix, dim=-1)
+            self._fit_excess = torch.addcmul(matrix.gather(-1, index)[:, 0], norm, norm, value=-1)
+        if judged_offset is not None:
+            matrix = torch.add(logits, judged_offset.to(logits), out=matrix)
+            judged = matrix.gather(-1, index) - matrix.amax(-1, keepdim=True)
+        probabilities = logits.softmax(-1) if matrix is None else torch.softmax(logits, -1, out=matrix)
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
         label_log_prob = margin + probabilities.amax(-1, keepdim=True).log()
         logarithms = torch.cat([label_log_prob, judged], -1).masked_fill_(self.ignore_mask[:, None], 0.0)
@@ -83,30 +101,13 @@ class LogitBatch:
     def valid_mask(self) -> Tensor:
         return ~self.ignore_mask
 
-    def fit_excess(self, fitted_offset: Tensor | None = None) -> Tensor:
-        """
-        `q_y - sum_j q_j^2` with `q = softmax(z + fitted_offset)`: the probability of the label, less the one that the
-        model itself expects.
-
-        Its mean is 0 for a model that is calibrated on these labels, and above 0 for one that fits labels which it has
-        seen before.
-
-        Args:
-            fitted_offset (`torch.Tensor` of shape `[C]`, *optional*):
-                See [`ClassStatistics.fitted_offset`]. Left out, it is 0.
-
-        Returns:
-            `torch.Tensor` of shape `[N]`: In [-1, 1]; arbitrary for ignored samples.
-        """
-        if fitted_offset is None:
+    @property
+    def fit_excess(self) -> Tensor:
+        if self._fit_excess is None:
             # The squared norm of p - onehot is the sum of the squares less 2 p_y, plus 1.
             norm = torch.linalg.vector_norm(self.gradient, dim=-1)
-            return -torch.addcmul(self.label_gradient[:, 0], norm, norm)
-        probabilities = self.logits + fitted_offset.to(self.logits)
-        torch.softmax(probabilities, -1, out=probabilities)
-        norm = torch.linalg.vector_norm(probabilities, dim=-1)
-        label_prob = probabilities.gather(-1, self.classes[:, None])[:, 0]
-        return torch.addcmul(label_prob, norm, norm, value=-1)
+            self._fit_excess = -torch.addcmul(self.label_gradient[:, 0], norm, norm)
+        return self._fit_excess
 
 
 def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:

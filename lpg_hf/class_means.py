@@ -94,7 +94,7 @@ class ClassMeans(nn.Module):
 
     @property
     def memorizing(self) -> Tensor:
-        """The largest [`memorizing`] of any epoch before dampening acted, a scalar in [0, 1]."""
+        """The largest [`memorizing`] of any epoch until the evidence was enough, a scalar in [0, 1]."""
         return self._evidence[1]
 
     @property
@@ -141,5 +141,4 @@ class ClassMeans(nn.Module):
         torch.where(is_over, torch.maximum(self._evidence, now), self._evidence, out=self._evidence)
         # Before that, a model that becomes sure of itself contradicts more and more labels, and be they right.
         is_settled = is_over & (error_share(error, ratio) >= SETTLED)
-        least = torch.where(is_settled, torch.minimum(self._least_error, error), self._least_error)
-        self._least_error.copy_(least)
+        torch.where(is_settled, torch.minimum(self._least_error, error), self._least_error, out=self._least_error)

@@ -15,7 +15,7 @@ from .input_checks import check_inputs
 from .loss_graphs import LossGraphs
 from .perturbations import LogitPerturbation, build_chain
 from .perturbations.base import uncompensated_weight
-from .statistics import ClassStatistics, lost_weight
+from .statistics import ClassStatistics
 from .telemetry import Telemetry, head_and_tail_accuracy, mean_norms_and_weights
 
 
@@ -161,7 +161,7 @@ class LPGLoss(nn.Module):
 
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
-            batch = LogitBatch(z.detach(), labels, self.statistics.judged_offset_or_none)
+            batch = self.batch_of(z.detach(), labels)
             value = self._values(z, labels).sum() / divisor
             return self.perturb_loss(value, z, batch, divisor, observer, logits.dtype)
         step = self._whole_gradient if model_loss is None else self._sum_of_deltas
@@ -177,21 +177,27 @@ class LPGLoss(nn.Module):
             return add_gradient(results[0], logits, gradient, divisor, divides_value=True)
         return add_gradient(model_loss, logits, gradient, divisor)
 
+    def batch_of(self, logits: Tensor, labels: Tensor) -> LogitBatch:
+        """A micro-batch of logits in float32 or float64, with the offsets of the statistics."""
+        judged, fitted = self.statistics.judged_offset_or_none, self.statistics.fitted_offset_or_none
+        return LogitBatch(logits, labels, judged, None if self.is_frozen else fitted)
+
     def _whole_gradient(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
         """The summed cross-entropy, its perturbed gradient, and the weights of the methods that weight samples."""
-        batch = LogitBatch(z, labels, self.statistics.judged_offset_or_none)
+        batch = self.batch_of(z, labels)
         perturbed = self.perturb(batch.gradient, batch, observer)
         return [-batch.label_log_prob.sum(), perturbed, *last_weights(self._methods)]
 
     def _sum_of_deltas(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
         """The sum of all deltas, and the weights."""
-        batch = LogitBatch(z, labels, self.statistics.judged_offset_or_none)
+        batch = self.batch_of(z, labels)
         perturbed = self.perturb(batch.gradient, batch, observer)
         return [perturbed.sub_(batch.gradient), *last_weights(self._methods)]
 
     def _run(self, step: Callable[..., Sequence[Tensor]], *inputs: Tensor, device: torch.device) -> Sequence[Tensor]:
         parts = [self, self.statistics, self._telemetry, *self._methods]
-        return self.graphs.run(self, step, inputs, parts, device, rule=self.statistics.judged_offset_or_none is None)
+        offsets = self.statistics.judged_offset_or_none, self.statistics.fitted_offset_or_none
+        return self.graphs.run(self, step, inputs, parts, device, rule=[offset is None for offset in offsets])
 
     def perturb_loss(
         self,
@@ -253,12 +259,10 @@ class LPGLoss(nn.Module):
             `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
         """
         self._match(batch.logits)
-        # Before the chain: the matrix that they need and those of the chain are not held at once.
-        of_classes = [] if self.is_frozen else self.statistics.rows_of(batch)
         perturbed, rows = run_chain(self._methods, gradient, batch, self.statistics, learns=not self.is_frozen)
         if not self.is_frozen:
-            of_classes += lost_weight(uncompensated_weight(self._methods))
             # One table for both: each of its operations takes longer than all of its numbers.
+            of_classes = self.statistics.rows_of(batch, uncompensated_weight(self._methods))
             table = stack_rows([*of_classes, of_classes[0], *rows], batch)
             self.statistics.add(batch, table[: len(of_classes)])
             self._telemetry.record(table[len(of_classes) :], self.statistics.steps)

@@ -15,11 +15,6 @@ from .class_shares import PriorTerms, check_class_counts, check_shares, min_coun
 PRIOR_PSEUDO_COUNT = 10
 
 
-def lost_weight(weight: Tensor | None) -> list[Tensor]:
-    """What dampening takes away from each sample as a row `[N]`; none without weights."""
-    return [] if weight is None else [1 - weight]
-
-
 class ClassStatistics(ClassMeans):
     """
     Class prior, and means per class of what the model makes of its training samples.
@@ -167,7 +162,8 @@ class ClassStatistics(ClassMeans):
         return self._prior_rows[-2]
 
     @property
-    def _fitted_offset_or_none(self) -> Tensor | None:
+    def fitted_offset_or_none(self) -> Tensor | None:
+        """The `fitted_offset`; `None` where it is 0 by design."""
         return self.fitted_offset if self._corrections else None
 
     @property
@@ -216,18 +212,18 @@ class ClassStatistics(ClassMeans):
         Adds a micro-batch to the pending sums.
 
         Args:
-            batch ([`LogitBatch`]): The micro-batch.
+            batch ([`LogitBatch`]): The micro-batch, with the offsets of these statistics where they are not 0.
             weight (`torch.Tensor` of shape `[N]`, *optional*):
                 Weight of each sample under class-relative dampening, without its compensation.
         """
-        self.add(batch, stack_rows([*self.rows_of(batch), *lost_weight(weight)], batch))
+        self.add(batch, stack_rows(self.rows_of(batch, weight), batch))
 
-    def rows_of(self, batch: LogitBatch) -> list[Tensor]:
-        """What is summed up per class, `[N]` each, with anything for ignored samples, but for [`lost_weight`]."""
+    def rows_of(self, batch: LogitBatch, weight: Tensor | None = None) -> list[Tensor]:
+        """What is summed up per class, `[N]` each, with anything for ignored samples. Arguments as for `update`."""
         ratio = batch.confidence_ratio
-        excess = batch.fit_excess(self._fitted_offset_or_none)
-        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, excess]
-        return [*rows, batch.is_correct, batch.label_prob]
+        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, batch.fit_excess]
+        rows += [batch.is_correct, batch.label_prob]
+        return rows if weight is None else [*rows, 1 - weight]
 
     @torch.no_grad()
     def add(self, batch: LogitBatch, rows: Tensor) -> None:
@@ -237,8 +233,7 @@ class ClassStatistics(ClassMeans):
         Args:
             batch ([`LogitBatch`]): The micro-batch.
             rows (`torch.Tensor` of shape `[k, N]`):
-                The rows of [`~ClassStatistics.rows_of`], then [`lost_weight`] if there is one; zero for ignored
-                samples.
+                The rows of [`~ClassStatistics.rows_of`], k = 7 or 8; zero for ignored samples.
         """
         self._pending[: len(rows)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
 

@@ -1,5 +1,6 @@
 """What a batch says of its logits, and their gradient."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from logit_batches import LargestTensor, assert_equal, drawn_batches, every_dtype, few_examples
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch, logit_gradient
 
@@ -141,19 +143,21 @@ def test_fit_excess_equals_the_reference_with_and_without_an_offset(drawn):
     logits, labels = drawn.logits[valid], drawn.labels[valid].tolist()
     offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
     for shift in (None, torch.zeros_like(offset), offset):
-        found = drawn.batch.fit_excess(shift)
+        found = LogitBatch(drawn.logits, drawn.labels, fitted_offset=shift).fit_excess
         assert found.shape == drawn.labels.shape
         assert_equal(found[valid], expected_excess(logits, labels, 0.0 if shift is None else shift), 1e-12)
 
 
 @few_examples
 @given(drawn_batches())
-def test_fit_excess_lies_within_1_and_leaves_the_batch_as_it_is(drawn):
-    batch, offset = drawn.batch, torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
-    for shift in (None, offset):
-        found = batch.fit_excess(shift)[batch.valid_mask]
-        assert (found.abs() <= 1 + 1e-12).all()
-    assert torch.equal(batch.logits, drawn.logits) and torch.equal(batch.gradient, drawn.batch.gradient)
+def test_fit_excess_lies_within_1_and_leaves_all_else_as_it_is(drawn):
+    offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
+    for judged, fitted in itertools.product((None, offset.flip(0)), (None, offset)):
+        batch, plain = (LogitBatch(drawn.logits.clone(), drawn.labels, judged, shift) for shift in (fitted, None))
+        assert (batch.fit_excess[batch.valid_mask].abs() <= 1 + 1e-12).all()
+        for name in ("logits", "gradient", "label_prob", "confidence_ratio", "is_confident_error", "is_correct"):
+            assert torch.equal(getattr(batch, name), getattr(plain, name))
+    assert torch.equal(batch.logits, drawn.logits)
     assert torch.equal(offset, torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64))
 
 
@@ -161,7 +165,7 @@ def test_fit_excess_is_0_in_the_mean_over_labels_that_are_drawn_from_the_model()
     """Its expectation is `sum_c p_c (p_c - sum_j p_j^2) = 0`."""
     logits = torch.tensor([[1.0, 0.3, -0.7]], dtype=torch.float64)
     probabilities = torch.from_numpy(reference.softmax(logits.numpy())[0])
-    excess = LogitBatch(logits.repeat(3, 1), torch.arange(3)).fit_excess()
+    excess = LogitBatch(logits.repeat(3, 1), torch.arange(3)).fit_excess
     assert_equal(torch.dot(excess, probabilities), 0, 1e-15)
     assert excess[0] > 0.1
 
@@ -173,7 +177,7 @@ def test_float32_fit_excess_of_saturated_logits(margin, with_offset):
     logits = torch.tensor([[0.0, margin, 0.5, -1.0], [0.0, margin, 0.5, -1.0], [margin, margin, 0.0, 0.0]])
     labels = torch.tensor([1, 0, 1])
     offset = torch.tensor([0.4, -0.2, 0.1, 0.0]) if with_offset else None
-    found = LogitBatch(logits, labels).fit_excess(offset)
+    found = LogitBatch(logits, labels, fitted_offset=offset).fit_excess
     assert found.dtype == torch.float32
     expected = expected_excess(logits, labels.tolist(), offset if with_offset else 0.0)
     # A logit that an offset was added to is rounded once more.
@@ -185,7 +189,7 @@ def test_fit_excess_of_a_class_that_the_model_rules_out(with_offset):
     """A logit of minus infinity, as masks of classes make it."""
     offset = torch.tensor([0.0, 0.0, 0.0]) if with_offset else None
     logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, 0.0, -math.inf]])
-    found = LogitBatch(logits, torch.tensor([0, 2])).fit_excess(offset)
+    found = LogitBatch(logits, torch.tensor([0, 2]), fitted_offset=offset).fit_excess
     assert_equal(found, [0.0, -0.5], 1e-6)
 
 
@@ -195,7 +199,7 @@ def test_fit_excess_of_valid_samples_does_not_see_the_ignored_ones(dtype, with_o
     logits = torch.tensor([[math.nan, 0.0], [1.0, 0.0], [math.inf, -math.inf], [1e30, 5.0]], dtype=dtype)
     labels = torch.tensor([IGNORE_INDEX, 0, IGNORE_INDEX, IGNORE_INDEX])
     offset = torch.tensor([0.5, -0.5], dtype=dtype) if with_offset else None
-    found = LogitBatch(logits, labels).fit_excess(offset)
+    found = LogitBatch(logits, labels, fitted_offset=offset).fit_excess
     assert found.shape == (4,)
     expected = expected_excess(logits[1:2], [0], offset if with_offset else 0.0)
     assert_equal(found[1:2], expected, 1e-6 if dtype == torch.float32 else 1e-12)
@@ -204,17 +208,20 @@ def test_fit_excess_of_valid_samples_does_not_see_the_ignored_ones(dtype, with_o
 @pytest.mark.parametrize("with_offset", [False, True])
 @every_dtype
 def test_fit_excess_of_an_empty_batch_is_empty(dtype, with_offset):
-    batch = LogitBatch(torch.zeros(0, 3, dtype=dtype), torch.zeros(0, dtype=torch.int64))
-    found = batch.fit_excess(torch.zeros(3, dtype=dtype) if with_offset else None)
+    logits, labels = torch.zeros(0, 3, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+    found = LogitBatch(logits, labels, None, torch.zeros(3, dtype=dtype) if with_offset else None).fit_excess
     assert found.shape == (0,) and found.dtype == dtype
 
 
-def test_fit_excess_needs_no_tensor_larger_than_the_logits_and_no_value_from_the_device():
-    logits = torch.randn(8, 100_000, generator=torch.Generator().manual_seed(0))
-    batch = LogitBatch(logits, torch.arange(8))
-    with LargestTensor() as largest:
-        assert batch.fit_excess(torch.zeros(100_000)).isfinite().all()
-    assert largest.numel == logits.numel()
+def test_fit_excess_needs_no_second_matrix_and_no_value_from_the_device():
+    logits, offset = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)), torch.zeros(1000)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as measured:
+        batch = LogitBatch(logits, torch.arange(8), offset, offset)
+        assert batch.fit_excess.isfinite().all()
+    held = np.cumsum(
+        [event.nbytes() for event in measured.profiler.kineto_results.events() if event.name() == "[memory]"]
+    )
+    assert logits.nbytes <= held.max() < 1.5 * logits.nbytes
     labels = torch.zeros(6, dtype=torch.int64, device="meta")
-    batch = LogitBatch(torch.randn(6, 4, device="meta"), labels)
-    assert batch.fit_excess(torch.zeros(4, device="meta")).shape == batch.fit_excess().shape == (6,)
+    for shift in (None, torch.zeros(4, device="meta")):
+        assert LogitBatch(torch.randn(6, 4, device="meta"), labels, shift, shift).fit_excess.shape == (6,)

@@ -19,7 +19,7 @@ C = 6
 # An epoch of a bare loss ends with every third step.
 COUNTS = [16, 9, 5, 3, 2, 1]
 # Gates that are open from the second epoch on.
-OPEN = ["logit_adjustment(learned=(0.05, 0.2))", "class_relative_dampening(learned=(0.0, 0.01))"]
+OPEN = ["logit_adjustment(learned=(0.05, 0.2))", "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.1))"]
 CHAINS = {name: [name] for name in LOGIT_METHODS if name != "logit_noise"}
 CHAINS |= {"auto": ["auto"], "open": OPEN, "quantile": ["logit_clipping(quantile=0.7)", "label_smoothing(0.2)"]}
 CHAINS |= {"prior": ["auto", "label_smoothing(target='prior')"]}
@@ -191,8 +191,10 @@ def test_a_state_that_moves_is_captured_anew():
     pair.check()
 
 
-def test_a_correction_that_is_added_is_seen():
-    pair = Pair(["class_relative_dampening(learned=(0.0, 0.01))"])
+@pytest.mark.parametrize("eval_shares", [None, [1.0] * C], ids=["training shares", "uniform"])
+def test_a_correction_that_is_added_is_seen(eval_shares):
+    """By the judgment of labels, unless there was an offset for it before, and by their fit."""
+    pair = Pair(["class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.1))"], eval_shares=eval_shares)
     for seed in range(14):
         pair.step(seed)
         if seed == 6:
@@ -307,7 +309,7 @@ def test_a_replica_of_data_parallel_runs_as_it_is():
 
 def test_dampening_of_a_loss_without_a_graph_is_not_disturbed_by_one_with():
     """The last weights are those of the last call, whichever way it went."""
-    pair = Pair([ClassRelativeDampening(learned=(0.0, 0.01))])
+    pair = Pair([ClassRelativeDampening(learned=(0.0, 0.01), evidence=(0.0, 0.1))])
     for seed in range(20):
         pair.step(seed, size=20 if seed % 3 else 13 + seed)
     pair.check()

@@ -192,18 +192,18 @@ def count_step(loss_fn):
 @pytest.mark.parametrize(
     ("chain", "operations", "passes", "matrices"),
     [
-        # Measured with torch 2.13: 98, 23, 3.
-        ("auto", 100, 23, 3),
-        # 115, 19, 4.
-        ("lpg", 118, 20, 4),
-        # 60, 13, 3.
-        ("logit_clipping", 62, 13, 3),
-        # 74, 12, 3.
-        ("focal_loss", 77, 12, 3),
-        # 62, 13, 3.
-        ("label_smoothing", 64, 13, 3),
-        # 274, 95, 25.
-        ("lpl", 290, 100, 25),
+        # Measured with torch 2.13: 103, 27, 3. The fit excess at corrected logits takes 5, 4, 0 of them.
+        ("auto", 105, 27, 3),
+        # 118, 19, 4.
+        ("lpg", 121, 20, 4),
+        # 63, 13, 3.
+        ("logit_clipping", 65, 13, 3),
+        # 77, 12, 3.
+        ("focal_loss", 80, 12, 3),
+        # 65, 13, 3.
+        ("label_smoothing", 67, 13, 3),
+        # 277, 95, 25.
+        ("lpl", 293, 100, 25),
     ],
 )
 def test_a_step_takes_few_operations_and_matrices(chain, operations, passes, matrices):
@@ -212,7 +212,7 @@ def test_a_step_takes_few_operations_and_matrices(chain, operations, passes, mat
     assert all(map(operator.le, found, (operations, passes, matrices))), found
 
 
-@pytest.mark.parametrize(("chain", "operations"), [("auto", 69), ("label_smoothing", 25)])  # measured: 66, 24
+@pytest.mark.parametrize(("chain", "operations"), [("auto", 83), ("label_smoothing", 52)])  # measured: 80, 50
 def test_a_bare_loss_looks_for_the_end_of_an_epoch_in_few_operations_per_class(chain, operations):
     """It alone does: LPGTrainer knows when an epoch ends."""
     bare, managed = (count_step(LPGLoss(C, chain, COUNTS, managed=managed)) for managed in (False, True))

@@ -38,7 +38,7 @@ class Method:
         grid (`tuple[float, ...]`): The values that tuning chooses from, the usual one among them.
         base (`str`, *optional*): The method that a plug-in stands on.
         edit (`Callable`, *optional*): Changes the chain, for the ablation.
-        constants (`dict[str, float]`):
+        constants (`dict[str, object]`):
             Constants of the library with another value, for the ablation, as `"module.NAME"`.
         labels (`str`):
             Which training labels it gets: `"noisy"`; `"clean"`; `"right"`, the noisy ones without the wrong ones; or
@@ -55,7 +55,7 @@ class Method:
     grid: tuple[float, ...] = ()
     base: str | None = None
     edit: Edit | None = None
-    constants: dict[str, float] = field(default_factory=dict)
+    constants: dict[str, object] = field(default_factory=dict)
     labels: str = "noisy"
     is_told_shares: bool = True
 
@@ -224,11 +224,9 @@ _ABLATION = (
     _variant("auto-dampening", "without dampening", without(_AUTO_DAMPENING)),
     # The narrowest interval opens the gate at once.
     _variant("auto-learned", "without the gate 'learned'", with_arguments(_AUTO_DAMPENING, learned=(0.0, 1e-9))),
-    _variant(
-        "auto-contradicted",
-        "without the gate 'contradicted'",
-        with_arguments(_AUTO_DAMPENING, contradicted=(0.0, 1e-9)),
-    ),
+    _variant("auto-evidence", "without the gate 'evidence'", with_arguments(_AUTO_DAMPENING, evidence=(0.0, 1e-9))),
+    # No fit excess is above 1.
+    _variant("auto-memorizing", "without 'memorizing'", constants={"noise_evidence.EXCESS": (1.0, 2.0)}),
     *(
         _variant(f"power={value}", f"power q = {value}", with_arguments(_AUTO_DAMPENING, power=value))
         for value in (2.0, 8.0)
@@ -239,12 +237,12 @@ _ABLATION = (
         for edit in [with_arguments(_AUTO_DAMPENING, learned=(low, high))]
     ),
     *(
-        _variant(f"contradicted={low}..{high}", f"contradicted = {low} to {high}", edit)
-        for low, high in ((0.02, 0.08), (0.05, 0.2))
-        for edit in [with_arguments(_AUTO_DAMPENING, contradicted=(low, high))]
+        _variant(f"evidence={low}..{high}", f"evidence = {low} to {high}", edit)
+        for low, high in ((0.5, 1.0), (2.0, 4.0))
+        for edit in [with_arguments(_AUTO_DAMPENING, evidence=(low, high))]
     ),
     *(
-        _variant(f"ema={value}", f"EMA constant = {value}", constants={"statistics.INERTIA": value})
+        _variant(f"ema={value}", f"EMA constant = {value}", constants={"class_means.INERTIA": value})
         for value in (5, 80)
     ),
     *(

@@ -137,7 +137,7 @@ class SavedState:
         if counts in state and (state[counts].is_floating_point() or state[counts].shape != (self.num_labels,)):
             problem = f"{counts} is not one integer per class"
         statistics = {name: value for name, value in state.items() if name.startswith("statistics.")}
-        problem = problem or find_bad_value(statistics)
+        problem = problem or find_bad_value(statistics, may_be_negative=["statistics._epoch_sums"])  # by fit excesses
         if problem is not None:
             raise damaged(self.path, f"the state of 'loss' does not fit: {problem}", _CONTENTS)
         part.load_state_dict(state)

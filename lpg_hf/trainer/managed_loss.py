@@ -9,7 +9,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import Trainer
 
-from ..batch import IGNORE_INDEX, LogitBatch
+from ..batch import IGNORE_INDEX
 from ..data.training_labels import class_counts_or_none
 from ..distributed import AsyncAllReduce, stack_processes
 from ..loss import LPGLoss
@@ -293,8 +293,7 @@ class ManagedLoss:
         """Perturbs what a `compute_loss_func` returned, on the scale that it has."""
         lpg_loss = self.loss
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        offset = lpg_loss.statistics.judged_offset_or_none
-        batch = LogitBatch(logits.detach().to(dtype), labels.reshape(-1).long(), offset)
+        batch = lpg_loss.batch_of(logits.detach().to(dtype), labels.reshape(-1).long())
         divisor = scale.divisor(batch.labels, num_items).to(dtype).clamp(min=1 / scale.factor)
         if self.watch.watches_loss and not lpg_loss.is_frozen:
             (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)

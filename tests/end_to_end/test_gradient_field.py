@@ -37,8 +37,8 @@ def test_the_arrows_of_the_dampening_are_shorter_where_the_label_is_contradicted
     logits, labels = gradient_field.simplex_grid(4).log(), torch.zeros(10, dtype=torch.int64)
     gradient = reference.logit_gradient(logits.numpy(), labels.tolist())
     statistics = gradient_field.trained_statistics()
-    means = (statistics.label_prob, statistics.confidence_ratio, statistics.confident_error_rate)
-    means = [tensor.tolist() for tensor in (*means, statistics.decidedness)]
+    means = (statistics.last_label_prob, statistics.confidence_ratio, statistics.decidedness)
+    means = [tensor.tolist() for tensor in (*means, statistics.noise_evidence, statistics.memorizing)]
     weight = reference.dampening_weight(logits.numpy(), labels.tolist(), *means)
     perturbed = gradient_field.perturbed_gradient(ClassRelativeDampening(), logits, labels)
     np.testing.assert_allclose(perturbed.numpy(), weight[:, None] * gradient, rtol=0, atol=1e-9)

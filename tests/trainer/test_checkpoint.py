@@ -310,6 +310,9 @@ def test_a_resumption_in_any_epoch_and_between_two_is_the_uninterrupted_run(clas
         assert (gate.max() > 0) == (step > 3)
         (sums,) = (value for name, value in saved.items() if name.endswith("._epoch_sums"))
         assert sums[0].sum() == 16 * ((step - 1) % 3 + 1)
+        assert (sums[4] < 0).any()  # a model that is sure of itself fits these labels less than it expects
+        (evidence,) = (value for name, value in saved.items() if name.endswith("._evidence"))
+        assert (evidence[0] > 1) == (step > 3)
         resumed = train_epochs(tmp_path, str(checkpoint), class_counts=class_counts, save_strategy="no")
         assert torch.equal(resumed.lpg_loss.statistics.prior, statistics.prior)
         for name, value in state_of(resumed).items():

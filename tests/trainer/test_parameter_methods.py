@@ -566,12 +566,13 @@ def test_sam_shifts_what_trains_by_its_radius_and_nothing_else(adaptive, tmp_pat
 
 
 def sums_of_epoch(logits, batches):
-    """Samples of each class, and sums of their confidence ratios, of these squared, and of confident errors."""
-    sums = torch.zeros(4, NUM_LABELS, dtype=torch.float64)
+    """Samples of each class, and sums of confidence ratios, of these squared, of confident errors, of fit excesses."""
+    sums = torch.zeros(5, NUM_LABELS, dtype=torch.float64)
     for z, batch in zip(logits, batches, strict=True):
         for p, label in zip(z.softmax(-1), batch["labels"].tolist(), strict=True):
             ratio = (p[label] / p.max()).item()
-            sums[:, label] += torch.tensor([1.0, ratio, ratio**2, ratio < 0.1], dtype=torch.float64)
+            excess = (p[label] - p.square().sum()).item()
+            sums[:, label] += torch.tensor([1.0, ratio, ratio**2, ratio < 0.1, excess], dtype=torch.float64)
     return sums
 
 
@@ -587,7 +588,9 @@ def test_statistics_and_learning_methods_see_each_step_once_at_the_unshifted_wei
     clipping = LogitClipping(quantile=0.6)
     clipping.setup(NUM_LABELS)
     clipping.double()
-    for first, second, batch in zip(logits[::2], logits[1::2], batches * 2, strict=True):
+    for step, (first, second, batch) in enumerate(zip(logits[::2], logits[1::2], batches * 2, strict=True)):
+        if step == 10:
+            expected.end_epoch()
         y = batch["labels"]
         expected.update(first.numpy(), y.tolist())
         with_both.update(first.numpy(), y.tolist())
@@ -601,7 +604,8 @@ def test_statistics_and_learning_methods_see_each_step_once_at_the_unshifted_wei
     first_epoch, second_epoch = (sums_of_epoch(logits[epoch : epoch + 20 : 2], batches) for epoch in (0, 20))
     means = first_epoch[1:] / first_epoch[0]
     torch.testing.assert_close(statistics.confidence_ratio, means[0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(statistics.confident_error_rate, means[2], rtol=0, atol=1e-9)
+    found = statistics.noise_evidence.item(), statistics.memorizing.item()
+    assert found == pytest.approx((expected.noise_evidence, expected.memorizing), rel=1e-9) and found[0] > 0.1
     torch.testing.assert_close(statistics._epoch_sums, second_epoch, rtol=0, atol=1e-9)
     assert statistics.mean_weight.min() < 0.99  # it did dampen
     assert abs(statistics.label_prob.numpy() - with_both.label_prob).max() > 0.01

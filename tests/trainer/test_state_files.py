@@ -234,6 +234,8 @@ def test_misfits_and_bad_values():
     assert find_bad_value({"a": torch.tensor([torch.inf])}) is None
     assert find_bad_value({"a": torch.tensor([torch.nan])}) == "a has NaN"
     assert find_bad_value({"a": torch.tensor([-1])}) == "a has negative entries"
+    assert find_bad_value({"a": torch.tensor([-1])}, may_be_negative=["a"]) is None
+    assert find_bad_value({"a": torch.tensor([torch.nan])}, may_be_negative=["a"]) == "a has NaN"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The benchmark of all methods: its data, its fairness, its bookkeeping and its statistics."""
 
 import csv
+import importlib
 import os
 import sys
+from contextlib import ExitStack
 from itertools import pairwise, product
+from unittest.mock import patch
 
 import accuracy
 import accuracy_statistics as statistics
@@ -23,6 +26,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from transformers import Trainer
+
+from lpg_hf import LPGLoss
 
 
 def make_source(sizes, num_test=0, human=None, seed=0):
@@ -263,7 +268,7 @@ def test_variants_change_one_thing():
     assert reprs("auto-adjustment", [30, 3]) == [text for text in auto if "adjustment" not in text]
     for name, index, argument in (
         ("power=8.0", 1, "power=8.0"),
-        ("contradicted=0.02..0.08", 1, "contradicted=(0.02, 0.08)"),
+        ("evidence=2.0..4.0", 1, "evidence=(2.0, 4.0)"),
         ("tau=0.5", 0, "tau=0.5"),
     ):
         (changed,) = [(old, new) for old, new in zip(auto, reprs(name, [30, 3]), strict=True) if old != new]
@@ -271,6 +276,29 @@ def test_variants_change_one_thing():
     assert reprs("target=uniform", [30, 3]) == ["logit_adjustment(learned=(0.05, 0.2))", auto[1]]
     # The chain does not depend on the class counts.
     assert all(reprs(name, [30, 30]) == reprs(name, [30, 3]) for name in ABLATIONS)
+
+
+@pytest.mark.parametrize("name", [name for name in ABLATIONS if METHODS[name].constants])
+def test_a_variant_changes_a_constant_that_the_library_reads(name):
+    """Not an imported copy of it: the training of the variant is another one."""
+    (path, value), *others = METHODS[name].constants.items()
+    assert not others
+    module, _, constant = path.rpartition(".")
+    module = importlib.import_module(f"lpg_hf.{module}")
+    assert type(getattr(module, constant))(value) == value != getattr(module, constant)
+    terms = []
+    for constants in ({}, METHODS[name].constants):
+        with ExitStack() as stack:
+            for path, value in constants.items():
+                stack.enter_context(patch(f"lpg_hf.{path}", value))
+            loss = LPGLoss(2, METHODS[name].perturbations("", [30, 10]), [30, 10], managed=True)
+            logits = torch.tensor([[3.0, 0.0], [0.0, 3.0]]).requires_grad_()
+            loss(logits, torch.tensor([0, 1])).backward()
+            loss.step()
+            loss.end_epoch()
+            statistics = loss.statistics
+            terms.append((statistics.label_prob, statistics.memorizing, statistics.fitted_offset))
+    assert any(not torch.equal(usual, changed) for usual, changed in zip(*terms, strict=True))
 
 
 def test_unknown_methods_list_the_known_ones():
