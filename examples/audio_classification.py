@@ -16,7 +16,7 @@ import make_tones
 import numpy as np
 import soundfile
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from scipy.signal import resample_poly
 from transformers import (
     ASTConfig,
@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     dataset = DatasetDict({split: list_files(folder) for split, folder in folders.items() if folder is not None})
     if "test" not in dataset:
         dataset = dataset["train"].train_test_split(0.2, seed=args.seed)
-    dataset = dataset.class_encode_column("label")
-    names = dataset["train"].features["label"].names
+    # One list of names for both splits. A class that only the test split has is an error.
+    names = sorted(set(dataset["train"]["label"]))
+    dataset = dataset.cast_column("label", ClassLabel(names=names))
     train = dataset["train"]
     if script.imbalance_ratio > 1:
         train = make_long_tailed(train, script.imbalance_ratio, seed=args.seed)

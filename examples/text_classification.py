@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import load_dataset
+from datasets import ClassLabel, Value, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -57,8 +57,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     dataset = load_dataset("csv", data_files={split: file for split, file in files.items() if file is not None})
     if "test" not in dataset:
         dataset = dataset["train"].train_test_split(0.2, seed=args.seed)
-    dataset = dataset.class_encode_column("label")
-    names = dataset["train"].features["label"].names
+    # One list of names for both splits. A class that only the test split has is an error.
+    dataset = dataset.cast_column("label", Value("string"))
+    names = sorted(set(dataset["train"]["label"]))
+    dataset = dataset.cast_column("label", ClassLabel(names=names))
     train = dataset["train"]
     if script.imbalance_ratio > 1:
         train = make_long_tailed(train, script.imbalance_ratio, seed=args.seed)

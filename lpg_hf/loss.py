@@ -45,7 +45,7 @@ class LPGLoss(nn.Module):
             Maps logits `[N, C]` and labels `[N]` to one loss per sample, `[N]`; cross-entropy when left out.
         eval_shares (`Sequence[float]`, *optional*):
             Share of each class in the data that the model will meet, up to a factor. Left out, it is the one in the
-            training set. `"auto"` trains the logits for shares halfway from these to all classes alike.
+            training set. `"auto"` trains the logits for shares a third of the way from these to all classes alike.
         managed (`bool`, *optional*, defaults to `False`):
             Whether the caller ends each optimizer step with [`~LPGLoss.step`], over all micro-batches and processes,
             and the first epoch with [`~LPGLoss.end_epoch`], as [`LPGTrainer`] does. Otherwise each call is a step.

@@ -6,6 +6,8 @@ import shlex
 import pytest
 from documents import DOCS, ROOT, blocks
 
+from lpg_hf.commands.main import main
+
 
 PAGES = [ROOT / "README.md", *DOCS]
 
@@ -29,7 +31,6 @@ def shown(begin):
 
 @pytest.mark.parametrize("words", shown(["lpg-hf"]))
 def test_lpg_hf_has_the_arguments(words, capsys):
-    main = pytest.importorskip("lpg_hf.commands.main").main
     end = 3 if words[1] == "train" else 2
     with pytest.raises(SystemExit) as exit_:
         main([*words[1:end], "--help"])

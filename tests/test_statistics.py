@@ -326,7 +326,7 @@ def test_evidence_and_memorizing_of_any_epochs_equal_the_reference(epochs, count
     statistics = ClassStatistics(NUM_CLASSES, counts, waits_for_epoch=True, eval_shares=shares).double()
     log_train, log_eval = np.log(np.array(counts) / sum(counts)), np.log(np.array(shares) / sum(shares))
     log_output = log_train
-    if corrects:  # toward the square root of the shares of the evaluation
+    if corrects:  # toward the shares of the evaluation
         statistics.add_correction(lambda s: s.prior_terms.log_rarity + 0.5 * s.prior_terms.log_eval)
         log_output = 0.5 * log_eval
     expected = reference.RunningStatistics(NUM_CLASSES)

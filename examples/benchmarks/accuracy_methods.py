@@ -251,7 +251,7 @@ _ABLATION = (
             f"pi_out ~ pi_eval ^ {value}",
             constants={"perturbations.logit_adjustment.OUTPUT_EXPONENT": value},
         )
-        for value in (0.65, 0.8)
+        for value in (0.5, 0.8)
     ),
     *(
         _variant(f"tau={value}", f"tau = {value}", with_arguments("logit_adjustment", tau=value))

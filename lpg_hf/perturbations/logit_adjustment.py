@@ -13,7 +13,7 @@ from .ops import ramp
 
 
 # Power of the evaluation shares in the class shares that logits are trained for: 1 would be theirs, 0 all alike.
-OUTPUT_EXPONENT = 0.5
+OUTPUT_EXPONENT = 2 / 3
 
 
 def logit_adjustment_delta(
@@ -83,8 +83,8 @@ class LogitAdjustment(LogitPerturbation):
             Running mean probability of the label, averaged over the classes: where weights begin to give way, and
             where they are gone. Left out, there are no weights.
         target (`str`, *optional*, defaults to `"uniform"`):
-            The class shares `pi_out` that the logits are trained for: `"uniform"`, or `"evaluation"`, which is halfway
-            from those of the evaluation to all classes alike, proportional to the square root of the former.
+            The class shares `pi_out` that the logits are trained for: `"uniform"`, or `"evaluation"`, a third of
+            the way from those of the evaluation to all classes alike: proportional to the former to the power of 2/3.
 
     Raises:
         ValueError: If `tau` is out of its range, `learned` not increasing within [0, 1], or `target` unknown.
@@ -130,7 +130,6 @@ class LogitAdjustment(LogitPerturbation):
 
     def log_correction(self, statistics: ClassStatistics) -> Tensor:
         prior = statistics.prior_terms
-        # The half of `log_eval` is the square root of the shares.
         is_uniform = self.target == "uniform"
         return self.tau * (prior.log_rarity if is_uniform else prior.log_rarity + OUTPUT_EXPONENT * prior.log_eval)
 

@@ -24,10 +24,10 @@ class ClassShiftMixin(Trainer):
         r"""
         Moves the bias of the model's head so that its probabilities fit data with other class shares.
 
-        `auto` trains the logits for class shares halfway from those of the evaluation to all classes alike. With the
-        true shares of the data, probabilities are calibrated and accuracy is best; with all classes alike, balanced
-        accuracy is. One training serves them all. By Bayes' rule, the logits move by `log(shares) - log(pi_out)` for
-        the shares `pi_out` that they were trained for.
+        `auto` trains the logits for class shares a third of the way from those of the evaluation to all classes alike.
+        With the true shares of the data, probabilities are calibrated and accuracy is best; with all classes alike,
+        balanced accuracy is. One training serves them all. By Bayes' rule, the logits move by
+        `log(shares) - log(pi_out)` for the shares `pi_out` that they were trained for.
 
         Args:
             shares (`Sequence[float]`): Share of each class, up to a factor. A class with 0 counts as the rarest other.

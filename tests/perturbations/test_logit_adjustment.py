@@ -153,8 +153,8 @@ def test_logit_adjustment_equals_the_reference(counts, tau):
 @pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT])
 @pytest.mark.parametrize("tau", [0.5, 1.0])
 @pytest.mark.parametrize("level", [0.05, 0.2, 0.6])
-def test_the_target_lies_halfway_from_the_evaluation_to_all_classes_alike(counts, tau, level):
-    """Proportional to the square root of the shares; with weights and with offsets."""
+def test_the_target_lies_between_the_evaluation_and_all_classes_alike(counts, tau, level):
+    """Proportional to the shares to the power of 2/3; with weights and with offsets."""
     shares = [3.0, 1.0, 4.0, 1.0, 5.0]
     statistics = make_statistics(counts, eval_shares=shares)
     statistics.label_prob[:] = level
@@ -162,7 +162,7 @@ def test_the_target_lies_halfway_from_the_evaluation_to_all_classes_alike(counts
     prior = [count / sum(counts) for count in counts]
     share = float(method.weight_share(statistics))
     expected = reference.logit_adjustment_delta(
-        batch.logits.numpy(), batch.labels.tolist(), prior, tau, share, target=np.sqrt(shares).tolist()
+        batch.logits.numpy(), batch.labels.tolist(), prior, tau, share, target=(np.array(shares) ** (2 / 3)).tolist()
     )
     np.testing.assert_allclose(delta_of(method, batch, statistics), expected, rtol=1e-6, atol=1e-6)
 
@@ -175,10 +175,10 @@ def test_where_training_and_target_agree_the_delta_is_zero():
 
 
 def test_by_default_the_evaluation_is_like_the_training():
-    """So the target is the square root of the training's own shares, half of the usual adjustment."""
+    """So what remains is a third of the usual adjustment."""
     statistics, batch = make_statistics(COUNTS), make_batch()
-    half = delta_of(LogitAdjustment(0.5), batch, statistics)
-    assert_equal(delta_of(LogitAdjustment(target="evaluation"), batch, statistics), half, 1e-12)
+    third = delta_of(LogitAdjustment(1 / 3), batch, statistics)
+    assert_equal(delta_of(LogitAdjustment(target="evaluation"), batch, statistics), third, 1e-12)
 
 
 @pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT])

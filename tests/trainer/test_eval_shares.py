@@ -99,14 +99,14 @@ def test_shares_are_taken_from_what_was_said_and_the_line_at_the_start_names_it(
     assert trainer.lpg_loss.statistics.class_counts.tolist() == [4, 2, 1, 1]
 
 
-def test_the_adjustment_goes_halfway_from_the_shares_of_the_evaluation_to_all_classes_alike(tmp_path):
-    trainer = make_trainer(tmp_path, eval_shares=[1.0, 4.0, 4.0, 16.0])
+def test_the_adjustment_goes_two_thirds_of_the_way_to_the_shares_of_the_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, eval_shares=[1.0, 8.0, 8.0, 64.0])
     statistics, adjustment = trainer.lpg_loss.statistics, trainer.lpg_loss.perturbations[0]
     output_shares = (statistics.prior.log() + adjustment.log_correction(statistics)).softmax(-1)
-    assert output_shares.tolist() == pytest.approx([1 / 9, 2 / 9, 2 / 9, 4 / 9])
+    assert output_shares.tolist() == pytest.approx([1 / 25, 4 / 25, 4 / 25, 16 / 25])
     # Labels are judged at the shares of the evaluation themselves.
     judged_at = (output_shares.log() + statistics.judged_offset).softmax(-1)
-    assert judged_at.tolist() == pytest.approx([1 / 25, 4 / 25, 4 / 25, 16 / 25])
+    assert judged_at.tolist() == pytest.approx([1 / 81, 8 / 81, 8 / 81, 64 / 81])
 
 
 def test_other_shares_train_another_model(tmp_path):

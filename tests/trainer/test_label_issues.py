@@ -124,9 +124,9 @@ def slow_ranking(visits, labels, adjusted=True):
     """
     Score and suggested label of each row by loops in float64; `None` for a suggestion that hangs on rounding.
 
-    Logits that are adjusted fit the square roots of the class shares, but are judged at the shares themselves.
+    Logits that are adjusted fit the class shares to the power of 2/3, but are judged at the shares themselves.
     """
-    offset = np.log(COUNTS) / 2 if adjusted else 0.0
+    offset = np.log(COUNTS) / 3 if adjusted else 0.0
     result = {}
     for row, all_logits in visits.items():
         log_confidence, votes = [], np.zeros(NUM_LABELS)
