@@ -71,11 +71,11 @@ def test_processes_train_like_one(model, optimizer, processes, accumulation, siz
 @pytest.mark.parametrize(
     ("model", "perturbations", "of_a_step"),
     [
-        ("vit", ["logit_adjustment", OPEN_GATES], [(7 * 4, True)]),
+        ("vit", ["logit_adjustment", OPEN_GATES], [(8 * 4, True)]),
         # A model that does not take the count of labeled samples: the Trainer does not count them.
-        ("convnext", ["logit_adjustment", OPEN_GATES], [(1, True), (7 * 4, True)]),
+        ("convnext", ["logit_adjustment", OPEN_GATES], [(1, True), (8 * 4, True)]),
         # The second pass of SAM learns nothing, and the first does not send.
-        ("vit", ["logit_adjustment", "sam"], [(7 * 4, True)]),
+        ("vit", ["logit_adjustment", "sam"], [(8 * 4, True)]),
         ("vit", [], []),
     ],
 )

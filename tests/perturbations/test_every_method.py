@@ -113,13 +113,15 @@ def test_a_method_gives_zero_to_ignored_samples_and_leaves_its_inputs_alone(meth
     batch, statistics = make_batch(), make_statistics(COUNTS)
     statistics.end_epoch()  # for dampening
     gradient, method = batch.gradient.clone(), prepared(method)
-    inputs = [gradient, *(value for value in vars(batch).values()), *statistics.buffers(), *statistics.prior_terms]
+    of_batch = [value for value in vars(batch).values() if value is not None]
+    inputs = [gradient, *of_batch, *statistics.buffers(), *statistics.prior_terms]
     before = [tensor.clone() for tensor in inputs]
     delta = method.delta(gradient, batch, statistics)
     assert (delta[batch.ignore_mask] == 0).all()
     # A quantile is learned.
     assert delta.abs().max() > 0 or repr(method) == "logit_clipping(quantile=0.9)"
-    after = [gradient, *(value for value in vars(batch).values()), *statistics.buffers(), *statistics.prior_terms]
+    assert list(map(id, of_batch)) == [id(value) for value in vars(batch).values() if value is not None]
+    after = [gradient, *of_batch, *statistics.buffers(), *statistics.prior_terms]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
