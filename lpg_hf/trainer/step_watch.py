@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
-from .compilation import begin_model_step
+from .compilation import begin_model_step, replays_graphs
 
 
 class StepWatch:
@@ -78,6 +78,7 @@ class StepWatchMixin(Trainer):
     """Knows of every training step of a [`~transformers.Trainer`], whoever wrote `training_step`."""
 
     _lpg_step_watch: StepWatch
+    _lpg_replays_graphs = False
 
     def _lpg_end_micro_batch(self) -> None:
         """Called after every training step."""
@@ -85,12 +86,14 @@ class StepWatchMixin(Trainer):
 
     def _lpg_begin_micro_batch(self, inputs: Any) -> None:
         """Called before every training step."""
-        begin_model_step(self.accelerator)
+        if self._lpg_replays_graphs:
+            begin_model_step(self.accelerator)
         self._lpg_step_watch.begin(inputs)
 
     @contextmanager
     def _lpg_watched_steps(self) -> Iterator[None]:
         """Within it, the loop of the Trainer calls [`_lpg_watched_step`]."""
+        self._lpg_replays_graphs = replays_graphs(self.accelerator)
         # The loop finds this attribute before the method of any subclass, which may not call ours. A public hook
         # around the training step does not exist in 5.24.
         attributes = vars(self)
