@@ -3,7 +3,7 @@ Trains on noisy, long-tailed digits and writes a report: which labels are wrong,
 
     python examples/report.py --output_dir report-output
 
-The picture in the README shows this page in a headless browser:
+The picture in docs/benchmarks.md shows this page in a headless browser:
 
     chromium --headless --no-sandbox --hide-scrollbars --window-size=1280,1602 \
         --screenshot=report.png report-output/report/report.html
