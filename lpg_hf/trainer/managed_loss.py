@@ -142,9 +142,11 @@ class ManagedLoss:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
             saved.restore_loss(self, self.methods)
-            # The checkpoint may stand at the end of an epoch, and the first step has begun before it was loaded.
             self._num_epochs = int(loss.statistics.epochs)
-            self._end_epochs()
+            # The checkpoint may stand at the end of an epoch, and the first step has begun before it was loaded. A
+            # training that had ended has no further step, and keeps what it had.
+            if self._trainer.state.global_step < self._trainer.state.max_steps:
+                self._end_epochs()
             if self.watch.begins_anew:  # the samples of the first run had other labels
                 self.loss.statistics.seen_counts.zero_()
         self.watch.begin(self._trainer.state.global_step)

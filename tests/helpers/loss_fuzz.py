@@ -235,7 +235,7 @@ def expected_gradient(
 
 def _methods(entry: str, chain: tuple[str, ...]) -> list[tuple[str, dict]]:
     """What an entry of `CHAINS` stands for, with the arguments that its formula needs."""
-    adjustment = ("logit_adjustment", {"tau": 1.0, "by_weights": True, "power": 0.5})
+    adjustment = ("logit_adjustment", {"tau": 1.0, "by_weights": True, "power": 2 / 3})
     if entry == "auto":
         smoothing = [("label_smoothing", {"alpha": -0.1, "target": "uniform"})] if len(chain) > 1 else []
         prior = [("label_smoothing", {"alpha": 0.1, "target": "prior"})] if len(chain) > 1 else []
@@ -256,7 +256,7 @@ def _methods(entry: str, chain: tuple[str, ...]) -> list[tuple[str, dict]]:
         "class_weighting(weights='effective', beta=0.9)": [("class_weighting", {"beta": 0.9})],
         "logit_adjustment": [("logit_adjustment", {"tau": 1.0, "by_weights": False, "power": 0.0})],
         "logit_adjustment(tau=0.5, learned=(0.1, 0.9), target='evaluation')": [
-            ("logit_adjustment", {"tau": 0.5, "by_weights": True, "power": 0.5})
+            ("logit_adjustment", {"tau": 0.5, "by_weights": True, "power": 2 / 3})
         ],
         "focal_loss": [("focal_loss", {"gamma": 2.0})],
         "focal_loss(gamma=0.5)": [("focal_loss", {"gamma": 0.5})],

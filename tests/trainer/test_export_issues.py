@@ -16,7 +16,7 @@ from lpg_hf.trainer import export_issues
 
 NAMES = ["ant", "bee", "cat", "dog"]
 ROWS = 104
-OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), contradicted=(0.0, 0.001))"
+OPEN_GATES = "class_relative_dampening(learned=(0.0, 0.01), evidence=(0.0, 0.001))"
 
 
 @pytest.fixture(scope="module")

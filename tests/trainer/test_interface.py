@@ -60,7 +60,7 @@ def test_the_package_works_without_being_installed():
         "metadata.version = version\n"
         "import lpg_hf; print(lpg_hf.__version__, lpg_hf.LPG(epsilon=0.3))"
     )
-    assert python(code) == "0.0.0.dev0 lpg(epsilon=0.3)"
+    assert python(code) == f"{lpg_hf.__version__} lpg(epsilon=0.3)"
 
 
 def test_all_public_names_are_found():
