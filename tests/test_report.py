@@ -282,7 +282,7 @@ def test_without_an_evaluation_set_the_rest_is_shown(tmp_path):
         "dampening.png",
     }
     page = (tmp_path / "there" / "report.html").read_text()
-    assert "There is no `eval_dataset`." in page and "no method with a sign and a bound" in page
+    assert "There is no `eval_dataset`." in page and "Only LPG and LPL have signs and bounds" in page
 
 
 def test_an_earlier_report_leaves_nothing_behind(trained, tmp_path):

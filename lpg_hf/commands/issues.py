@@ -60,5 +60,6 @@ def main(argv: list[str]) -> None:
         number = export_issues(source, arguments.export)
         print(
             f"\n{number} rows: {arguments.export}. Write the right label of a row, or `drop`, into its column `fix`. "
-            f"Then train again with --fixes {arguments.export}"
+            f"Then train again with the same arguments and --fixes {arguments.export}. After a script of your own, "
+            "give the file to lpg_hf.data.apply_fixes with the training set."
         )

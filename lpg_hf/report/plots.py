@@ -86,7 +86,7 @@ def _figures(tables: ReportTables) -> dict[str, Callable[[], Figure]]:
         figures["calibration"] = partial(_calibration, tables)
     if tables.norms:
         figures["norms"] = partial(_norms, tables)
-    if "weight" in columns:
+    if "weight" in columns and "dampening" not in tables.missing:
         figures["dampening"] = partial(_dampening, tables)
     if "sign" in columns:
         figures["signs"] = partial(_signs, tables)

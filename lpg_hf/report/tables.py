@@ -54,7 +54,9 @@ def make_tables(summary: TrainingSummary) -> ReportTables:
         tables.issues = summary.label_issues
     tables.norms = _norms(summary.norms)
     if not tables.norms:
-        tables.missing["norms"] = "No norms were measured: the chain has no methods, or logging is off."
+        tables.missing["norms"] = (
+            "No norms were measured. Set `log_perturbations=True` in `LPGConfig`, and use a chain with methods."
+        )
     if isinstance(summary.evaluation, Unavailable):
         tables.missing["evaluation"] = summary.evaluation.reason
     else:
@@ -104,12 +106,16 @@ def _classes(names: list[str], summary: TrainingSummary, tables: ReportTables) -
         visits, labels = _array(issues, "visits"), _array(issues, "label")
         weights = np.bincount(labels, visits * _array(issues, "weight"), minlength=num_labels)
         columns["weight"] = _means(weights, np.bincount(labels, visits, minlength=num_labels))
+        if all(weight is None or weight > 0.999 for weight in columns["weight"]):
+            tables.missing["dampening"] = (
+                "No row was dampened: no epoch gave evidence of wrong labels to the next ones."
+            )
     else:
         tables.missing["dampening"] = "The chain has no class-relative dampening, or the rows are not known."
     if summary.class_signs is not None and summary.class_bounds is not None:
         columns |= {"sign": summary.class_signs, "bound": summary.class_bounds}
     else:
-        tables.missing["signs"] = "The chain has no method with a sign and a bound per class (LPG, LPL)."
+        tables.missing["signs"] = "Only LPG and LPL have signs and bounds per class. They are not in this chain."
     return [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
 
 
