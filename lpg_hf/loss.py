@@ -54,7 +54,7 @@ class LPGLoss(nn.Module):
         statistics ([`ClassStatistics`]): What training has seen of each class.
         perturbations (`torch.nn.ModuleList`): The methods of the chain, copies of the objects given.
         is_frozen (`bool`): Whether the loss perturbs without learning, see [`~LPGLoss.frozen`].
-        graphs ([`LossGraphs`]): On a GPU, runs the loss as CUDA graphs unless `graphs.is_enabled` is set to `False`.
+        graphs ([`LossGraphs`]): On a GPU, runs the loss as CUDA graphs if `graphs.is_enabled` is set to `True`.
 
     Raises:
         ValueError: If `num_labels` is below 2, a perturbation is unknown, or counts or shares do not fit.

@@ -35,11 +35,12 @@ class LossGraphs:
     DataParallel, and methods that draw or count on the host or talk to other processes.
 
     Args:
-        is_enabled (`bool`, *optional*, defaults to `True`):
-            Whether graphs are used; also an attribute. A capture that failed sets it to `False`, and a line is logged.
+        is_enabled (`bool`, *optional*, defaults to `False`):
+            Whether graphs are used; also an attribute. Off until they have run on a card: so far their tests record
+            the calls on a CPU. A capture that failed sets it to `False`, and a line is logged.
     """
 
-    def __init__(self, is_enabled: bool = True) -> None:
+    def __init__(self, is_enabled: bool = False) -> None:
         self.is_enabled = is_enabled
         self._owner: weakref.ref | None = None
         self._forget()

@@ -29,6 +29,7 @@ CHAINS |= {"prior": ["auto", "label_smoothing(target='prior')"]}
 def recorded(monkeypatch):
     RecordedStep.reset()
     monkeypatch.setattr(loss_graphs, "CapturedStep", RecordedStep)
+    monkeypatch.setattr(loss_graphs.LossGraphs.__init__, "__defaults__", (True,))
 
 
 def batch(seed, size=20, dtype=torch.float32, num_labels=C):
