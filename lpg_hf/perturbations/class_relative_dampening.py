@@ -168,7 +168,7 @@ class ClassRelativeDampening(SampleReweighting):
 
     - In the first epoch it does not act. Nothing can be memorized before a second visit.
     - Its gate `gamma_c` opens when an epoch has given evidence that labels are wrong, and not only hard
-      ([`ClassStatistics.noise_evidence`]). On clean labels it stays shut, and training is that of the other methods.
+      ([`ClassStatistics.noise_evidence`]). Until then training is that of the other methods.
     - An open gate never closes again. A model that has memorized its wrong labels contradicts none of them any more.
     - No sample is silenced before the model has decided which labels it believes, see [`dampening_least`].
     - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
