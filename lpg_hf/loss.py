@@ -267,7 +267,8 @@ class LPGLoss(nn.Module):
             self.statistics.add(batch, table[: len(of_classes)])
             self._telemetry.record(table[len(of_classes) :], self.statistics.steps)
             if not self.managed:
-                self._step()
+                # A graph replays steps that the host does not see.
+                self._step(num_rows=None if self.graphs.is_enabled else len(batch.labels))
         if observer is not None:
             observer(perturbed - gradient)
         return perturbed
@@ -293,8 +294,8 @@ class LPGLoss(nn.Module):
         else:
             self._step(reduce)
 
-    def _step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        self.statistics.step(reduce)
+    def _step(self, reduce: Callable[[Tensor], Tensor] | None = None, num_rows: int | None = None) -> list[Tensor]:
+        self.statistics.step(reduce, num_rows)
         for method in self._methods:
             method.step(reduce)
         return []

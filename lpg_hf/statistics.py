@@ -9,6 +9,7 @@ from torch import Tensor
 from .batch import LogitBatch, stack_rows
 from .class_means import ClassMeans
 from .class_shares import PriorTerms, check_class_counts, check_shares, min_counted_samples, prior_terms
+from .epoch_watch import EpochWatch
 
 
 # Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
@@ -89,6 +90,7 @@ class ClassStatistics(ClassMeans):
         # Who keeps terms that follow from the prior, or from the means of the last epoch.
         self._prior_followers: list[Callable[[ClassStatistics], None]] = []
         self._epoch_followers: list[Callable[[ClassStatistics], None]] = []
+        self._epoch_watch = EpochWatch()
         counts = torch.zeros(num_labels, dtype=torch.int64)
         if class_counts is not None:
             counts = check_class_counts(class_counts, num_labels)
@@ -203,6 +205,7 @@ class ClassStatistics(ClassMeans):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._epoch_watch.forget()
         self._update_prior()
         self._update_epoch_followers()
 
@@ -238,12 +241,15 @@ class ClassStatistics(ClassMeans):
         self._pending[: len(rows)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
-    def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def step(self, reduce: Callable[[Tensor], Tensor] | None = None, num_rows: int | None = None) -> None:
         """
         Moves the running means by the pending sums and clears these: once per optimizer step.
 
         Args:
             reduce (`Callable`, *optional*): Sums a tensor over processes.
+            num_rows (`int`, *optional*):
+                Rows of this step, ignored ones included, where the statistics find the end of an epoch themselves.
+                With them they look for it only when it may have come, see [`EpochWatch`].
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         self.seen_counts += pending[0].long()
@@ -252,10 +258,15 @@ class ClassStatistics(ClassMeans):
         if not self.counts_are_given:
             self.class_counts.copy_(self.seen_counts)
             self._update_prior()
-        elif not self._waits_for_epoch:  # decided on the device
-            self._end_epoch_where(self._epoch_sums[0].sum() >= self.class_counts.sum())
+        elif not self._waits_for_epoch and self._epoch_watch.may_end(self._epoch_sums, num_rows):
+            self._end_epoch_where(self._samples_left() <= 0)  # decided on the device
             self._update_epoch_followers()
+            self._epoch_watch.ask(self._samples_left)
         self._pending.zero_()
+
+    def _samples_left(self) -> Tensor:
+        """Samples that the present epoch lacks of the data set."""
+        return self.class_counts.sum() - self._epoch_sums[0].sum(dtype=torch.int64)
 
     @torch.no_grad()
     def end_epoch(self) -> None:

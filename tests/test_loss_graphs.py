@@ -87,6 +87,16 @@ def test_a_bare_loss_is_the_same_over_epochs(chain, counts):
     pair.check()
 
 
+def test_a_bare_loss_finds_the_end_of_its_epochs_with_graphs_and_between_them():
+    """A replay counts samples that the host does not see."""
+    pair = Pair(eval_shares=[1.0] * C)
+    for seed in range(40):
+        pair.ours.graphs.is_enabled = seed % 11 < 7
+        pair.step(seed, size=5)
+    assert RecordedStep.num_replays >= 10 and pair.ours.statistics.epochs > 3
+    pair.check()
+
+
 @pytest.mark.parametrize("counts", [COUNTS, None], ids=["counts", "counting"])
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_a_managed_loss_is_the_same_over_steps_of_two_micro_batches(chain, counts):
