@@ -58,7 +58,7 @@ def run_chain(
             rows += [delta_norm] * 2
         norm = None
     # Only read if there is a weight.
-    return gradient, rows + [base_norm if total_weight is None else total_weight] * 2
+    return gradient, [*rows, base_norm if total_weight is None else total_weight]
 
 
 def reweighting_methods(methods: Iterable[LogitPerturbation]) -> list[SampleReweighting]:

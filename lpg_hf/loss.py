@@ -179,7 +179,7 @@ class LPGLoss(nn.Module):
 
     def batch_of(self, logits: Tensor, labels: Tensor) -> LogitBatch:
         """A micro-batch of logits in float32 or float64, with the offsets of the statistics."""
-        judged, fitted = self.statistics.judged_offset_or_none, self.statistics.fitted_offset_or_none
+        judged, fitted = self.statistics.offsets
         return LogitBatch(logits, labels, judged, None if self.is_frozen else fitted)
 
     def _whole_gradient(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
@@ -196,8 +196,9 @@ class LPGLoss(nn.Module):
 
     def _run(self, step: Callable[..., Sequence[Tensor]], *inputs: Tensor, device: torch.device) -> Sequence[Tensor]:
         parts = [self, self.statistics, self._telemetry, *self._methods]
-        offsets = self.statistics.judged_offset_or_none, self.statistics.fitted_offset_or_none
-        return self.graphs.run(self, step, inputs, parts, device, rule=[offset is None for offset in offsets])
+        judged, fitted = self.statistics.offsets
+        rule = [judged is None, fitted is None, judged is fitted]
+        return self.graphs.run(self, step, inputs, parts, device, rule)
 
     def perturb_loss(
         self,
@@ -234,7 +235,7 @@ class LPGLoss(nn.Module):
             )
         # Where a loss reaches ignored samples, its gradient there is left alone.
         gradient = gradient.to(batch.logits.dtype, copy=True, memory_format=torch.contiguous_format)
-        gradient = zero_ignored_(gradient, batch.labels, batch.valid_bits)
+        gradient = zero_ignored_(gradient, batch.labels, batch.valid_mask)
         perturbed = self._watched(self.perturb(gradient, batch, observer), divisor, dtype or logits.dtype)
         return add_gradient(loss, logits, perturbed.sub_(gradient), divisor)
 

@@ -87,9 +87,10 @@ class ClassStatistics(ClassMeans):
         self._waits_for_epoch = waits_for_epoch
         # What the methods of a chain add to the logarithm of the class shares that the logits are trained for.
         self._corrections: list[Callable[[ClassStatistics], Tensor]] = []
-        # Who keeps terms that follow from the prior, or from the means of the last epoch.
+        # Who keeps terms that follow from the prior, from the means of the last epoch, or from the running means.
         self._prior_followers: list[Callable[[ClassStatistics], None]] = []
         self._epoch_followers: list[Callable[[ClassStatistics], None]] = []
+        self._step_followers: list[Callable[[ClassStatistics], None]] = []
         self._epoch_watch = EpochWatch()
         counts = torch.zeros(num_labels, dtype=torch.int64)
         if class_counts is not None:
@@ -137,8 +138,7 @@ class ClassStatistics(ClassMeans):
         terms = prior_terms(counts.to(self._running.dtype) / counts.sum(), self._eval_shares)
         torch.stack(terms, out=self._prior_rows[:-2])
         self._update_offsets()
-        for follow in self._prior_followers:
-            follow(self)
+        self._update_followers(self._prior_followers)
 
     def _update_offsets(self) -> None:
         log_output, prior = self.log_output_shares, self.prior_terms
@@ -154,19 +154,17 @@ class ClassStatistics(ClassMeans):
         return self._prior_rows[-1]
 
     @property
-    def judged_offset_or_none(self) -> Tensor | None:
-        """The `judged_offset`; `None` where it is 0 by design, and adding it would cost two passes for nothing."""
-        is_zero = self._eval_shares is None and not self._corrections
-        return None if is_zero else self.judged_offset
-
-    @property
     def fitted_offset(self) -> Tensor:
         return self._prior_rows[-2]
 
     @property
-    def fitted_offset_or_none(self) -> Tensor | None:
-        """The `fitted_offset`; `None` where it is 0 by design."""
-        return self.fitted_offset if self._corrections else None
+    def offsets(self) -> tuple[Tensor | None, Tensor | None]:
+        """
+        The `judged_offset` and the `fitted_offset`; `None` where one is 0 by design. Where training and evaluation
+        have the same class shares, they are the same tensor, which a batch adds only once.
+        """
+        fitted = self.fitted_offset if self._corrections else None
+        return (fitted if self._eval_shares is None else self.judged_offset), fitted
 
     @property
     def log_output_shares(self) -> Tensor:
@@ -193,21 +191,28 @@ class ClassStatistics(ClassMeans):
         self._epoch_followers.append(follower)
         follower(self)
 
-    def _update_epoch_followers(self) -> None:
-        for follow in self._epoch_followers:
+    def follow_steps(self, follower: Callable[["ClassStatistics"], None]) -> None:
+        """Calls a function with these statistics, now and whenever the running means have moved."""
+        self._step_followers.append(follower)
+        follower(self)
+
+    def _update_followers(self, followers: Sequence[Callable[["ClassStatistics"], None]]) -> None:
+        for follow in followers:
             follow(self)
+
+    def _update_all(self) -> None:
+        self._update_prior()
+        self._update_followers([*self._epoch_followers, *self._step_followers])
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         module = super()._apply(*args, **kwargs)
-        self._update_prior()
-        self._update_epoch_followers()
+        self._update_all()
         return module
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._epoch_watch.forget()
-        self._update_prior()
-        self._update_epoch_followers()
+        self._update_all()
 
     @torch.no_grad()
     def update(self, batch: LogitBatch, weight: Tensor | None = None) -> None:
@@ -224,8 +229,9 @@ class ClassStatistics(ClassMeans):
     def rows_of(self, batch: LogitBatch, weight: Tensor | None = None) -> list[Tensor]:
         """What is summed up per class, `[N]` each, with anything for ignored samples. Arguments as for `update`."""
         ratio = batch.confidence_ratio
-        rows = [torch.ones_like(ratio), ratio, ratio.square(), batch.is_confident_error, batch.fit_excess]
-        rows += [batch.is_correct, batch.label_prob]
+        # Of one dtype: otherwise a GPU copies row by row when they are stacked.
+        one, error, correct = torch.stack([batch.valid_mask, batch.is_confident_error, batch.is_correct]).to(ratio)
+        rows = [one, ratio, ratio.square(), error, batch.fit_excess, correct, batch.label_prob]
         return rows if weight is None else [*rows, 1 - weight]
 
     @torch.no_grad()
@@ -260,8 +266,9 @@ class ClassStatistics(ClassMeans):
             self._update_prior()
         elif not self._waits_for_epoch and self._epoch_watch.may_end(self._epoch_sums, num_rows):
             self._end_epoch_where(self._samples_left() <= 0)  # decided on the device
-            self._update_epoch_followers()
+            self._update_followers(self._epoch_followers)
             self._epoch_watch.ask(self._samples_left)
+        self._update_followers(self._step_followers)
         self._pending.zero_()
 
     def _samples_left(self) -> Tensor:
@@ -275,6 +282,6 @@ class ClassStatistics(ClassMeans):
         counted classes have a prior from here on, however few.
         """
         self._end_epoch_where(torch.ones_like(self.steps, dtype=torch.bool))
-        self._update_epoch_followers()
+        self._update_followers(self._epoch_followers)
         if not self.counts_are_given:
             self._update_prior()

@@ -22,10 +22,11 @@ class Telemetry(nn.Module):
 
     def __init__(self, num_methods: int):
         super().__init__()
-        # First row: samples, norm of the base gradient. A row per method: norm of its delta, weight. Next row: product
-        # of all weights, twice. Last row: the number of steps before the first one with values that are not finite,
-        # and before the first one with a gradient that the precision of the logits cannot hold.
-        self.register_buffer("_sums", torch.zeros(num_methods + 3, 2), persistent=False)
+        # First row: samples and norm of the base gradient; for each method the norm of its delta and its weight; the
+        # product of all weights. Second row: the number of steps before the last micro-batch that met a finite sum.
+        # Last column, in the first row: the number of steps before the first one with a gradient that the precision of
+        # the logits cannot hold.
+        self.register_buffer("_sums", torch.zeros(2, 2 * num_methods + 4), persistent=False)
         self._clear()
 
     @property
@@ -41,15 +42,15 @@ class Telemetry(nn.Module):
         Adds a micro-batch.
 
         Args:
-            rows (`torch.Tensor` of shape `[2 M + 4, N]`): The entries of each sample in the order of the sums.
+            rows (`torch.Tensor` of shape `[2 M + 3, N]`):
+                The entries of each sample in the order of the sums, the first of which is 1; zero for ignored samples.
             steps (`torch.Tensor`, scalar): Optimizer steps before this one.
         """
-        sums = rows.sum(-1)
-        self._sums[:-1].add_(sums.view(-1, 2))
-        # The sums of the norms are finite if and only if all gradients are (unless they are too large to sum up).
-        total = sums.sum()
-        first = self._sums[-1, 0]
-        torch.where(total - total == 0, first, torch.minimum(first, steps), out=first)
+        sums, last_steps = self._sums[:, :-1]
+        # A sum that is not finite stays so. The micro-batch that made it so is the last one that met a finite sum.
+        torch.where(sums < torch.inf, steps, last_steps, out=last_steps)
+        # In place, which autocast leaves alone.
+        sums.addmv_(rows.to(sums.dtype), rows[0].to(sums.dtype))
 
     def note_overflow(self, gradient: Tensor, divisor: Tensor | float, steps: Tensor) -> None:
         """
@@ -62,11 +63,11 @@ class Telemetry(nn.Module):
         """
         if gradient.numel() > 0:
             is_too_large = gradient.abs().amax() > torch.finfo(torch.float16).max * divisor
-            self._sums[-1, 1].clamp_(max=steps.to(self._sums.dtype).masked_fill(~is_too_large, torch.inf))
+            self._sums[0, -1].clamp_(max=steps.to(self._sums.dtype).masked_fill(~is_too_large, torch.inf))
 
-    def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> list[list[float]]:
+    def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> list[float]:
         """
-        The sums over all processes, without the last row. Everything starts anew.
+        The sums over all processes, without the last column. Everything starts anew.
 
         Args:
             gather (`Callable`, *optional*): Stacks a tensor of every process along a new leading axis.
@@ -77,7 +78,10 @@ class Telemetry(nn.Module):
         """
         stacked = (self._sums[None] if gather is None else gather(self._sums)).tolist()
         self._clear()
-        bad_step, overflow_step = (min(rows[-1][kind] for rows in stacked) for kind in (0, 1))
+        processes = [(sums[:-1], last_steps[:-1]) for sums, last_steps in stacked]
+        overflow_step = min(sums[-1] for sums, _ in stacked)
+        bad_steps = [step for each in processes for value, step in zip(*each, strict=True) if not math.isfinite(value)]
+        bad_step = min(bad_steps, default=math.inf)
         if overflow_step < math.inf and overflow_step <= bad_step:
             raise FloatingPointError(
                 f"The perturbed gradient of step {int(overflow_step) + 1} is too large for logits in float16, whose "
@@ -90,25 +94,25 @@ class Telemetry(nn.Module):
                 "(NaN or infinite). Lower the learning rate, clip gradients, or look for bad values in the inputs of "
                 "that step."
             )
-        sums = [[sum(values) for values in zip(*rows, strict=True)] for rows in zip(*stacked, strict=True)]
-        return sums[:-1]
+        return [sum(values) for values in zip(*(sums for sums, _ in processes), strict=True)]
 
     def _clear(self) -> None:
-        self._sums.zero_()[-1] = torch.inf
+        self._sums.zero_()[0, -1] = torch.inf
 
 
-def mean_norms_and_weights(sums: Sequence[Sequence[float]], methods: Iterable[Perturbation]) -> dict[str, float]:
+def mean_norms_and_weights(sums: Sequence[float], methods: Iterable[Perturbation]) -> dict[str, float]:
     """The entries of a log from what [`Telemetry.read`] returns; empty if there was no sample."""
-    (samples, norm), *of_methods, (total_weight, _) = sums
+    samples, norm, *of_methods, total_weight = sums
     if samples == 0:
         return {}
     methods = list(methods)
-    total_norm = sum(delta_norm for delta_norm, _ in of_methods)
+    delta_norms, weights = of_methods[::2], of_methods[1::2]
+    total_norm = sum(delta_norms)
     # The norms are added: the norm of the summed deltas would cost another pass over `[N, C]`.
     report = {"lpg/delta_ratio": total_norm / norm if norm > 0 else 0.0, "lpg/gradient_norm": norm / samples}
     if any(isinstance(method, SampleReweighting) for method in methods):
         report["lpg/weight"] = total_weight / samples
-    for name, method, (delta_norm, weight) in zip(unique_names(methods), methods, of_methods, strict=True):
+    for name, method, delta_norm, weight in zip(unique_names(methods), methods, delta_norms, weights, strict=True):
         report[f"lpg/{name}/delta_norm"] = delta_norm / samples
         report[f"lpg/{name}/delta_ratio"] = delta_norm / norm if norm > 0 else 0.0
         if isinstance(method, SampleReweighting):

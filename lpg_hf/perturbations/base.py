@@ -128,7 +128,7 @@ class LogitPerturbation(Perturbation):
         if hasattr(type(self).delta, "returns_new_memory"):
             return delta.add_(gradient), norm
         perturbed = gradient.add_(delta) if in_place else gradient + delta
-        return zero_ignored_(perturbed, batch.labels, batch.valid_bits), norm
+        return zero_ignored_(perturbed, batch.labels, batch.valid_mask), norm
 
     def log_correction(self, statistics: ClassStatistics) -> Tensor:
         """
@@ -167,7 +167,7 @@ class SampleReweighting(LogitPerturbation):
     ...     name = "doubling"
     ...
     ...     def weight(self, gradient, batch, statistics):
-    ...         return torch.where(batch.valid_mask, 2.0, 1.0)
+    ...         return torch.full_like(batch.label_prob, 2.0)
     >>> batch = LogitBatch(torch.zeros(1, 2), torch.tensor([1]))
     >>> Doubling().delta(batch.gradient, batch, statistics=None)
     tensor([[ 0.5000, -0.5000]])
@@ -196,11 +196,12 @@ class SampleReweighting(LogitPerturbation):
             gradient, batch, statistics: As for [`LogitPerturbation.delta`].
 
         Returns:
-            `torch.Tensor` of shape `[N]`: The weights; 1 for ignored samples.
+            `torch.Tensor` of shape `[N]`: The weights; anything for ignored samples, which get weight 1.
         """
 
     def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        return (self.weight(gradient, batch, statistics) - 1)[:, None] * gradient
+        weight = self.weight(gradient, batch, statistics).masked_fill(batch.ignore_mask, 1.0)
+        return (weight - 1)[:, None] * gradient
 
 
 def uncompensated_weight(methods: Iterable[Perturbation]) -> Tensor | None:

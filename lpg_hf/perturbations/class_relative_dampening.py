@@ -135,7 +135,7 @@ def dampening_gate(
     return ramp(label_prob, *learned) * ramp(noise_evidence, *evidence)
 
 
-def dampening_compensation(mean_weight: Tensor) -> Tensor:
+def dampening_compensation(mean_weight: Tensor, out: Tensor | None = None) -> Tensor:
     """
     Factor on the weights of a class that restores its share of the gradient, `1 / max(mean weight, 1/2)`.
 
@@ -143,6 +143,7 @@ def dampening_compensation(mean_weight: Tensor) -> Tensor:
 
     Args:
         mean_weight (`torch.Tensor` of shape `[C]`): Running mean of the weights of each class, in [0, 1].
+        out (`torch.Tensor` of shape `[C]`, *optional*): Where to write the factors.
 
     Returns:
         `torch.Tensor` of shape `[C]`: Factors in [1, 2]. A class that is contradicted as a whole is left dampened.
@@ -156,7 +157,7 @@ def dampening_compensation(mean_weight: Tensor) -> Tensor:
 
     ```
     """
-    return mean_weight.clamp(min=0.5).reciprocal()
+    return torch.reciprocal(mean_weight.clamp(min=0.5), out=out)
 
 
 class ClassRelativeDampening(SampleReweighting):
@@ -228,12 +229,17 @@ class ClassRelativeDampening(SampleReweighting):
         self.register_buffer("_gate", torch.zeros(num_labels))
 
     def attach(self, statistics: ClassStatistics) -> None:
-        self._terms = torch.zeros(3, statistics.num_labels)
-        statistics.follow_epochs(self._follow)
+        self._terms = torch.zeros(4, statistics.num_labels)
+        statistics.follow_epochs(self._follow_epochs)
+        statistics.follow_steps(self._follow_steps)
 
-    def _follow(self, statistics: ClassStatistics) -> None:
-        # In place: a CUDA graph reads them.
-        torch.stack(self._class_terms(statistics), out=self._terms)
+    # In place: a CUDA graph reads them.
+
+    def _follow_epochs(self, statistics: ClassStatistics) -> None:
+        torch.stack(self._class_terms(statistics), out=self._terms[:3])
+
+    def _follow_steps(self, statistics: ClassStatistics) -> None:
+        dampening_compensation(statistics.mean_weight, out=self._terms[3])
 
     def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
@@ -245,9 +251,10 @@ class ClassRelativeDampening(SampleReweighting):
         return reference, exponent, dampening_least(statistics.decidedness, statistics.memorizing)
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        terms = torch.stack(self._class_terms(statistics)) if self._terms is None else self._terms
-        weight = self.uncompensated_weight = dampening_weight(
-            batch.confidence_ratio, *terms[:, batch.classes].unbind()
-        )
-        compensation = dampening_compensation(statistics.mean_weight)[batch.classes]
-        return (weight * compensation).masked_fill(batch.ignore_mask, 1.0)
+        terms = self._terms
+        if terms is None:
+            terms = torch.stack([*self._class_terms(statistics), dampening_compensation(statistics.mean_weight)])
+        reference, exponent, least, compensation = terms[:, batch.classes].unbind()
+        weight = dampening_weight(batch.confidence_ratio, reference, exponent, least)
+        self.uncompensated_weight = weight
+        return weight * compensation

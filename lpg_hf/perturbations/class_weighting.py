@@ -81,7 +81,7 @@ class ClassWeighting(SampleReweighting):
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         weights = self.class_weights(statistics).to(gradient)
-        return torch.where(batch.valid_mask, weights[batch.classes], 1.0)
+        return weights[batch.classes]
 
     def class_weights(self, statistics: ClassStatistics) -> Tensor:
         """The weight of every class, `[C]`; 0 for classes without samples where the weights come from the counts."""

@@ -72,4 +72,4 @@ class FocalLoss(SampleReweighting):
         self.gamma = gamma
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        return torch.where(batch.valid_mask, focal_weight(batch.label_log_prob, self.gamma), 1.0)
+        return focal_weight(batch.label_log_prob, self.gamma)

@@ -39,15 +39,39 @@ def logit_adjustment_delta(
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero.
     """
-    base, offset = batch.gradient, offset.to(batch.gradient)
-    # Factors `exp((1 - a) b)` and weights `exp(-a b)`. `exp`, since a compiler may repeat it for each sample.
-    both = torch.arange(2, device=base.device, dtype=base.dtype)[:, None]
-    factors, weights = terms = torch.mul(1 - weight_share - both, offset).exp_()
+    share = weight_share.to(offset) if isinstance(weight_share, Tensor) else weight_share
+    return _delta(batch, adjustment_terms(exponent_ends(offset), shares.to(offset), share))
+
+
+def exponent_ends(offset: Tensor) -> Tensor:
+    """Exponents `(1 - a) b` of factors and `-a b` of weights at the ends a = 0 and a = 1, `[2, 2, C]`."""
+    none = torch.zeros_like(offset)
+    return torch.stack([torch.stack([offset, none]), torch.stack([none, -offset])])
+
+
+def adjustment_terms(ends: Tensor, shares: Tensor, weight_share: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """
+    Factors on the probabilities, and weights of the samples, of each class.
+
+    Args:
+        ends (`torch.Tensor` of shape `[2, 2, C]`): See [`exponent_ends`].
+        shares (`torch.Tensor` of shape `[C]`): Share of each class in the training set.
+        weight_share (`float` or scalar `torch.Tensor`): Share of the offsets that weights take over, in [0, 1].
+        out (`torch.Tensor` of shape `[2, C]`, *optional*): Where to write them.
+    """
+    start, end = ends
+    _, weights = terms = torch.lerp(start, end, weight_share, out=out).exp_()
     # Not `@`, which autocast would compute in half precision.
-    weights.div_(torch.dot(weights, shares.to(base)))
+    weights.div_(torch.dot(weights, shares))
+    return terms
+
+
+def _delta(batch: LogitBatch, terms: Tensor) -> Tensor:
+    base = batch.gradient
+    terms = terms.to(base)
     factor, weight = terms[:, batch.classes, None]
     # softmax(z + b) is proportional to p exp(b), and off the label the gradient is p.
-    p, own, adjusted = batch.label_prob[:, None], batch.label_gradient, base * factors
+    p, own, adjusted = batch.label_prob[:, None], batch.label_gradient, base * terms[0]
     adjusted_own = balance_label_entry_(adjusted, batch.classes[:, None])
     # The sum of p is 1 up to rounding, which cancels like this where the offsets are 0.
     scale = weight * (own - p) / torch.addcmul(adjusted_own, p, factor, value=-1)
@@ -99,7 +123,9 @@ class LogitAdjustment(LogitPerturbation):
     """
 
     name = "logit_adjustment"
-    _offset: Tensor  # `None` without `attach`
+    # Both `None` without `attach`.
+    _ends: Tensor
+    _terms: Tensor
 
     def __init__(self, tau: float = 1.0, learned: Sequence[float] | None = None, target: str = "uniform"):
         super().__init__()
@@ -110,23 +136,35 @@ class LogitAdjustment(LogitPerturbation):
         self.tau = tau
         self.learned = None if learned is None else tuple(learned)
         self.target = target
-        self.register_buffer("_offset", None, persistent=False)
+        self.register_buffer("_ends", None, persistent=False)
+        self.register_buffer("_terms", None, persistent=False)
 
     def attach(self, statistics: ClassStatistics) -> None:
-        self._offset = torch.zeros_like(statistics.prior)
-        statistics.follow_prior(self._follow)
+        self._ends = torch.zeros(2, 2, statistics.num_labels).to(statistics.prior)
+        self._terms = torch.zeros(2, statistics.num_labels).to(statistics.prior)
+        statistics.follow_prior(self._follow_prior)
+        if self.learned is not None:
+            statistics.follow_steps(self._follow_steps)
 
-    def _follow(self, statistics: ClassStatistics) -> None:
-        # In place: a CUDA graph reads it.
-        self._offset.copy_(self._relative_offset(statistics))
+    # In place: a CUDA graph reads them.
 
-    def _relative_offset(self, statistics: ClassStatistics) -> Tensor:
-        return relative_offset(-self.log_correction(statistics))
+    def _follow_prior(self, statistics: ClassStatistics) -> None:
+        self._ends.copy_(self._exponent_ends(statistics))
+        self._follow_steps(statistics)
+
+    def _follow_steps(self, statistics: ClassStatistics) -> None:
+        adjustment_terms(self._ends, statistics.prior, self.weight_share(statistics), out=self._terms)
+
+    def _exponent_ends(self, statistics: ClassStatistics) -> Tensor:
+        return exponent_ends(relative_offset(-self.log_correction(statistics)))
 
     @returns_new_memory
     def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        offset = self._relative_offset(statistics) if self._offset is None else self._offset
-        return logit_adjustment_delta(batch, offset, statistics.prior, self.weight_share(statistics))
+        terms = self._terms
+        if terms is None:
+            share = self.weight_share(statistics)
+            terms = adjustment_terms(self._exponent_ends(statistics), statistics.prior, share)
+        return _delta(batch, terms)
 
     def log_correction(self, statistics: ClassStatistics) -> Tensor:
         prior = statistics.prior_terms

@@ -45,7 +45,7 @@ def lpl_delta(batch: LogitBatch, signs: Tensor, bounds: Tensor, steps: int = 5, 
     # Off the label, the two gradients are softmax(z + d) and softmax(z).
     delta = gradient - batch.gradient
     balance_label_entry_(delta, batch.classes[:, None])
-    return zero_ignored_(delta, labels, batch.valid_bits)
+    return zero_ignored_(delta, labels, batch.valid_mask)
 
 
 class LPL(ClassLevelPerturbation):

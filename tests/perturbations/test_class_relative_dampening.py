@@ -260,7 +260,7 @@ def test_the_weights_of_a_training_are_compensated_by_their_running_mean():
     weight = method.weight(batch.gradient, batch, statistics)
     plain = expected_weights(batch, OPEN)
     factor = [1 / 0.8, 1.0, 2.0]
-    expected = [w * (factor[y] if y >= 0 else 1) for w, y in zip(plain, batch.labels.tolist(), strict=True)]
+    expected = [w * factor[c] for w, c in zip(plain, batch.classes.tolist(), strict=True)]
     assert_equal(weight, expected, 1e-12)
     assert_equal(method.uncompensated_weight[batch.valid_mask], plain[batch.valid_mask.numpy()], 1e-12)
 

@@ -30,6 +30,7 @@ from method_examples import LOGIT_METHODS, TABLE, logit_variants, variants
 
 from lpg_hf import LPGLoss, perturbations
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch
+from lpg_hf.chain import run_chain
 from lpg_hf.perturbations import (
     LPG,
     METHODS,
@@ -236,12 +237,27 @@ def test_reweighting_tells_whether_the_delta_is_a_multiple_of_the_gradient(name)
 
 
 @pytest.mark.parametrize("method", [each for each in [*DEFAULTS, *VARIANTS] if each not in ADDING], ids=repr)
-def test_a_weight_is_one_number_per_sample_and_1_for_ignored_ones(method):
+def test_a_weight_is_one_number_per_sample(method):
     batch = make_batch()
     weight = prepared(method).weight(batch.gradient, batch, make_statistics(COUNTS))
     assert weight.shape == batch.labels.shape
     assert (weight >= 0).all()
-    assert (weight[batch.ignore_mask] == 1).all()
+
+
+def test_ignored_samples_have_weight_1_whatever_a_method_says():
+    class Unsure(SampleReweighting):
+        name = "unsure"
+
+        def weight(self, gradient, batch, statistics):
+            return torch.where(batch.ignore_mask, torch.nan, 0.5)
+
+    batch, statistics = make_batch(), make_statistics(COUNTS)
+    assert_equal(Unsure().delta(batch.gradient, batch, statistics), -0.5 * batch.gradient, 1e-15)
+    method = Unsure()
+    perturbed, rows = run_chain([method], batch.gradient, batch, statistics, learns=False)
+    assert_equal(perturbed, 0.5 * batch.gradient, 1e-15)
+    assert torch.equal(method.last_weight, torch.where(batch.ignore_mask, 1.0, 0.5).double())
+    assert torch.stack(rows).isfinite().all()
 
 
 @pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT, None], ids=["counts", "absent", "counting"])
