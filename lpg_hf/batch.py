@@ -40,6 +40,7 @@ class LogitBatch:
         label_gradient (`torch.Tensor` of shape `[N, 1]`): The entries of the labels in `gradient`.
         gradient (`torch.Tensor` of shape `[N, C]`):
             Gradient of the summed cross-entropy at the logits, see [`logit_gradient`]. Read-only.
+        gradient_norm (`torch.Tensor` of shape `[N]`): Norm of the gradient of each sample.
         fit_excess (`torch.Tensor` of shape `[N]`):
             `q_y - sum_j q_j^2` with `q = softmax(z + fitted_offset)`, in [-1, 1]; arbitrary for ignored samples. It is
             the probability of the label, less the one that the model itself expects. Its mean is 0 for a model that is
@@ -85,6 +86,7 @@ class LogitBatch:
             matrix = logits + judged_offset.to(logits)
             torch.sub(matrix.gather(-1, index), matrix.amax(-1, keepdim=True), out=margins[1])
         self._fit_excess: Tensor | None = None
+        self._gradient_norm: Tensor | None = None
         if fitted_offset is not None:
             if matrix is None or fitted_offset is not judged_offset:
                 matrix = torch.add(logits, fitted_offset.to(logits), out=matrix)
@@ -106,9 +108,15 @@ class LogitBatch:
     def fit_excess(self) -> Tensor:
         if self._fit_excess is None:
             # The squared norm of p - onehot is the sum of the squares less 2 p_y, plus 1.
-            norm = torch.linalg.vector_norm(self.gradient, dim=-1)
+            norm = self.gradient_norm
             self._fit_excess = -torch.addcmul(self.label_gradient[:, 0], norm, norm)
         return self._fit_excess
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        if self._gradient_norm is None:
+            self._gradient_norm = torch.linalg.vector_norm(self.gradient, dim=-1)
+        return self._gradient_norm
 
 
 def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:

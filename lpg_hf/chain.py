@@ -33,7 +33,7 @@ def run_chain(
         [`Telemetry`] sums up, but for the first.
     """
     gradient = unperturbed
-    base_norm = gradient.norm(dim=-1)
+    base_norm = batch.gradient_norm if gradient is batch.gradient else gradient.norm(dim=-1)
     norm: Tensor | None = base_norm
     rows = [base_norm]
     total_weight: Tensor | None = None

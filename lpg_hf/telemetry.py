@@ -50,7 +50,8 @@ class Telemetry(nn.Module):
         # A sum that is not finite stays so. The micro-batch that made it so is the last one that met a finite sum.
         torch.where(sums < torch.inf, steps, last_steps, out=last_steps)
         # In place, which autocast leaves alone.
-        sums.addmv_(rows.to(sums.dtype), rows[0].to(sums.dtype))
+        rows = rows.to(sums.dtype)
+        sums.addmv_(rows, rows[0])
 
     def note_overflow(self, gradient: Tensor, divisor: Tensor | float, steps: Tensor) -> None:
         """

@@ -128,6 +128,24 @@ def test_an_offset_moves_the_judgment_and_nothing_else(drawn):
         assert torch.equal(getattr(moved, name), getattr(plain, name))
 
 
+@few_examples
+@given(drawn_batches())
+def test_one_tensor_as_both_offsets_gives_what_two_equal_ones_give(drawn):
+    offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
+    once = LogitBatch(drawn.logits, drawn.labels, offset, offset)
+    twice = LogitBatch(drawn.logits, drawn.labels, offset, offset.clone())
+    for name in ("confidence_ratio", "fit_excess", "label_log_prob", "gradient"):
+        valid = drawn.batch.valid_mask
+        assert torch.equal(getattr(once, name)[valid], getattr(twice, name)[valid])
+
+
+@few_examples
+@given(drawn_batches())
+def test_the_norm_of_the_gradient_is_that_of_its_rows(drawn):
+    expected = [np.linalg.norm(row) for row in drawn.batch.gradient.numpy()]
+    assert_equal(drawn.batch.gradient_norm, expected, 1e-12)
+
+
 # How far labels are fitted.
 
 

@@ -577,6 +577,27 @@ def test_telemetry_has_the_mean_norms_of_gradient_and_deltas():
     assert "lpg/label_smoothing/weight" not in report
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("micro_batch", range(6))
+def test_a_value_that_is_not_finite_is_of_the_step_of_its_micro_batch(micro_batch, value):
+    """Two of them are a step, and a report has been read in the middle of the second one."""
+    calls = []
+
+    def bad(gradient, *_):
+        calls.append(1)
+        return gradient * (value if len(calls) == 4 + micro_batch else 1.0)
+
+    loss_fn = LPGLoss(C, Custom(bad), managed=True)
+    for call in range(9):
+        loss_fn(*make_logits())
+        if call == 2:
+            loss_fn.telemetry()
+        if call % 2 == 1:
+            loss_fn.step()
+    with pytest.raises(FloatingPointError, match=f"The logits of step {2 + (micro_batch + 1) // 2}, or"):
+        loss_fn.telemetry()
+
+
 def test_an_error_in_a_method_leaves_the_statistics_as_they_were():
     def fail(gradient, batch, statistics):
         assert statistics.prior.tolist() == pytest.approx([0.2] * C)

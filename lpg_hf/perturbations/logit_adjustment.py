@@ -39,8 +39,9 @@ def logit_adjustment_delta(
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero.
     """
+    offset, shares = offset.to(batch.gradient), shares.to(batch.gradient)
     share = weight_share.to(offset) if isinstance(weight_share, Tensor) else weight_share
-    return _delta(batch, adjustment_terms(exponent_ends(offset), shares.to(offset), share))
+    return _delta(batch, adjustment_terms(exponent_ends(offset), shares, share))
 
 
 def exponent_ends(offset: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def exponent_ends(offset: Tensor) -> Tensor:
 
 def adjustment_terms(ends: Tensor, shares: Tensor, weight_share: float | Tensor, out: Tensor | None = None) -> Tensor:
     """
-    Factors on the probabilities, and weights of the samples, of each class.
+    Factors on the probabilities, `exp((1 - a) b)`, and weights of the samples, `[2, C]`.
 
     Args:
         ends (`torch.Tensor` of shape `[2, 2, C]`): See [`exponent_ends`].
@@ -67,6 +68,7 @@ def adjustment_terms(ends: Tensor, shares: Tensor, weight_share: float | Tensor,
 
 
 def _delta(batch: LogitBatch, terms: Tensor) -> Tensor:
+    """The delta for the factors and weights of each class, `[2, C]`."""
     base = batch.gradient
     terms = terms.to(base)
     factor, weight = terms[:, batch.classes, None]
@@ -140,8 +142,8 @@ class LogitAdjustment(LogitPerturbation):
         self.register_buffer("_terms", None, persistent=False)
 
     def attach(self, statistics: ClassStatistics) -> None:
-        self._ends = torch.zeros(2, 2, statistics.num_labels).to(statistics.prior)
-        self._terms = torch.zeros(2, statistics.num_labels).to(statistics.prior)
+        self._ends = torch.zeros(2, 2, statistics.num_labels)
+        self._terms = torch.zeros(2, statistics.num_labels)
         statistics.follow_prior(self._follow_prior)
         if self.learned is not None:
             statistics.follow_steps(self._follow_steps)
@@ -149,22 +151,21 @@ class LogitAdjustment(LogitPerturbation):
     # In place: a CUDA graph reads them.
 
     def _follow_prior(self, statistics: ClassStatistics) -> None:
-        self._ends.copy_(self._exponent_ends(statistics))
+        self._ends.copy_(exponent_ends(self._relative_offset(statistics)))
         self._follow_steps(statistics)
 
     def _follow_steps(self, statistics: ClassStatistics) -> None:
         adjustment_terms(self._ends, statistics.prior, self.weight_share(statistics), out=self._terms)
 
-    def _exponent_ends(self, statistics: ClassStatistics) -> Tensor:
-        return exponent_ends(relative_offset(-self.log_correction(statistics)))
+    def _relative_offset(self, statistics: ClassStatistics) -> Tensor:
+        return relative_offset(-self.log_correction(statistics))
 
     @returns_new_memory
     def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        terms = self._terms
-        if terms is None:
-            share = self.weight_share(statistics)
-            terms = adjustment_terms(self._exponent_ends(statistics), statistics.prior, share)
-        return _delta(batch, terms)
+        if self._terms is not None:
+            return _delta(batch, self._terms)
+        offset, share = self._relative_offset(statistics), self.weight_share(statistics)
+        return logit_adjustment_delta(batch, offset, statistics.prior, share)
 
     def log_correction(self, statistics: ClassStatistics) -> Tensor:
         prior = statistics.prior_terms
