@@ -48,7 +48,8 @@ class EpochWatch:
         # Replays of the caller's graph do not pass here, and may come at any time.
         self._is_replayed |= sums.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._is_replayed:
-            self.forget()
+            # An answer that is on its way stays: its memory must not be freed during a capture.
+            self._sums = None
             return True
         if sums is not self._sums:
             self.forget()
