@@ -17,7 +17,7 @@ class LogitBatch:
     Softmax and cross-entropy of a micro-batch in one pass over its logits, with a single matrix of their size.
 
     Args:
-        logits (`torch.Tensor` of shape `[N, C]`): The logits of the model, float32 or float64. Their graph is not used.
+        logits (`torch.Tensor` of shape `[N, C]`): Float32 or float64. The graph of the logits is not used.
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
         judged_offset (`torch.Tensor` of shape `[C]`, *optional*):
             Added to the logits where the labels are judged, see [`ClassStatistics.judged_offset`]. Left out, it is 0.
