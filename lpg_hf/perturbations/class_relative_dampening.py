@@ -41,16 +41,12 @@ def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor
     return confidence_ratio ** (2 - decidedness)
 
 
-#: The least weight of a sample where the model has decided on nothing.
-LEAST_WEIGHT = 0.2
-
-
-def dampening_least(decidedness: Tensor, memorizing: Tensor | float = 0.0) -> Tensor:
+def dampening_sharpness(decidedness: Tensor, memorizing: Tensor | float = 0.0) -> Tensor:
     """
-    The least weight of the samples of each class, `0.2 (1 - d_c) (1 - m)`.
+    How sharply dampening tells labels apart, `s_c = max(d_c, m)`.
 
-    A model that learns from scratch would soon believe only itself if it silenced what it does not believe yet. Once
-    it tells right from wrong labels, or memorizes, little is left of the least weight.
+    A model that still learns believes many right labels little. One that has decided which labels it believes rarely
+    errs, and one that memorizes has no time to lose.
 
     Source: ours.
 
@@ -60,16 +56,56 @@ def dampening_least(decidedness: Tensor, memorizing: Tensor | float = 0.0) -> Te
             See [`ClassStatistics.memorizing`], `m` in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `[C]`: In [0, 0.2].
+        `torch.Tensor` of shape `[C]`: In [0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> dampening_sharpness(torch.tensor([0.0, 0.5]), memorizing=0.25)
+    tensor([0.2500, 0.5000])
+
+    ```
     """
-    return LEAST_WEIGHT * (1 - decidedness) * (1 - memorizing)
+    return decidedness.clamp(min=memorizing)
+
+
+#: The least weight of a sample at sharpness 0.
+LEAST_WEIGHT = 0.2
+
+
+def dampening_least(sharpness: Tensor) -> Tensor:
+    """
+    The least weight of the samples of each class, `0.2 (1 - s_c)^2`.
+
+    A model that learns from scratch would soon believe only itself if it silenced what it does not believe yet. Later
+    next to nothing may be left: right labels have lost their gradient by then, and wrong ones keep theirs.
+
+    Source: ours.
+
+    Args:
+        sharpness (`torch.Tensor` of shape `[C]`): See [`dampening_sharpness`], `s_c` in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `[C]`: In [0, 0.2].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> dampening_least(torch.tensor([0.0, 0.5]))
+    tensor([0.2000, 0.0500])
+
+    ```
+    """
+    return LEAST_WEIGHT * (1 - sharpness).square()
 
 
 def dampening_weight(
     confidence_ratio: Tensor, reference: Tensor, exponent: Tensor, least: Tensor | float = 0.0
 ) -> Tensor:
     r"""
-    Weight of each sample under class-relative dampening: `max(l_c, min(1, rho_i / r_c) ^ (power gamma_c))`.
+    Weight of each sample under class-relative dampening: `max(l_c, min(1, rho_i / r_c) ^ a_c)`.
 
     `rho_i` says how far the model believes the label of sample i ([`LogitBatch.confidence_ratio`]). Every sample of a
     class with a closed gate has weight 1.
@@ -81,7 +117,7 @@ def dampening_weight(
         reference (`torch.Tensor` of shape `[N]`):
             The belief that a sample of its class needs for its full weight, `r_c`, above 0.
         exponent (`torch.Tensor` of shape `[N]`):
-            How far dampening acts on its class, `power gamma_c` with `gamma_c` in [0, 1].
+            How far dampening acts on its class, `a_c` at least 0; 0 where the gate of its class is closed.
         least (`float` or `torch.Tensor` of shape `[N]`, *optional*, defaults to 0.0):
             The least weight of its class, `l_c` in [0, 1].
 
@@ -174,11 +210,11 @@ class ClassRelativeDampening(SampleReweighting):
     - No sample is silenced before the model has decided which labels it believes, see [`dampening_least`].
     - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
 
-    Where the model had begun to memorize before the gate opened ([`ClassStatistics.memorizing`]), dampening acts up to
-    twice as much. Labels are judged at the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
+    Once the model has decided, dampening acts twice as much, see [`dampening_sharpness`]. Labels are judged at the
+    class shares of the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
-    Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power (1 + m) gamma_c))`,
+    Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power (1 + s_c) gamma_c))`,
     `rho = q_y / max_j q_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorize.
     Hurts: data where a few labels are wrong and many are hard, a little.
@@ -247,8 +283,8 @@ class ClassRelativeDampening(SampleReweighting):
         self._gate.copy_(torch.maximum(self._gate, gate))
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
         reference = reference.clamp(min=torch.finfo(reference.dtype).tiny)
-        exponent = self.power * (1 + statistics.memorizing) * self._gate
-        return reference, exponent, dampening_least(statistics.decidedness, statistics.memorizing)
+        sharpness = dampening_sharpness(statistics.decidedness, statistics.memorizing)
+        return reference, self.power * (1 + sharpness) * self._gate, dampening_least(sharpness)
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         terms = self._terms

@@ -31,6 +31,7 @@ from lpg_hf.perturbations.class_relative_dampening import (
     dampening_gate,
     dampening_least,
     dampening_reference,
+    dampening_sharpness,
     dampening_weight,
 )
 from lpg_hf.statistics import ClassStatistics
@@ -185,14 +186,8 @@ def test_dampening_falls_with_confidence_and_with_power():
     assert (by_power[:, below].diff(dim=0) < 0).all()
 
 
-def test_the_default_power_is_the_square_where_all_gates_are_open():
-    # rho = exp(-log 10) = 0.1 against a class mean of 0.6.
-    logits = torch.tensor([[0.0, math.log(10), 0, 0, 0, 0, 0]], dtype=torch.float64)
-    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), DECISIVE), [(0.1 / 0.6) ** 2], 1e-12)
-
-
 @pytest.mark.parametrize(
-    ("evidence", "exponent"), [(0.99, 0), (1.0, 0), (1.25, 0.5), (1.5, 1), (2.0, 2), (9.0, 2)], ids=str
+    ("evidence", "exponent"), [(0.99, 0), (1.0, 0), (1.25, 1), (1.5, 2), (2.0, 4), (9.0, 4)], ids=str
 )
 def test_evidence_from_1_to_2_opens_the_gate_of_all_classes_that_are_learned(evidence, exponent):
     # rho = 0.1 against a class mean of 0.6; the second class is half learned, the third is not.
@@ -203,21 +198,25 @@ def test_evidence_from_1_to_2_opens_the_gate_of_all_classes_that_are_learned(evi
     assert_equal(weights(LogitBatch(logits, labels), means), [6**-exponent, 6 ** -(exponent / 2), 1], 1e-12)
 
 
-@pytest.mark.parametrize(("memorizing", "expected"), [(0.0, 6**-2), (0.5, 6**-3), (1.0, 6**-4)])
-def test_dampening_acts_twice_as_much_where_the_model_had_begun_to_memorize(memorizing, expected):
-    logits = torch.tensor([[0.0, math.log(10), 0, 0, 0, 0, 0]], dtype=torch.float64)
-    means = dataclasses.replace(DECISIVE, memorizing=memorizing)
-    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), means), [expected], 1e-12)
-
-
 @pytest.mark.parametrize(
-    ("decided", "memorizing", "least"), [(0.0, 0.0, 0.2), (0.5, 0.0, 0.1), (0.0, 0.5, 0.1), (0.5, 0.5, 0.05)]
+    ("decided", "memorizing", "exponent", "least"),
+    [
+        (0.0, 0.0, 2, 0.2),
+        (0.5, 0.0, 3, 0.05),
+        (0.0, 0.5, 3, 0.05),
+        (0.5, 0.25, 3, 0.05),
+        (1.0, 0.0, 4, 0.0),
+        (0.0, 1.0, 4, 0.0),
+    ],
 )
-def test_the_least_weight_goes_where_the_model_decides_or_memorizes(decided, memorizing, least):
-    logits = torch.tensor([[0.0, 30.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
+def test_dampening_is_sharper_where_the_model_has_decided_or_memorizes(decided, memorizing, exponent, least):
+    """Of 7 classes, the first asks a belief of `0.6^(2 - d)`. Its samples have 0.9 of it, half of it, and nothing."""
     decidedness = torch.full((7,), decided, dtype=torch.float64)
     means = dataclasses.replace(OPEN, decidedness=decidedness, memorizing=memorizing)
-    assert_equal(weights(LogitBatch(logits, torch.tensor([0])), means), [least], 1e-12)
+    logits = torch.zeros(3, 7, dtype=torch.float64)
+    logits[:, 1] = -(0.6 ** (2 - decided) * torch.tensor([0.9, 0.5, 1e-20], dtype=torch.float64)).log()
+    expected = [0.9**exponent, max(0.5**exponent, least), least]
+    assert_equal(weights(LogitBatch(logits, torch.zeros(3, dtype=torch.int64)), means), expected, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,8 @@ def test_a_class_with_labels_that_are_told_apart_asks_more_of_a_sample(decided, 
     logits = torch.zeros(6, 7, dtype=torch.float64)
     logits[:, 1] = -rho.log()
     weight = weights(LogitBatch(logits, torch.zeros(6, dtype=torch.int64)), means)
-    assert_equal(weight, ((rho / needed).clamp(max=1) ** 2).clamp(min=LEAST_WEIGHT * (1 - decided)), 1e-12)
+    expected = (rho / needed).clamp(max=1) ** (2 * (1 + decided))
+    assert_equal(weight, expected.clamp(min=LEAST_WEIGHT * (1 - decided) ** 2), 1e-12)
 
 
 @few_examples
@@ -239,7 +239,7 @@ def test_no_sample_is_silenced_before_the_model_has_decided_which_labels_it_beli
     weight = weights(batch.batch, means, power=power)
     assert_equal(weight, expected_weights(batch, means, power=power), 1e-12)
     for c, rows in batch.members():
-        least = LEAST_WEIGHT * (1 - means.decidedness[c]) * (1 - means.memorizing)
+        least = LEAST_WEIGHT * (1 - max(means.decidedness[c], means.memorizing)) ** 2
         assert (weight[rows] >= least - 1e-12).all()
 
 
@@ -298,9 +298,9 @@ def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     options = {"learned": (0.0, 0.3), "evidence": (0.2, 1.5)}
     gate = dampening_gate(means.last_label_prob, means.noise_evidence, **options)
     classes, needed = batch.batch.classes, dampening_reference(means.confidence_ratio, means.decidedness)
-    least = dampening_least(means.decidedness, means.memorizing)[classes]
-    exponent = 2 * (1 + means.memorizing) * gate[classes]
-    expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], exponent, least)
+    sharpness = dampening_sharpness(means.decidedness, means.memorizing)
+    exponent, least = 2 * (1 + sharpness) * gate, dampening_least(sharpness)
+    expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], exponent[classes], least[classes])
     actual = weights(batch.batch, means, **options)
     # The formula says nothing about ignored samples.
     assert_equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0), 1e-12)
