@@ -43,10 +43,10 @@ def dampening_reference(confidence_ratio: Tensor, decidedness: Tensor) -> Tensor
 
 def dampening_sharpness(decidedness: Tensor, memorizing: Tensor | float = 0.0) -> Tensor:
     """
-    How sharply dampening tells labels apart, `s_c = max(d_c, m)`.
+    How sharply dampening tells labels apart, `s_c = max(d_c, m / 2)`.
 
     A model that still learns believes many right labels little. One that has decided which labels it believes rarely
-    errs, and one that memorizes has no time to lose.
+    errs, and one that memorizes leaves no time to wait until it has.
 
     Source: ours.
 
@@ -62,12 +62,12 @@ def dampening_sharpness(decidedness: Tensor, memorizing: Tensor | float = 0.0) -
 
     ```python
     >>> import torch
-    >>> dampening_sharpness(torch.tensor([0.0, 0.5]), memorizing=0.25)
-    tensor([0.2500, 0.5000])
+    >>> dampening_sharpness(torch.tensor([0.0, 0.5]), memorizing=0.4)
+    tensor([0.2000, 0.5000])
 
     ```
     """
-    return decidedness.clamp(min=memorizing)
+    return decidedness.clamp(min=memorizing / 2)
 
 
 #: The least weight of a sample at sharpness 0.
@@ -210,11 +210,11 @@ class ClassRelativeDampening(SampleReweighting):
     - No sample is silenced before the model has decided which labels it believes, see [`dampening_least`].
     - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
 
-    Once the model has decided, dampening acts twice as much, see [`dampening_sharpness`]. Labels are judged at the
-    class shares of the evaluation ([`ClassStatistics.judged_offset`]).
+    Once the model has decided, dampening acts three times as much, see [`dampening_sharpness`]. Labels are judged at
+    the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
-    Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power (1 + s_c) gamma_c))`,
+    Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power (1 + 2 s_c) gamma_c))`,
     `rho = q_y / max_j q_j`.
     Helps: label noise, and label noise in long tails, once the model would begin to memorize.
     Hurts: data where a few labels are wrong and many are hard, a little.
@@ -284,7 +284,7 @@ class ClassRelativeDampening(SampleReweighting):
         reference = dampening_reference(statistics.confidence_ratio, statistics.decidedness)
         reference = reference.clamp(min=torch.finfo(reference.dtype).tiny)
         sharpness = dampening_sharpness(statistics.decidedness, statistics.memorizing)
-        return reference, self.power * (1 + sharpness) * self._gate, dampening_least(sharpness)
+        return reference, self.power * (1 + 2 * sharpness) * self._gate, dampening_least(sharpness)
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         terms = self._terms

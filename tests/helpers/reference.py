@@ -110,9 +110,9 @@ def dampening_weight(
     gate=None,
 ):
     """
-    `max(l_c, min(1, rho_i / R_c^(2 - d_c)) ^ (power (1 + s_c) gamma_c))`, `rho_i` at the logits plus an offset per
-    class; 1 for ignored samples and for a class never seen. The sharpness `s_c` is the larger of `d_c` and m, the
-    least weight `l_c` in proportion to `(1 - s_c)^2`. A gate that was open once, `gate`, stays open.
+    `max(l_c, min(1, rho_i / R_c^(2 - d_c)) ^ (power (1 + 2 s_c) gamma_c))`, `rho_i` at the logits plus an offset per
+    class; 1 for ignored samples and for a class never seen. The sharpness `s_c` is the larger of `d_c` and m / 2,
+    the least weight `l_c` in proportion to `(1 - s_c)^2`. A gate that was open once, `gate`, stays open.
     """
     offset = [0.0] * len(label_prob) if offset is None else offset
     gate = [0.0] * len(label_prob) if gate is None else gate
@@ -125,9 +125,9 @@ def dampening_weight(
         rho = math.exp(judged[label] - max(judged))
         opened = max(gate[label], dampening_gate(label_prob[label], noise_evidence, learned, evidence))
         reference = confidence_ratio[label] ** (2 - decidedness[label])
-        sharpness = max(decidedness[label], memorizing)
+        sharpness = max(decidedness[label], memorizing / 2)
         least = LEAST_WEIGHT * (1 - sharpness) ** 2
-        weights.append(max(min(1.0, rho / reference) ** (power * (1 + sharpness) * opened), least))
+        weights.append(max(min(1.0, rho / reference) ** (power * (1 + 2 * sharpness) * opened), least))
     return np.array(weights)
 
 

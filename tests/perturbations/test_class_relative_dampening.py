@@ -187,7 +187,7 @@ def test_dampening_falls_with_confidence_and_with_power():
 
 
 @pytest.mark.parametrize(
-    ("evidence", "exponent"), [(0.99, 0), (1.0, 0), (1.25, 1), (1.5, 2), (2.0, 4), (9.0, 4)], ids=str
+    ("evidence", "exponent"), [(0.99, 0), (1.0, 0), (1.25, 1.5), (1.5, 3), (2.0, 6), (9.0, 6)], ids=str
 )
 def test_evidence_from_1_to_2_opens_the_gate_of_all_classes_that_are_learned(evidence, exponent):
     # rho = 0.1 against a class mean of 0.6; the second class is half learned, the third is not.
@@ -202,11 +202,12 @@ def test_evidence_from_1_to_2_opens_the_gate_of_all_classes_that_are_learned(evi
     ("decided", "memorizing", "exponent", "least"),
     [
         (0.0, 0.0, 2, 0.2),
-        (0.5, 0.0, 3, 0.05),
-        (0.0, 0.5, 3, 0.05),
-        (0.5, 0.25, 3, 0.05),
-        (1.0, 0.0, 4, 0.0),
-        (0.0, 1.0, 4, 0.0),
+        (0.5, 0.0, 4, 0.05),
+        (0.0, 0.5, 3, 0.1125),
+        (0.5, 0.5, 4, 0.05),
+        (0.0, 1.0, 4, 0.05),
+        (1.0, 0.0, 6, 0.0),
+        (1.0, 1.0, 6, 0.0),
     ],
 )
 def test_dampening_is_sharper_where_the_model_has_decided_or_memorizes(decided, memorizing, exponent, least):
@@ -228,7 +229,7 @@ def test_a_class_with_labels_that_are_told_apart_asks_more_of_a_sample(decided, 
     logits = torch.zeros(6, 7, dtype=torch.float64)
     logits[:, 1] = -rho.log()
     weight = weights(LogitBatch(logits, torch.zeros(6, dtype=torch.int64)), means)
-    expected = (rho / needed).clamp(max=1) ** (2 * (1 + decided))
+    expected = (rho / needed).clamp(max=1) ** (2 + 4 * decided)
     assert_equal(weight, expected.clamp(min=LEAST_WEIGHT * (1 - decided) ** 2), 1e-12)
 
 
@@ -239,7 +240,7 @@ def test_no_sample_is_silenced_before_the_model_has_decided_which_labels_it_beli
     weight = weights(batch.batch, means, power=power)
     assert_equal(weight, expected_weights(batch, means, power=power), 1e-12)
     for c, rows in batch.members():
-        least = LEAST_WEIGHT * (1 - max(means.decidedness[c], means.memorizing)) ** 2
+        least = LEAST_WEIGHT * (1 - max(means.decidedness[c], means.memorizing / 2)) ** 2
         assert (weight[rows] >= least - 1e-12).all()
 
 
@@ -299,7 +300,7 @@ def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     gate = dampening_gate(means.last_label_prob, means.noise_evidence, **options)
     classes, needed = batch.batch.classes, dampening_reference(means.confidence_ratio, means.decidedness)
     sharpness = dampening_sharpness(means.decidedness, means.memorizing)
-    exponent, least = 2 * (1 + sharpness) * gate, dampening_least(sharpness)
+    exponent, least = 2 * (1 + 2 * sharpness) * gate, dampening_least(sharpness)
     expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], exponent[classes], least[classes])
     actual = weights(batch.batch, means, **options)
     # The formula says nothing about ignored samples.
