@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 class EpochWatch:
@@ -15,50 +16,68 @@ class EpochWatch:
     step nobody has to look. From then on the device looks, and the host asks how many samples were left after a look.
     It does not wait for the answer: the device looks at every step until it has arrived.
 
-    In a CUDA graph or a compiled function the host does not see the steps, and the device always looks. A copy or a
-    pickle knows nothing yet.
+    In a CUDA graph, a compiled or a traced function the host does not see the steps, and the device always looks. A
+    copy or a pickle knows nothing yet.
     """
 
     def __init__(self) -> None:
-        # How many rows the epoch lacks at least. Until the answer has arrived: minus the rows since the question.
+        # How many rows the epoch lacks at least, by the last answer; above 0 only where there was one.
         self._rows_left = 0
+        self._rows_since_question = 0
         self._answer: Callable[[], int | None] | None = None
         # The sums whose steps are counted.
         self._sums: Tensor | None = None
-        self._is_replayed = False
+        self._is_blind = False
 
     def __reduce__(self) -> tuple:
         return type(self), ()
 
     def forget(self) -> None:
         """Says that sums have changed otherwise than by steps of which the watch was told."""
-        self._rows_left, self._answer, self._sums = 0, None, None
+        self._rows_left, self._rows_since_question, self._answer, self._sums = 0, 0, None, None
 
-    def may_end(self, sums: Tensor, num_rows: int | None) -> bool:
+    def stop(self) -> None:
+        """Says that from now on others may move the sums at any time: an epoch may end with every step."""
+        # An answer that is on its way stays: its memory must not be freed during a capture.
+        self._is_blind, self._sums = True, None
+
+    def count_rows(self, sums: Tensor, num_rows: int) -> None:
         """
-        Whether an epoch may end with this step.
+        Counts rows that a later step adds to the sums.
+
+        Args:
+            sums (`torch.Tensor`): The sums of the epoch.
+            num_rows (`int`): The rows, ignored ones included.
+        """
+        if torch.compiler.is_compiling():
+            self.forget()
+        elif _may_be_replayed(sums):
+            self.stop()
+        else:
+            self._rows_left -= num_rows
+            self._rows_since_question += num_rows
+
+    def count_step(self, sums: Tensor, is_seen: bool) -> bool:
+        """
+        Counts a step, and returns whether an epoch may end with it.
 
         Args:
             sums (`torch.Tensor`): The sums of the epoch, which this step has moved. Others than before begin anew.
-            num_rows (`int` or `None`): Rows of the step; `None` if the host does not see every step.
+            is_seen (`bool`): Whether the host sees every step.
         """
-        if num_rows is None or torch.compiler.is_compiling():
+        if not is_seen or torch.compiler.is_compiling():
             self.forget()
             return True
-        # Replays of the caller's graph do not pass here, and may come at any time.
-        self._is_replayed |= sums.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self._is_replayed:
-            # An answer that is on its way stays: its memory must not be freed during a capture.
-            self._sums = None
+        if self._is_blind or _may_be_replayed(sums):
+            self.stop()
             return True
         if sums is not self._sums:
             self.forget()
             self._sums = sums
-        self._rows_left -= num_rows
         samples_left = None if self._answer is None else self._answer()
         if samples_left is not None:
-            self._rows_left += samples_left
             self._answer = None
+            self._rows_left = samples_left - self._rows_since_question
         return self._rows_left <= 0
 
     def ask(self, samples_left: Callable[[], Tensor]) -> None:
@@ -69,7 +88,13 @@ class EpochWatch:
             samples_left (`Callable`): Returns them, a scalar of the device.
         """
         if self._sums is not None and self._answer is None:
-            self._rows_left, self._answer = 0, read_later(samples_left())
+            self._rows_since_question = 0
+            self._answer = read_later(samples_left())
+
+
+def _may_be_replayed(sums: Tensor) -> bool:
+    """Whether the caller captures or traces a graph, whose replays do not pass here."""
+    return get_proxy_mode() is not None or (sums.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def read_later(value: Tensor) -> Callable[[], int | None]:

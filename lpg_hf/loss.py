@@ -269,7 +269,7 @@ class LPGLoss(nn.Module):
             self._telemetry.record(table[len(of_classes) :], self.statistics.steps)
             if not self.managed:
                 # A graph replays steps that the host does not see.
-                self._step(num_rows=None if self.graphs.is_enabled else len(batch.labels))
+                self._step(is_seen=not self.graphs.is_enabled)
         if observer is not None:
             observer(perturbed - gradient)
         return perturbed
@@ -295,8 +295,8 @@ class LPGLoss(nn.Module):
         else:
             self._step(reduce)
 
-    def _step(self, reduce: Callable[[Tensor], Tensor] | None = None, num_rows: int | None = None) -> list[Tensor]:
-        self.statistics.step(reduce, num_rows)
+    def _step(self, reduce: Callable[[Tensor], Tensor] | None = None, is_seen: bool = False) -> list[Tensor]:
+        self.statistics.step(reduce, is_seen)
         for method in self._methods:
             method.step(reduce)
         return []

@@ -244,32 +244,41 @@ class ClassStatistics(ClassMeans):
             rows (`torch.Tensor` of shape `[k, N]`):
                 The rows of [`~ClassStatistics.rows_of`], k = 7 or 8; zero for ignored samples.
         """
+        # Before the sums: an interruption between the two may only count too many.
+        if self._finds_epochs:
+            self._epoch_watch.count_rows(self._epoch_sums, len(batch.classes))
         self._pending[: len(rows)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
-    def step(self, reduce: Callable[[Tensor], Tensor] | None = None, num_rows: int | None = None) -> None:
+    def step(self, reduce: Callable[[Tensor], Tensor] | None = None, is_seen: bool = False) -> None:
         """
         Moves the running means by the pending sums and clears these: once per optimizer step.
 
         Args:
             reduce (`Callable`, *optional*): Sums a tensor over processes.
-            num_rows (`int`, *optional*):
-                Rows of this step, ignored ones included, where the statistics find the end of an epoch themselves.
-                With them they look for it only when it may have come, see [`EpochWatch`].
+            is_seen (`bool`, *optional*, defaults to `False`):
+                Whether the host sees every step and all of its rows: none is replayed by a CUDA graph or reduced.
+                Where the statistics find the end of an epoch themselves, they then look for it only when it may have
+                come, see [`EpochWatch`].
         """
         pending = self._pending if reduce is None else reduce(self._pending)
         self.seen_counts += pending[0].long()
         self._move_means(pending)
+        self._pending.zero_()
         self.steps += 1
         if not self.counts_are_given:
             self.class_counts.copy_(self.seen_counts)
             self._update_prior()
-        elif not self._waits_for_epoch and self._epoch_watch.may_end(self._epoch_sums, num_rows):
+        elif self._finds_epochs and self._epoch_watch.count_step(self._epoch_sums, is_seen):
             self._end_epoch_where(self._samples_left() <= 0)  # decided on the device
             self._update_followers(self._epoch_followers)
             self._epoch_watch.ask(self._samples_left)
         self._update_followers(self._step_followers)
-        self._pending.zero_()
+
+    @property
+    def _finds_epochs(self) -> bool:
+        """Whether an epoch ends when as many samples were seen as there are."""
+        return self.counts_are_given and not self._waits_for_epoch
 
     def _samples_left(self) -> Tensor:
         """Samples that the present epoch lacks of the data set."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lpg_hf import LPGLoss, epoch_watch
 from lpg_hf.epoch_watch import EpochWatch, read_later
@@ -58,7 +59,7 @@ def step(loss_fn, *args):
 
 def always_looking():
     loss_fn = LPGLoss(C, "auto", COUNTS)
-    loss_fn.statistics._epoch_watch.may_end = lambda sums, num_rows: True
+    loss_fn.statistics._epoch_watch.count_step = lambda sums, is_seen: True
     return loss_fn
 
 
@@ -126,34 +127,122 @@ def test_it_looks_at_every_step_until_the_answer_arrives(monkeypatch):
     assert ours.steps == [1, 2, 3, 4, 6, 7, 8] and ours.loss_fn.statistics.epochs == 1
 
 
-def test_what_a_graph_of_the_caller_replays_is_not_counted(monkeypatch):
-    """It looks at every step from then on."""
-    watch, sums = EpochWatch(), SimpleNamespace(is_cuda=True)
-    stream = SimpleNamespace(is_capturing=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.is_capturing)
-    assert watch.may_end(sums, 1)
+def count(watch, sums, num_rows=1, is_seen=True):
+    watch.count_rows(sums, num_rows)
+    return watch.count_step(sums, is_seen)
+
+
+def asked_watch(sums):
+    """It has been told that 100 samples are left."""
+    watch = EpochWatch()
+    assert count(watch, sums)
     watch.ask(lambda: torch.tensor(100))
-    assert not watch.may_end(sums, 1)
-    for stream.is_capturing in (True, False, False):
-        assert watch.may_end(sums, 1)
+    assert not count(watch, sums)
+    return watch
+
+
+@pytest.mark.parametrize("kind", ["captured", "traced"])
+@pytest.mark.parametrize("part", ["rows", "step", "both"])
+def test_what_a_graph_of_the_caller_replays_is_not_counted(kind, part, monkeypatch):
+    """It looks at every step from then on."""
+    sums = SimpleNamespace(is_cuda=kind == "captured")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    watch = asked_watch(sums)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: kind == "captured")
+        patch.setattr(epoch_watch, "get_proxy_mode", lambda: object() if kind == "traced" else None)
+        if part != "step":
+            watch.count_rows(sums, 1)
+        if part != "rows":
+            assert watch.count_step(sums, is_seen=True)
+    for _ in range(3):
+        assert count(watch, sums)
         watch.ask(lambda: pytest.fail("nothing is read back"))
     watch.forget()
-    assert watch.may_end(sums, 1)
+    assert count(watch, sums)
 
 
-@pytest.mark.parametrize("kind", ["compiled", "not told"])
+@pytest.mark.parametrize("kind", ["compiled", "not seen"])
 def test_steps_that_are_not_seen_are_looked_at_and_what_follows_them_is_not_trusted(kind, monkeypatch):
-    watch, sums = EpochWatch(), torch.zeros(1)
-    assert watch.may_end(sums, 1)
-    watch.ask(lambda: torch.tensor(100))
-    assert not watch.may_end(sums, 1)
+    sums = torch.zeros(1)
+    watch = asked_watch(sums)
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: kind == "compiled")
-        assert watch.may_end(sums, 1 if kind == "compiled" else None)
+        assert count(watch, sums, is_seen=kind == "compiled")
         watch.ask(lambda: pytest.fail("steps that are not seen may follow"))
-    assert watch.may_end(sums, 1)
+    assert count(watch, sums)
     watch.ask(lambda: torch.tensor(100))
-    assert not watch.may_end(sums, 1)
+    assert not count(watch, sums)
+
+
+def test_rows_of_a_compiled_function_are_not_trusted_either(monkeypatch):
+    """Its step may be outside of it."""
+    sums = torch.zeros(1)
+    watch = asked_watch(sums)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        watch.count_rows(sums, 1)
+    assert watch.count_step(sums, is_seen=True)
+
+
+def test_a_traced_loss_finds_the_ends_that_a_loss_finds_which_always_looks():
+    """It is traced at a step with which no epoch may end."""
+    ours, expected = LPGLoss(C, "auto", COUNTS), always_looking()
+    traced = None
+    for seed in range(14):
+        if seed == 1:
+            traced = make_fx(lambda logits, labels: ours(logits, labels))(*batch(seed, 3))
+        else:
+            (ours if traced is None or seed % 5 == 0 else traced)(*batch(seed, 3))
+        expected(*batch(seed, 3))
+        assert_same(ours, expected)
+    assert ours.statistics.epochs == 2
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_rows_count_that_were_added_before_the_call(at):
+    """The next step has them, too. 18 samples are an epoch."""
+    ours, expected = LPGLoss(C, "auto", COUNTS), always_looking()
+    for seed in range(14):
+        for loss_fn in (ours, expected):
+            if seed == at:
+                logits, labels = batch(100, 6)
+                loss_fn.statistics.update(loss_fn.batch_of(logits.detach(), labels))
+            step(loss_fn, seed, 3)
+        assert_same(ours, expected)
+    assert ours.statistics.epochs == 2
+
+
+def test_rows_count_whose_step_was_interrupted(monkeypatch):
+    """They are part of the next step."""
+    ours, expected = LPGLoss(C, "auto", COUNTS), always_looking()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    for seed in range(14):
+        for loss_fn in (ours, expected):
+            if seed == 2:
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(loss_fn._telemetry, "record", interrupt)
+                    step(loss_fn, 100, 6)
+            step(loss_fn, seed, 3)
+        assert_same(ours, expected)
+    assert ours.statistics.epochs == 2
+
+
+def test_sums_that_others_bring_along_begin_anew():
+    """What was answered about those of the loss says nothing about them."""
+    ours, other = LPGLoss(C, "auto", COUNTS), LPGLoss(C, "auto", COUNTS)
+    step(other, 0, 17)
+    step(ours, 1, 3), step(ours, 2, 3)
+    buffers = dict(other.named_buffers())
+    torch.func.functional_call(ours, buffers, batch(3, 3))
+    assert buffers["statistics.epochs"] == 1
+    # Nor the other way round.
+    for seed in range(4, 8):
+        step(ours, seed, 3)
+    assert ours.statistics.epochs == 1
 
 
 def test_other_devices_do_not_answer():
