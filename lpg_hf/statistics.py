@@ -204,6 +204,13 @@ class ClassStatistics(ClassMeans):
         self._update_prior()
         self._update_followers([*self._epoch_followers, *self._step_followers])
 
+    def _replicate_for_data_parallel(self) -> Self:
+        # The replica on the device of this module moves its sums, and does so in a thread of its own.
+        self._epoch_watch.stop()
+        # The followers would read the statistics of a replica and write to the methods of this module.
+        self._prior_followers, self._epoch_followers, self._step_followers = [], [], []
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         module = super()._apply(*args, **kwargs)
         self._update_all()

@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -84,6 +84,16 @@ class LogitPerturbation(Perturbation):
         For methods that keep terms per class which change with the class shares or with an epoch alone: called once,
         with the statistics of the loss. Without it, these terms are computed for each batch.
         """
+
+    def detach(self) -> None:
+        """
+        Undoes `attach`, for methods that override it. It is called before DataParallel makes a replica of the method:
+        the statistics of a replica, and from then on those of the loss, call no followers.
+        """
+
+    def _replicate_for_data_parallel(self) -> Self:
+        self.detach()
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     def use_label_names(self, label_names: Mapping[str, int]) -> None:
         """For methods with arguments by label name: gives them the index of each name, before `setup`."""

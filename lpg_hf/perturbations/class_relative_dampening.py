@@ -259,7 +259,7 @@ class ClassRelativeDampening(SampleReweighting):
         check_interval("evidence", evidence, end=1e6)
         self.learned = tuple(learned)
         self.evidence = tuple(evidence)
-        self.register_buffer("_terms", None, persistent=False)
+        self.detach()
 
     def setup(self, num_labels: int) -> None:
         self.register_buffer("_gate", torch.zeros(num_labels))
@@ -268,6 +268,9 @@ class ClassRelativeDampening(SampleReweighting):
         self._terms = torch.zeros(4, statistics.num_labels)
         statistics.follow_epochs(self._follow_epochs)
         statistics.follow_steps(self._follow_steps)
+
+    def detach(self) -> None:
+        self.register_buffer("_terms", None, persistent=False)
 
     # In place: a CUDA graph reads them.
 

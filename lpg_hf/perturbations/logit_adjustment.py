@@ -138,8 +138,7 @@ class LogitAdjustment(LogitPerturbation):
         self.tau = tau
         self.learned = None if learned is None else tuple(learned)
         self.target = target
-        self.register_buffer("_ends", None, persistent=False)
-        self.register_buffer("_terms", None, persistent=False)
+        self.detach()
 
     def attach(self, statistics: ClassStatistics) -> None:
         self._ends = torch.zeros(2, 2, statistics.num_labels)
@@ -147,6 +146,10 @@ class LogitAdjustment(LogitPerturbation):
         statistics.follow_prior(self._follow_prior)
         if self.learned is not None:
             statistics.follow_steps(self._follow_steps)
+
+    def detach(self) -> None:
+        self.register_buffer("_ends", None, persistent=False)
+        self.register_buffer("_terms", None, persistent=False)
 
     # In place: a CUDA graph reads them.
 
