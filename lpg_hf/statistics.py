@@ -192,7 +192,10 @@ class ClassStatistics(ClassMeans):
         follower(self)
 
     def follow_steps(self, follower: Callable[["ClassStatistics"], None]) -> None:
-        """Calls a function with these statistics, now and whenever the running means have moved."""
+        """
+        Calls a function with these statistics, now and whenever the running means or the class shares have moved. The
+        followers of the shares come first.
+        """
         self._step_followers.append(follower)
         follower(self)
 
@@ -301,3 +304,4 @@ class ClassStatistics(ClassMeans):
         self._update_followers(self._epoch_followers)
         if not self.counts_are_given:
             self._update_prior()
+            self._update_followers(self._step_followers)

@@ -1,5 +1,6 @@
 """LPGLoss: exact gradients at the logits and at the parameters, in every dtype, without synchronization."""
 
+import copy
 import itertools
 import math
 
@@ -241,6 +242,56 @@ def test_auto_resumes_within_and_after_the_epoch_that_gave_evidence(cut):
     assert torch.equal(torch.stack(gradients), expected[cut:])
     assert torch.equal(second.statistics.noise_evidence, unbroken.statistics.noise_evidence)
     assert second.perturbations[1].last_weight.min() < 0.5
+
+
+def gradient_of(loss_fn, seed=9, dtype=torch.float64):
+    logits, labels = make_logits(seed=seed, dtype=dtype)
+    loss_fn(logits, labels).backward()
+    return logits.grad
+
+
+def without_kept_terms(loss_fn):
+    """A copy whose methods compute their terms for each batch."""
+    loss_fn = copy.deepcopy(loss_fn)
+    for method in loss_fn.perturbations:
+        method.detach()
+    loss_fn.statistics._prior_followers = loss_fn.statistics._epoch_followers = loss_fn.statistics._step_followers = []
+    return loss_fn
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS], ids=["counting", "counts"])
+@pytest.mark.parametrize("managed", [False, True])
+def test_terms_that_are_kept_are_those_of_the_statistics(counts, managed):
+    """At every step, and right after the end of an epoch, with which counted classes get a prior."""
+    loss_fn = LPGLoss(C, "auto", counts, managed=managed).double()
+    for seed in range(12):
+        torch.testing.assert_close(gradient_of(without_kept_terms(loss_fn), seed), gradient_of(loss_fn, seed))
+        if managed:
+            loss_fn.step()
+        if seed % 3 == 2:
+            loss_fn.end_epoch()
+    assert loss_fn.perturbations[0].weight_share(loss_fn.statistics) < 1
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS], ids=["counting", "counts"])
+@pytest.mark.parametrize("before", [None, (0.9, 1.0)])
+def test_learned_acts_from_the_next_step_on_if_it_is_set_later(before, counts):
+    late, expected = (LPGLoss(C, LogitAdjustment(learned=learned), counts) for learned in (before, (0.0, 0.9)))
+    gradient_of(late, 0), gradient_of(expected, 0)
+    late.perturbations[0].learned = (0.0, 0.9)
+    gradient_of(late, 1), gradient_of(expected, 1)
+    assert torch.equal(gradient_of(late, 2), gradient_of(expected, 2))
+    assert 0 < expected.perturbations[0].weight_share(expected.statistics) < 1
+
+
+@pytest.mark.parametrize("counts", [None, COUNTS], ids=["counting", "counts"])
+def test_the_statistics_alone_may_be_in_double_precision(counts):
+    loss_fn, expected = (LPGLoss(C, "auto", counts) for _ in range(2))
+    loss_fn.statistics.double()
+    for seed in range(9):
+        gradients = [gradient_of(each, seed, torch.float32) for each in (loss_fn, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+    assert loss_fn.statistics.prior.dtype == torch.float64
 
 
 class Shift(LogitPerturbation):

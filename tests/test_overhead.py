@@ -230,6 +230,13 @@ def test_terms_per_class_follow_the_step_and_not_each_of_its_micro_batches():
     assert count_step(loss_fn)[0] - operations >= 20
 
 
+@pytest.mark.parametrize(("managed", "operations"), [(False, 147), (True, 153)])  # measured: 145, 151
+def test_a_step_takes_few_operations_while_classes_are_counted(managed, operations):
+    """Their shares change with every step, and each term that follows is computed once."""
+    found = count_step(LPGLoss(C, "auto", managed=managed))
+    assert found[0] <= operations and found[1:] == (26, 3), found
+
+
 @pytest.mark.parametrize("chain", ["auto", "label_smoothing"])
 def test_a_bare_loss_costs_what_a_managed_one_does_until_an_epoch_may_end(chain):
     bare, managed = (count_step(LPGLoss(C, chain, COUNTS, managed=managed)) for managed in (False, True))

@@ -144,8 +144,8 @@ class LogitAdjustment(LogitPerturbation):
         self._ends = torch.zeros(2, 2, statistics.num_labels)
         self._terms = torch.zeros(2, statistics.num_labels)
         statistics.follow_prior(self._follow_prior)
-        if self.learned is not None:
-            statistics.follow_steps(self._follow_steps)
+        # Also without `learned`, which may be set later.
+        statistics.follow_steps(self._follow_steps)
 
     def detach(self) -> None:
         self.register_buffer("_ends", None, persistent=False)
@@ -155,10 +155,12 @@ class LogitAdjustment(LogitPerturbation):
 
     def _follow_prior(self, statistics: ClassStatistics) -> None:
         self._ends.copy_(exponent_ends(self._relative_offset(statistics)))
-        self._follow_steps(statistics)
 
     def _follow_steps(self, statistics: ClassStatistics) -> None:
-        adjustment_terms(self._ends, statistics.prior, self.weight_share(statistics), out=self._terms)
+        # The statistics alone may have been moved to another dtype.
+        share, prior = self.weight_share(statistics), statistics.prior.to(self._ends)
+        share = share.to(prior) if isinstance(share, Tensor) else share
+        adjustment_terms(self._ends, prior, share, out=self._terms)
 
     def _relative_offset(self, statistics: ClassStatistics) -> Tensor:
         return relative_offset(-self.log_correction(statistics))
