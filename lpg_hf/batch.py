@@ -76,15 +76,12 @@ class LogitBatch:
         self.classes = labels.masked_fill(self.ignore_mask, 0)
         index = self.classes[:, None]
         # How far the label is from the largest entry: of the logits, and of those at which labels are judged.
-        margins = logits.new_empty(2, len(logits), 1)
-        torch.sub(_label_entries(logits, index), logits.amax(-1, keepdim=True), out=margins[0])
+        margin = judged = _label_entries(logits, index) - logits.amax(-1, keepdim=True)
         # One matrix serves for all: new memory costs more than arithmetic.
         matrix: Tensor | None = None
-        if judged_offset is None:
-            margins[1] = margins[0]
-        else:
+        if judged_offset is not None:
             matrix = logits + judged_offset.to(logits)
-            torch.sub(matrix.gather(-1, index), matrix.amax(-1, keepdim=True), out=margins[1])
+            judged = matrix.gather(-1, index) - matrix.amax(-1, keepdim=True)
         self._fit_excess: Tensor | None = None
         self._gradient_norm: Tensor | None = None
         if fitted_offset is not None:
@@ -94,10 +91,10 @@ class LogitBatch:
             norm = torch.linalg.vector_norm(matrix, dim=-1)
             self._fit_excess = torch.addcmul(matrix.gather(-1, index)[:, 0], norm, norm, value=-1)
         probabilities = torch.softmax(logits, -1, out=matrix)
-        self.is_correct = margins[0, :, 0] == 0
+        self.is_correct = margin[:, 0] == 0
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
-        margins[0].add_(probabilities.amax(-1, keepdim=True).log())
-        logarithms = margins[..., 0].masked_fill_(self.ignore_mask, 0.0)
+        label_log_prob = margin + probabilities.amax(-1, keepdim=True).log()
+        logarithms = torch.stack([label_log_prob, judged])[..., 0].masked_fill_(self.ignore_mask, 0.0)
         self.label_log_prob = logarithms[0]
         self.label_prob, self.confidence_ratio = logarithms.exp()
         self.is_confident_error = self.confidence_ratio < CONFIDENT_ERROR

@@ -146,6 +146,21 @@ def test_the_norm_of_the_gradient_is_that_of_its_rows(drawn):
     assert_equal(drawn.batch.gradient_norm, expected, 1e-12)
 
 
+def test_batches_can_be_mapped():
+    """Without offsets, which need their matrix in place."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 4, dtype=torch.float64, generator=generator)
+    labels = torch.randint(4, (3, 5), generator=generator)
+    labels[1, :2] = IGNORE_INDEX
+
+    def of_batch(logits, labels):
+        batch = LogitBatch(logits, labels)
+        return batch.label_log_prob, batch.confidence_ratio, batch.is_correct, batch.gradient, batch.fit_excess
+
+    for mapped, *parts in zip(torch.func.vmap(of_batch)(logits, labels), *map(of_batch, logits, labels), strict=True):
+        assert torch.equal(mapped, torch.stack(parts))
+
+
 # How far labels are fitted.
 
 

@@ -81,8 +81,8 @@ class LogitPerturbation(Perturbation):
 
     def attach(self, statistics: ClassStatistics) -> None:
         """
-        For methods that keep terms per class which change with the class shares or with an epoch alone: called once,
-        with the statistics of the loss. Without it, these terms are computed for each batch.
+        For methods that keep terms per class which change with the class shares, with an epoch or with a step alone:
+        called once, with the statistics of the loss. Without it, these terms are computed for each batch.
         """
 
     def detach(self) -> None:

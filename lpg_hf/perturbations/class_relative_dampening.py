@@ -46,7 +46,7 @@ def dampening_sharpness(decidedness: Tensor, memorizing: Tensor | float = 0.0) -
     How sharply dampening tells labels apart, `s_c = max(d_c, m / 2)`.
 
     A model that still learns believes many right labels little. One that has decided which labels it believes rarely
-    errs, and one that memorizes leaves no time to wait until it has.
+    errs. One that memorizes must be dampened before it has decided.
 
     Source: ours.
 
@@ -210,8 +210,9 @@ class ClassRelativeDampening(SampleReweighting):
     - No sample is silenced before the model has decided which labels it believes, see [`dampening_least`].
     - The other samples of a class get the part that its contradicted samples lose, see [`dampening_compensation`].
 
-    Once the model has decided, dampening acts three times as much, see [`dampening_sharpness`]. Labels are judged at
-    the class shares of the evaluation ([`ClassStatistics.judged_offset`]).
+    Once the model has decided, dampening acts three times as much, and up to twice as much where it had only begun to
+    memorize ([`ClassStatistics.memorizing`]), see [`dampening_sharpness`]. Labels are judged at the class shares of
+    the evaluation ([`ClassStatistics.judged_offset`]).
 
     Level: sample, by statistics of its class.
     Formula: `delta = (w - 1) g` with `w = max(l_c, min(1, rho / r_c) ^ (power (1 + 2 s_c) gamma_c))`,
