@@ -205,10 +205,15 @@ def dampens(method):
 @every_model
 def test_gradient_under_bfloat16_autocast_is_that_of_float64(name, lpg, method, output_dir):
     chain, dtype = tuple(chain_of(method, lpg)), dtype_of_reference(method)
-    expected, _ = gradients_and_logs(name, chain, dtype, False, output_dir, dampens(method))
-    actual, _ = gradients_and_logs(name, chain, torch.float32, True, output_dir, dampens(method))
-    without, _ = gradients_and_logs(name, chain[:-1], dtype, False, output_dir, dampens(method))
-    assert 0 < (actual - expected).norm() / expected.norm() < 2**-7
+
+    def gradients(chain, dtype, autocast=False):
+        return gradients_and_logs(name, chain, dtype, autocast, output_dir, dampens(method))[0]
+
+    expected, without = gradients(chain, dtype), gradients(chain[:-1], dtype)
+    # What the forward pass rounds is in both. A method that removes a part of the gradient removes less of that.
+    rounding = (gradients(chain[:-1], torch.float32, autocast=True) - without).norm() / without.norm()
+    error = (gradients(chain, torch.float32, autocast=True) - expected).norm() / expected.norm()
+    assert 0 < error < max(2**-7, 1.5 * rounding)
     assert (expected - without).norm() / expected.norm() > 2**-6  # the method does something
 
 
