@@ -229,7 +229,15 @@ _ABLATION = (
     _variant("auto-memorizing", "without 'memorizing'", constants={"noise_evidence.EXCESS": (1.0, 2.0)}),
     *(
         _variant(f"power={value}", f"power q = {value}", with_arguments(_AUTO_DAMPENING, power=value))
-        for value in (2.0, 8.0)
+        for value in (1.0, 4.0)
+    ),
+    *(
+        _variant(
+            f"least={value}",
+            f"least weight {value} at first",
+            constants={"perturbations.class_relative_dampening.LEAST_WEIGHT": value},
+        )
+        for value in (0.0, 0.5)
     ),
     *(
         _variant(f"learned={low}..{high}", f"learned = {low} to {high}", edit)
