@@ -37,7 +37,8 @@ class LossGraphs:
     Args:
         is_enabled (`bool`, *optional*, defaults to `False`):
             Whether graphs are used; also an attribute. Off until they have run on a card: so far their tests record
-            the calls on a CPU. A capture that failed sets it to `False`, and a line is logged.
+            the calls on a CPU. A capture that failed sets it to `False`, and a line is logged. So does a graph whose
+            first replay does not give what the function gives.
     """
 
     def __init__(self, is_enabled: bool = False) -> None:
@@ -110,14 +111,26 @@ class LossGraphs:
         return captured.replay(inputs)
 
     def _capture(self, step: Step, inputs: Sequence[Tensor]) -> "CapturedStep":
-        # The call before the capture must not count.
+        """A graph of the function, whose first replay was compared with the function. None of these calls counts."""
         before = [tensor.clone() for tensor in self._state]
-        self._pool = CapturedStep.new_pool() if self._pool is None else self._pool
-        try:
-            return CapturedStep(step, inputs, self._pool)
-        finally:
+
+        def restore() -> None:
             for tensor, value in zip(self._state, before, strict=True):
                 tensor.copy_(value)
+
+        self._pool = CapturedStep.new_pool() if self._pool is None else self._pool
+        try:
+            captured = CapturedStep(step, inputs, self._pool)
+            restore()
+            expected = [*step(*inputs), *(tensor.clone() for tensor in self._state)]
+            restore()
+            found = [*captured.replay(inputs), *self._state]
+            is_same = all(map(_is_close, found, expected))
+        finally:
+            restore()
+        if not is_same:
+            raise RuntimeError("its first replay gives other numbers than the loss itself")
+        return captured
 
 
 class CapturedStep:
@@ -197,6 +210,11 @@ def _mode() -> tuple:
         torch.get_autocast_dtype("cuda") if is_autocast else None,
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    # Sums in any order differ by their rounding.
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
 def _is(first: object, second: object) -> bool:

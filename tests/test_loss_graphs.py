@@ -82,7 +82,7 @@ def test_a_bare_loss_is_the_same_over_epochs(chain, counts):
     pair = Pair(chain, counts, eval_shares=[1.0] * C)
     for seed in range(12):
         pair.step(seed)
-    assert len(pair.ours.graphs) == 1 and RecordedStep.num_replays == 12 - WARMUP_CALLS
+    assert len(pair.ours.graphs) == 1 and RecordedStep.num_replays == 12 - WARMUP_CALLS + 1  # and one to compare
     assert pair.ours.statistics.epochs == (0 if counts is None else 4)
     pair.check()
 
@@ -288,6 +288,23 @@ def test_after_a_failed_capture_the_loss_goes_on_without_graphs(caplog):
     ]
     assert not pair.ours.graphs.is_enabled
     pair.check()  # what the failed capture did to the state is undone
+
+
+@pytest.mark.parametrize("wrong", [{"error": 0.01}, {"error": torch.nan}, {"is_empty": True}], ids=str)
+@pytest.mark.parametrize("managed", [False, True], ids=["bare", "managed"])
+def test_a_graph_that_computes_something_else_is_never_used(managed, wrong, monkeypatch, caplog):
+    for name, value in wrong.items():
+        monkeypatch.setattr(RecordedStep, name, value)
+    pair = Pair(managed=managed)
+    with caplog.at_level(logging.WARNING, logger="lpg_hf"):
+        for seed in range(10):
+            pair.step(seed)
+            if managed:
+                pair.each(LPGLoss.step)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("takes longer: its first replay gives other numbers than the loss itself")
+    assert len(pair.ours.graphs) == 0 and not pair.ours.graphs.is_enabled and RecordedStep.num_replays == 1
+    pair.check()
 
 
 def pickled(loss_fn):
