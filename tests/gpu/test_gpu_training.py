@@ -137,22 +137,24 @@ def test_label_issues_are_those_of_the_cpu(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=needs_cuda)])
 @every_model
 def test_mixed_precision_is_no_further_from_float32_than_trainers(name, precision, chain, tmp_path):
-    model, batches = make_model(name, exact=True).float(), batches_of(name)
-    rate = {"learning_rate": 0.01}  # above it the runs would drift apart by themselves
-
-    def error(trainer_class):
-        half, full = (
+    batches = batches_of(name)
+    # Above these rates, and in single runs of the ResNet, what rounding began is chance: runs drift apart.
+    rate = {"learning_rate": 0.001 if name == "resnet" else 0.01}
+    distances = []
+    for seed in range(4 if name == "resnet" else 1):
+        model = make_model(name, exact=True, seed=seed).float()
+        ours, ours_full, plain, plain_full = (
             train(model, batches, tmp_path, trainer_class=trainer_class, args=rate | a, perturbations=chain)
+            for trainer_class in (LPGTrainer, Trainer)
             for a in ({precision: True}, {})
         )
-        assert all(map(math.isfinite, losses_of(half)))
-        return half, relative_distance(half, full, model)
-
-    ours, our_error = error(LPGTrainer)
-    plain, error_of_trainer = error(Trainer)
+        assert all(map(math.isfinite, losses_of(ours)))
+        pairs = (ours, ours_full), (plain, plain_full), (ours, plain)
+        distances.append([relative_distance(*pair, model) for pair in pairs])
+        assert ours.lpg_loss.statistics.steps == 20
+    our_error, error_of_trainer, effect = torch.tensor(distances).square().mean(0).sqrt()
     assert our_error < max(2.5 * error_of_trainer, 0.02)
-    assert relative_distance(ours, plain, model) > 2 * our_error  # it did perturb
-    assert ours.lpg_loss.statistics.steps == 20
+    assert effect > 2 * our_error  # it did perturb
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
