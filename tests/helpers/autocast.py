@@ -9,6 +9,11 @@ from transformers import TrainerCallback
 SIMULATED = ["bert", "distilbert", "roberta", "deberta-v2", "modernbert", "gpt2", "resnet", "convnext"]
 
 
+# The distance of a single gradient from the exact one is chance: that of LPGTrainer was 0.6 to 2.3 times the Trainer's
+# in 128 simulated steps, and 0.8 to 1.1 times in the mean over eight of them.
+SEEDS = range(4)
+
+
 class RecordGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -29,9 +34,9 @@ def gradient_at_the_logits(model, run):
     return seen["logits"].detach(), seen["gradient"]
 
 
-def unsure(name):
+def unsure(name, seed=0):
     """As a model is before its training: the logits hardly differ."""
-    model = make_family(name, exact=True)
+    model = make_family(name, exact=True, seed=seed)
     with torch.no_grad():
         head_of(model).weight.mul_(0.1)
     return model
