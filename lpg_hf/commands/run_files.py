@@ -40,7 +40,7 @@ def check_finished_labels(folder: str, train: datasets.Dataset) -> None:
     """
     Compares the training labels with those of the training that has come to its end in a folder.
 
-    Without this, new fixes would seem to act: the finished training would keep its results, and end without an error.
+    Without this, new fixes would seem to act: no step would be left, and the old results would be shown again.
 
     Args:
         folder (`str`): The `--output_dir`.
@@ -54,8 +54,8 @@ def check_finished_labels(folder: str, train: datasets.Dataset) -> None:
     if finished is not None and finished != labels_digest(train):
         raise ValueError(
             f"{folder} has a finished training on other labels than those of this command (other rows, --fixes, "
-            "--label_noise, --imbalance_ratio or --seed), so nothing would be trained. Choose another --output_dir, "
-            "or pass --overwrite_output_dir."
+            "--label_noise, --imbalance_ratio or --seed), and would go on from it. Choose another --output_dir, or "
+            "pass --overwrite_output_dir."
         )
 
 
