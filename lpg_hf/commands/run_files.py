@@ -53,9 +53,9 @@ def check_finished_labels(folder: str, train: datasets.Dataset) -> None:
     finished = json.loads(path.read_text(encoding="utf-8")).get("labels") if path.exists() else None
     if finished is not None and finished != labels_digest(train):
         raise ValueError(
-            f"{folder} has a finished training on other labels than those of this command (other rows, --fixes, "
-            "--label_noise, --imbalance_ratio or --seed), and would go on from it. Choose another --output_dir, or "
-            "pass --overwrite_output_dir."
+            f"{folder} has a finished training on other labels (other rows, --fixes, --label_noise, --imbalance_ratio "
+            "or --seed). This command would go on from it. Choose another --output_dir, or pass "
+            "--overwrite_output_dir."
         )
 
 
