@@ -91,8 +91,8 @@ def main(argv: list[str] | None = None) -> BestRun | None:
     best = search(own.kind, rest, own.output_dir, own.n_trials)
     results = compare(own.kind, rest, own.output_dir, own.seeds)
     for name, values in {**results, "found - auto": results["found"] - results["auto"]}.items():
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        print(f"{name:>12}: {100 * values.mean():5.1f} ± {100 * error:.1f}  {OBJECTIVE} on the test data, in %")
+        error = f" ± {100 * values.std(ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+        print(f"{name:>12}: {100 * values.mean():5.1f}{error}  {OBJECTIVE} on the test data, in %")
     return best
 
 

@@ -78,7 +78,10 @@ def min_counted_samples(num_labels: int) -> int:
 
 def check_shares(name: str, shares: Sequence[float], num_labels: int) -> Tensor:
     """Class shares as a tensor that sums to 1, `[C]`."""
-    values = torch.as_tensor(shares, dtype=torch.float32)
+    try:
+        values = torch.as_tensor(shares, dtype=torch.float32)
+    except (TypeError, ValueError):  # names, or lists of unequal length
+        values = torch.empty(0)
     is_valid = values.shape == (num_labels,) and values.isfinite().all() and (values >= 0).all() and (values > 0).any()
     if not is_valid:
         raise ValueError(

@@ -16,6 +16,8 @@ from .summary import TrainingSummary
 
 TAGS = ["lpg_hf", "gradient-perturbation"]
 CERTIFICATE_FILE = "certificate.json"
+#: Entries that fill pages, and that only whoever checks the choice of the scale needs.
+LEFT_OUT = ("sigma_grid", "selection")
 TITLE = "## Gradient perturbation"
 #: A longer table shows this many classes: one half are the largest, the other half the smallest.
 MOST_CLASSES = 40
@@ -82,9 +84,11 @@ def _class_table(names: Sequence[str], counts: Sequence[int], accuracy: Sequence
 
 
 def _certificate_table(certificate: dict[str, Any]) -> str:
-    """All entries of the certificate, as they are. Nested ones are written as JSON."""
+    """The entries of the certificate, as they are, but for the scales that were tried. Nested ones are JSON."""
     lines = [["", "value"]]
     for name, value in certificate.items():
+        if name in LEFT_OUT:
+            continue
         lines.append([name, value if isinstance(value, str) else json.dumps(value)])
     return _table(lines)
 

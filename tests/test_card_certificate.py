@@ -89,10 +89,13 @@ def test_from_training_over_certificate_to_card(is_lora, tmp_path, log):
     prior = copy.deepcopy(model)
     trainer = make_trained(tmp_path, model)
     rows = [{"input_ids": torch.tensor([1, row, 7]), "labels": row % 4} for row in range(2, 22)]
-    certificate = certify(trainer.model, rows, prior=prior, sigma_grid=[0.1], num_draws=20, disable_tqdm=True)
+    certificate = certify(trainer.model, rows, prior=prior, sigma_grid=[0.1, 0.2], num_draws=20, disable_tqdm=True)
     assert certificate.weights_hash == weights_hash(trainer.model)
     certificate.save(tmp_path / "certificate.json")
-    assert f"| kl | {certificate.kl} |" in card(trainer, tmp_path)
+    text = card(trainer, tmp_path).partition("### Certificate")[2]
+    assert f"| kl | {certificate.kl} |" in text and f"| sigma | {certificate.sigma} |" in text
+    # The scales that were tried would be thousands of characters in one cell.
+    assert "selection" not in text and "grid" not in text and max(map(len, text.splitlines())) < 1000
     assert log.warnings == []
     # The weights move on, and the certificate stays behind.
     trainer.train()

@@ -18,6 +18,7 @@ already is not trained again. The table is kept in `comparison.md` of the output
 """
 
 import json
+import shlex
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def results_of(kind: str, perturbations: list[str], seed: int, folder: Path, arg
     else:
         found = read_command(folder)
         if (found["kind"], found["arguments"]) != (kind, without_secrets(argv)):
-            raise ValueError(f"{folder} was trained with other arguments. Choose another --output_dir.")
+            raise ValueError(
+                f"{folder} was trained with other arguments: {found['kind']} {shlex.join(found['arguments'])}. Choose "
+                "another --output_dir."
+            )
     return json.loads(results.read_text())
 
 

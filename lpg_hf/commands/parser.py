@@ -44,6 +44,7 @@ OWN_HELP = {
 # Names in the published commands that TrainingArguments had before transformers 5. A ratio is a share of the steps.
 OLDER_NAMES = {
     "eval_strategy": "--evaluation_strategy",
+    "use_cpu": "--no_cuda",
     "warmup_steps": "--warmup_ratio",
     "hub_model_id": "--push_to_hub_model_id",
 }
@@ -137,6 +138,7 @@ def parse_arguments(data_class: type[DataArguments], prog: str, description: str
 
     Raises:
         SystemExit: With status 2 for unknown or missing arguments, and where there is none at all.
+        ValueError: For values that are out of range, or do not fit each other.
     """
     shared = [FixesArguments, StressArguments, ReportArguments, FolderUseArguments, LPGConfig]
     parser = ArgumentParser([ModelArguments, data_class, *shared], prog=prog, description=description)
@@ -147,9 +149,12 @@ def parse_arguments(data_class: type[DataArguments], prog: str, description: str
         argv = expand_config(argv)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # of TrainingArguments, too: the shell shall see its message alone
+        raise ValueError(str(error)) from error
     if unknown:
         # Each has a name with hyphens, too.
         names = [name for name in parser._option_string_actions if "-" not in name.removeprefix("--")]

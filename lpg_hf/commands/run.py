@@ -20,7 +20,7 @@ from ..trainer.complete_checkpoints import is_complete, last_complete_checkpoint
 from .arguments import Arguments
 from .load_data import TEST, TRAIN, VALIDATION
 from .lora import save_merged
-from .run_files import save_command, save_issues
+from .run_files import check_finished_labels, save_command, save_issues
 from .task import ClassificationTask, class_names, make_model, make_trainer, prepare
 
 
@@ -28,17 +28,22 @@ logger = logging.getLogger(__name__)
 
 
 def set_up_logging() -> None:
-    """What the commands tell, and warnings of the libraries, on the first process; errors on the others."""
+    """What this library tells, and warnings of the others, on the first process; errors on the other processes."""
     is_main = PartialState().is_main_process
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    for name in (__package__, "lpg_hf.data"):
+    for name in (__package__, "lpg_hf.data", "lpg_hf.trainer"):
         logging.getLogger(name).setLevel("INFO" if is_main else "ERROR")
     for library in (datasets, transformers):
         library.utils.logging.set_verbosity_warning() if is_main else library.utils.logging.set_verbosity_error()
 
 
-def checkpoint_to_resume(arguments: Arguments) -> str | None:
-    """The checkpoint that was asked for, else the newest complete one in the output folder; `None` without any."""
+def checkpoint_to_resume(arguments: Arguments, train_dataset: Dataset) -> str | None:
+    """
+    The checkpoint that was asked for, else the newest complete one in the output folder; `None` without any.
+
+    Raises:
+        ValueError: If there is none that was asked for, or the folder has a finished training on other labels.
+    """
     args = arguments.training
     asked = args.resume_from_checkpoint
     if arguments.folder_use.overwrite_output_dir and asked is None:
@@ -63,6 +68,7 @@ def checkpoint_to_resume(arguments: Arguments) -> str | None:
         checkpoint = last_complete_checkpoint(arguments.output_dir)
     except ValueError:
         return None
+    check_finished_labels(arguments.output_dir, train_dataset)
     logger.info(f"Resuming from {checkpoint}. To start anew, choose another --output_dir, or remove its checkpoints.")
     return checkpoint
 
@@ -82,12 +88,13 @@ def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict
     args = arguments.training
     set_up_logging()
     prepared = prepare(task, arguments)
+    checkpoint = checkpoint_to_resume(arguments, prepared.splits[TRAIN]) if args.do_train else None
     set_seed(args.seed)
     trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))
 
     results: dict[str, float] = {}
     if args.do_train:
-        results |= train(trainer, prepared.splits[TRAIN], checkpoint_to_resume(arguments))
+        results |= train(trainer, prepared.splits[TRAIN], checkpoint)
         save_command(trainer, task.kind, argv)
         save_issues(trainer)
     if args.do_eval:

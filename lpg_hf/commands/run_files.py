@@ -1,13 +1,16 @@
 """What a training leaves in its output folder for the other commands: how it was started, and its label issues."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate.logging import get_logger
 
 from ..data import write_issues
+from ..data.labels import read_labels
 from ..trainer import LPGTrainer
 
 
@@ -22,9 +25,38 @@ def save_command(trainer: LPGTrainer, kind: str, argv: list[str]) -> None:
     """Writes how a training was started, and where, without secrets."""
     if trainer.is_world_process_zero():
         command = {"kind": kind, "arguments": without_secrets(argv), "folder": os.getcwd()}
+        command["labels"] = labels_digest(trainer.train_dataset)
         path = Path(str(trainer.args.output_dir), COMMAND_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(command, indent=2) + "\n", encoding="utf-8")
+
+
+def labels_digest(train: datasets.Dataset) -> str:
+    """A hash of the labels of all training rows, in their order."""
+    return hashlib.sha256(read_labels(train, "labels").tobytes()).hexdigest()
+
+
+def check_finished_labels(folder: str, train: datasets.Dataset) -> None:
+    """
+    Compares the training labels with those of the training that has come to its end in a folder.
+
+    Without this, new fixes would seem to act: no step would be left, and the old results would be shown again.
+
+    Args:
+        folder (`str`): The `--output_dir`.
+        train ([`datasets.Dataset`]): The training rows.
+
+    Raises:
+        ValueError: If there is such a training, and its labels were others.
+    """
+    path = Path(folder, COMMAND_FILE)
+    finished = json.loads(path.read_text(encoding="utf-8")).get("labels") if path.exists() else None
+    if finished is not None and finished != labels_digest(train):
+        raise ValueError(
+            f"{folder} has a finished training on other labels (other rows, --fixes, --label_noise, --imbalance_ratio "
+            "or --seed). This command would go on from it. Choose another --output_dir, or pass "
+            "--overwrite_output_dir."
+        )
 
 
 def without_secrets(argv: list[str]) -> list[str]:

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import datasets
 from accelerate.logging import get_logger
 
 from ..class_shares import min_counted_samples
+from ..data.labels import first_label_column
 
 
 logger = get_logger(__name__)
@@ -81,6 +83,29 @@ def explain_label_errors(disagreement: ValueError | None) -> Iterator[None]:
         if not (is_label_error or "device-side assert" in str(error)):
             raise
         hint = disagreement or (
-            "If a label is out of range, check the label column and the `num_labels` of the model."
+            "if a label is out of range, check the label column and the `num_labels` of the model."
         )
-        raise ValueError(f"The loss failed with: {error}. {hint}") from error
+        raise ValueError(f"The loss failed with: {str(error).rstrip('.')}; {hint}") from error
+
+
+@contextmanager
+def explain_label_names(dataset: object) -> Iterator[None]:
+    """
+    Within it, the error of a batch that cannot be made says so if the labels are names.
+
+    Args:
+        dataset (`object`): The training set.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(dataset, datasets.Dataset):
+            raise
+        column = first_label_column(dataset)
+        name = None if column is None else dataset.select_columns(column).with_format(None)[0][column]
+        if not isinstance(name, str):
+            raise
+        raise ValueError(
+            f"{error} Column {column!r} of `train_dataset` holds names, such as {name!r}. Number them before you "
+            f"split the data, with `dataset.class_encode_column({column!r})`, or in your `data_collator`."
+        ) from error

@@ -26,7 +26,7 @@ from .checkpoint_mixin import CheckpointMixin
 from .class_shift import ClassShiftMixin
 from .classifier import ClassifierCheck
 from .label_issues import LabelIssuesMixin, RowTracker
-from .label_messages import explain_label_errors
+from .label_messages import explain_label_errors, explain_label_names
 from .managed_loss import ManagedLoss
 from .parameter_methods import ParameterMethods
 from .perturbation_log import PerturbationLog
@@ -225,7 +225,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Takes the micro-batches of a step from the loader, and counts their labeled samples."""
-        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with explain_label_names(self.train_dataset):
+            batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._lpg_managed.is_needed and self._lpg_classifier.passed is not False:
             self._lpg_managed.begin_step(batch_samples, num_items_in_batch, device)
         return batch_samples, num_items_in_batch

@@ -51,7 +51,7 @@ def read_tensors(path: Path, contents: str) -> tuple[dict[str, Tensor], dict[str
         raise damaged(path, f"it is no whole safetensors file ({error})", contents) from error
     checksum = entries.pop("checksum", None)
     if checksum is None or entries.get("format") != FORMAT:
-        problem = "it has no checksum, or one of another version of lpg_hf, which can resume the training itself"
+        problem = "it has no checksum, or that of another version of lpg_hf, with which the training can be resumed"
         raise damaged(path, problem, contents)
     if checksum != _checksum(tensors, entries):
         raise damaged(path, "its checksum does not fit its content, so it was changed after it was written", contents)

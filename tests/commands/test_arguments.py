@@ -136,6 +136,12 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
     assert arguments.training.chain() == ["logit_clipping(max_norm=0.5)", "lpg(epsilon=0.4)"]
 
 
+def test_names_of_arguments_before_transformers_5():
+    argv = ["--output_dir", "o", "--evaluation_strategy", "epoch", "--warmup_ratio", "0.1", "--no_cuda"]
+    training = parse_arguments(TextArguments, "lpg-hf", "", argv).training
+    assert (training.eval_strategy, training.warmup_steps, training.use_cpu) == ("epoch", 0.1, True)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -215,9 +221,9 @@ def test_a_report_of_no_training(models, train_csv, tmp_path):
 
 
 def test_a_tail_longer_than_the_data(models, train_csv, tmp_path, caplog):
-    run_text(models, tmp_path, "--imbalance_ratio", 2, train=train_csv)
+    run_text(models, tmp_path / "2", "--imbalance_ratio", 2, train=train_csv)
     assert "--imbalance_ratio" not in caplog.text
-    run_text(models, tmp_path, "--imbalance_ratio", 100, train=train_csv)
+    run_text(models, tmp_path / "100", "--imbalance_ratio", 100, train=train_csv)
     assert "`--imbalance_ratio` is 100, but there are too few training rows for it: 4 was reached" in caplog.text
 
 

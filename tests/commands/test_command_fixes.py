@@ -70,6 +70,26 @@ def test_corrected_labels_are_trained_on(training, prepared, tmp_path, caplog):
     assert all(line["label_name"] == true_label(line["text"]) for line in read(tmp_path / "again.csv"))
 
 
+def test_a_finished_training_is_not_taken_for_one_on_fixed_labels(training, tmp_path):
+    """Its folder has a checkpoint of the end, so that no step would be left for the new labels."""
+    argv, root = training
+    argv = [*argv, "--save_strategy", "epoch", "--output_dir", str(tmp_path / "out")]
+    results = train("text", argv)
+    lines = read(root / "issues.csv")
+    lines[0]["fix"] = lines[0]["suggested_label_name"]
+    fixes = ["--fixes", str(write_csv(tmp_path / "fixes.csv", lines))]
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"out has a finished training on other labels.*--overwrite_output_dir"):
+        train("text", [*argv, *fixes])
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert train("text", argv)["train_loss"] == results["train_loss"]  # the same labels
+    train("text", [*argv, *fixes, "--overwrite_output_dir"])
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
+    train("text", [*argv, *fixes])  # whose labels are now those of the folder
+    with pytest.raises(ValueError, match="finished training on other labels"):
+        train("text", argv)
+
+
 def test_fixes_of_other_rows_are_refused(training, tmp_path):
     argv, root = training
     lines = read(root / "issues.csv")

@@ -75,6 +75,8 @@ def test_errors_name_the_cure(tmp_path):
     trainer = LPGTrainer(model=exact_bert(), args=make_args(tmp_path), train_dataset=token_rows())
     with pytest.raises(ValueError, match="`shares` must be 4 numbers"):
         trainer.shift_class_shares([0.5, 0.5])
+    with pytest.raises(ValueError, match=r"`shares` must be 4 numbers, one per class.*found 'uniform'"):
+        trainer.shift_class_shares("uniform")
     with pytest.raises(ValueError, match=r"no bias that could be moved.*`log\(shares\) - trainer"):
         head_bias(nn.Sequential(nn.Linear(3, 4, bias=False)), 4)
     with pytest.raises(ValueError, match="no layer with an output per class"):

@@ -122,6 +122,16 @@ def test_a_training_set_that_hides_its_labels_is_one_warning_that_names_the_cure
     assert len(warnings()) == 1
 
 
+def test_labels_that_are_names_are_an_error_that_names_the_cure(tmp_path):
+    rows = make_rows(LONG_TAIL)
+    names = rows.remove_columns("label").add_column("label", [f"class {label}" for label in rows["label"]])
+    message = "Column 'label' of `train_dataset` holds names, such as 'class [0-3]'.*class_encode_column"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, names)
+    trained = train(tmp_path, names.class_encode_column("label"))
+    assert counts_of(trained) == LONG_TAIL
+
+
 def test_a_stream_that_is_read_once_gets_its_prior_on_the_way(tmp_path, warnings):
     """1000 samples come before the end of the first epoch, which never comes."""
     rows = make_rows([1000, 100, 50, 50])
