@@ -263,7 +263,9 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
                 has_passed = self._lpg_classifier.update(loss, outputs, labels, num_items, num_items_in_batch)
             if has_passed:
                 managed.begin(self._lpg_classifier.num_labels, self._lpg_classifier.dtype, self._lpg_saved_state)
-            if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels):
+            # Where the label column has labels out of range, a loss that went well has ignored them.
+            is_doubtful = managed.disagreement is not None
+            if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels, reads_labels=is_doubtful):
                 scale, learns = self._lpg_classifier.scale(num_items_in_batch), watch.is_first_look(len(logits))
                 is_observed = not self._lpg_parameter_methods.is_ascending
                 items = num_items if scale.is_per_step else watch.num_items_of_call(num_items, len(labels))
