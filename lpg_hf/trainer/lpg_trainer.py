@@ -268,7 +268,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
             if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels, reads_labels=is_doubtful):
                 scale, learns = self._lpg_classifier.scale(num_items_in_batch), watch.is_first_look(len(logits))
                 is_observed = not self._lpg_parameter_methods.is_ascending
-                items = num_items if scale.is_per_step else watch.num_items_of_call(num_items, len(labels))
+                items = num_items if scale.is_per_step else managed.items.of_call(num_items, watch.inputs, labels)
                 loss = managed.perturbed(loss, logits, labels, items, scale, watch.divisor, learns, is_observed)
         is_followed = is_training and self._lpg_row_tracker is not None and self._lpg_row_tracker.is_following
         if is_followed and self._lpg_classifier.shapes_fit(outputs, labels):

@@ -53,20 +53,6 @@ class StepWatch:
         self._num_seen += num_samples
         return is_first or self._num_seen <= self._num_samples()
 
-    def num_items_of_call(self, num_items: Tensor | int | None, num_samples: int) -> Tensor | float | None:
-        """
-        Number of samples in the step as a call of `compute_loss` sees it, whose loss is the mean over its samples.
-
-        R-Drop repeats the micro-batch within one call, and other scripts pass on a part of it. The mean over these
-        samples has the weight of the micro-batch all the same.
-
-        Args:
-            num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the step.
-            num_samples (`int`): Number of samples in this call.
-        """
-        size = self._num_samples()
-        return num_items if num_items is None or size in (0, num_samples) else num_items * (num_samples / size)
-
     def _num_samples(self) -> int:
         labels = self.inputs.get("labels") if isinstance(self.inputs, Mapping) else None
         if isinstance(labels, Tensor) and labels.ndim > 0:
