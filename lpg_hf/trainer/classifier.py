@@ -193,10 +193,20 @@ class ClassifierCheck:
                 "`compute_loss`"
             )
 
-    def logits(self, outputs: Mapping | tuple) -> Any:
+    def refuse_unused(self) -> None:
+        """Ends the check, unless the model was refused, because nobody used the loss that was perturbed."""
+        if self.passed:
+            self.refuse(
+                "a `compute_loss` or `training_step` that calls LPGTrainer's takes another loss than the one that it "
+                "gets"
+            )
+
+    def logits(self, outputs: Mapping | tuple | Tensor) -> Any:
         """The logits among the outputs of the model, usually a tensor; `None` if there are none."""
         if isinstance(outputs, Mapping):
             return outputs.get("logits")
+        if isinstance(outputs, Tensor) and self._loss_is_given:  # of a model that returns nothing else
+            return outputs
         # The model's tuple begins with a loss, unless the Trainer took the labels out to compute it.
         position = 0 if self._loss_is_given else 1
         return outputs[position] if len(outputs) > position else None

@@ -226,14 +226,24 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
     ) -> tuple[list, Tensor | int | None]:
         """Takes the micro-batches of a step from the loader, and counts their labeled samples."""
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._lpg_managed.is_needed and self._lpg_classifier.passed is not False:
-            self._lpg_managed.begin_step(batch_samples, num_items_in_batch, device)
+        self._lpg_begin_step(batch_samples, num_items_in_batch)
         return batch_samples, num_items_in_batch
+
+    def _lpg_begin_step(self, batches: list, num_items_in_batch: Tensor | int | None) -> None:
+        if self._lpg_managed.is_needed and self._lpg_classifier.passed is not False:
+            self._lpg_managed.begin_step(batches, num_items_in_batch, self.args.device)
+
+    def _lpg_begin_micro_batch(self, inputs: Any) -> None:
+        super()._lpg_begin_micro_batch(inputs)
+        if not self._lpg_managed.has_begun:  # an override of `get_batch_samples` left ours out
+            self._lpg_begin_step([], None)
 
     def _lpg_end_micro_batch(self) -> None:
         if not self._lpg_step_watch.is_reached and self._lpg_managed.has_methods:
             self._lpg_classifier.refuse_override()
         if self.accelerator.sync_gradients:
+            if self._lpg_step_watch.is_used is False and self._lpg_managed.has_methods:
+                self._lpg_classifier.refuse_unused()
             self._lpg_managed.end_step(learns=self._lpg_perturbs_logits)
             if not self._lpg_step_watch.was_own:
                 self._lpg_parameter_methods.warn_without_sam(type(self))
@@ -270,6 +280,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
                 is_observed = not self._lpg_parameter_methods.is_ascending
                 items = num_items if scale.is_per_step else managed.items.of_call(num_items, watch.inputs, labels)
                 loss = managed.perturbed(loss, logits, labels, items, scale, watch.divisor, learns, is_observed)
+                watch.follow_use(loss)
         is_followed = is_training and self._lpg_row_tracker is not None and self._lpg_row_tracker.is_following
         if is_followed and self._lpg_classifier.shapes_fit(outputs, labels):
             self._lpg_record_rows(self._lpg_classifier.logits(outputs), labels)

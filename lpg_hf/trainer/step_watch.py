@@ -27,11 +27,13 @@ class StepWatch:
         divisor (`int` or `None`):
             The number by which the Trainer will divide the loss. `None` if LPGTrainer's own `training_step` is not
             running, so that nobody knows what happens to the loss.
+        is_used (`bool` or `None`): Whether a gradient came to the first losses; `None` before there are any.
     """
 
     def __init__(self) -> None:
         self.is_running = self.is_reached = self.was_own = False
         self.divisor: int | None = None
+        self.is_used: bool | None = None
         self.inputs: object = None
         self._num_seen = 0
 
@@ -39,6 +41,15 @@ class StepWatch:
         """Begins the step of a micro-batch."""
         self.is_running, self.is_reached, self.was_own = True, False, False
         self.inputs, self._num_seen = inputs, 0
+
+    def follow_use(self, loss: Tensor) -> None:
+        """Notes whether a gradient comes to a loss that is handed out, until one has: an override may leave it out."""
+        if not self.is_used and loss.requires_grad:
+            self.is_used = False
+            loss.register_hook(self._note_use)
+
+    def _note_use(self, gradient: Tensor) -> None:
+        self.is_used = True
 
     def is_first_look(self, num_samples: int) -> bool:
         """

@@ -285,6 +285,33 @@ def test_selected_samples_have_the_scale_that_they_have_with_trainer(select, cha
     assert (distance(ours, plain) > 1e-3) == (chain != [] or accumulation > 1)
 
 
+# A loss of one's own from the outputs of the base class
+
+
+def with_sample_weights(base):
+    class SampleWeightsTrainer(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            losses = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+            loss = (losses * torch.arange(1, len(losses) + 1)).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    return SampleWeightsTrainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_whoever_takes_the_outputs_alone_is_told_once(accumulation, tmp_path, caplog):
+    args = {"gradient_accumulation_steps": accumulation}
+    plain = run(with_sample_weights(Trainer), exact_bert(), tmp_path, args=args)
+    ours = run(with_sample_weights(LPGTrainer), exact_bert(), tmp_path, args=args)
+    assert torch.equal(weights_of(ours), weights_of(plain))
+    (message,) = warnings_of(caplog)
+    assert "takes another loss" in message and "`compute_loss_func`" in message
+    assert not any("lpg/weight" in log for log in ours.state.log_history)
+    with pytest.raises(ValueError, match=r"takes another loss.*Asked for"):
+        run(with_sample_weights(LPGTrainer), exact_bert(), tmp_path, args=args, perturbations=CHAIN)
+
+
 # Two tasks
 
 

@@ -139,3 +139,24 @@ def test_a_later_batch_with_a_label_that_the_model_ignores_trains_as_with_traine
     plain = run(Trainer, Perceptron(ignored=-1), tmp_path, data, args=args)
     torch.testing.assert_close(weights_of(ours), weights_of(expected), rtol=0, atol=1e-12)
     assert (weights_of(ours) - weights_of(plain)).abs().max() > 1e-3
+
+
+class OnlyLogits(Perceptron):
+    """A module of PyTorch, which returns nothing else."""
+
+    def forward(self, values):
+        return self.layers(values.double())
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs if isinstance(outputs, torch.Tensor) else outputs["logits"], labels)
+
+
+@pytest.mark.parametrize("chain", [CLIPPING, []], ids=["clipping", "none"])
+def test_a_model_that_returns_a_tensor_trains_as_one_with_names(chain, tmp_path):
+    options = {"args": {"remove_unused_columns": False}, "compute_loss_func": mean_loss}
+    ours = run(LPGTrainer, OnlyLogits(), tmp_path, rows(LABELS), perturbations=chain, **options)
+    expected = run(LPGTrainer, Perceptron(), tmp_path, rows(LABELS), perturbations=chain, **options)
+    plain = run(Trainer, OnlyLogits(), tmp_path, rows(LABELS), **options)
+    assert torch.equal(weights_of(ours), weights_of(expected))
+    assert torch.equal(weights_of(ours), weights_of(plain)) == (chain == [])
