@@ -211,6 +211,30 @@ def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:
     return numbered
 
 
+def iterates_in_own_way(loader: DataLoader) -> bool:
+    """
+    Whether a loader has an `__iter__` that neither torch nor accelerate wrote.
+
+    It sees the batches before the Trainer does. It may change all of their tensors alike, as a prefetcher does that
+    converts them to half precision, so no row numbers may be among them.
+
+    Example:
+
+    ```python
+    >>> class Halves(DataLoader):
+    ...     def __iter__(self):
+    ...         return ({name: values.half() for name, values in batch.items()} for batch in super().__iter__())
+
+    >>> iterates_in_own_way(DataLoader([1])), iterates_in_own_way(Halves([1]))
+    (False, True)
+
+    ```
+    """
+    loaders = [loader, vars(loader).get("base_dataloader", loader)]
+    writers = {type(each).__iter__.__module__.partition(".")[0] for each in loaders}
+    return not writers <= {"torch", "torchdata", "accelerate"}
+
+
 def _shallow_copy(original: Copied) -> Copied:
     # Not `copy.copy`: accelerate's loaders pass for another class, which confuses it.
     duplicate = object.__new__(type(original))

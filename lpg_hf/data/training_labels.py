@@ -48,10 +48,9 @@ def class_counts_or_none(dataset: object, num_labels: int) -> list[int] | None:
     """
     if isinstance(dataset, datasets.Dataset) and len(dataset) > 0:
         column = _integer_column(dataset)
-        if column is None:
-            return None
         try:
-            return class_counts(dataset, num_labels, column)
+            if column is not None:
+                return class_counts(dataset, num_labels, column)
         except ValueError as error:
             raise ValueError(
                 f"{error} If the labels are changed on their way to the model, pass `class_counts` to LPGTrainer."
@@ -68,8 +67,9 @@ def labels_or_none(dataset: object) -> np.ndarray | None:
     """
     Reads the labels of a training set without loading its items.
 
-    They are found in the label column of a `datasets.Dataset`, in an attribute `labels` or `targets` with one integer
-    per row, under the label of a list of dicts, and in the parts of a `Subset` or `ConcatDataset` of such.
+    They are found in the label column of a `datasets.Dataset` (integers or booleans), in an attribute `labels` or
+    `targets` with one integer per row, under the label of a list of dicts, and in the parts of a `Subset` or
+    `ConcatDataset` of such.
 
     Args:
         dataset (`object`):
@@ -92,9 +92,11 @@ def labels_or_none(dataset: object) -> np.ndarray | None:
     ```
     """
     if isinstance(dataset, datasets.Dataset):
-        column = _integer_column(dataset) if len(dataset) > 0 else None
+        if len(dataset) == 0:
+            return None
+        column = _integer_column(dataset)
         try:
-            return None if column is None else read_labels(dataset, column)
+            return _labels_of_bools(dataset) if column is None else read_labels(dataset, column)
         except ValueError:
             return None
     if isinstance(dataset, list | tuple):
@@ -127,6 +129,15 @@ def _integer_column(dataset: datasets.Dataset) -> str | None:
         except ValueError:
             return None
     return column
+
+
+def _labels_of_bools(dataset: datasets.Dataset) -> np.ndarray | None:
+    """The labels of a column of yes and no, which collators turn into 1 and 0."""
+    column = first_label_column(dataset)
+    if column is None or dataset.features[column] != datasets.Value("bool"):
+        return None
+    values = dataset.with_format("arrow").select_columns([column])[:].column(column)
+    return None if values.null_count > 0 else values.to_numpy().astype(np.int64)
 
 
 def _labels_of_items(items: Sequence[object]) -> np.ndarray | None:

@@ -1,6 +1,8 @@
 """Gradient accumulation: how the Trainer divides a loss, and how many labeled samples a step has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import starmap, zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,19 @@ def loss_divisor(trainer: Trainer, num_items_in_batch: Tensor | int | None) -> i
     return 1 if is_scaled else trainer.current_gradient_accumulation_steps
 
 
+class _MicroBatch(NamedTuple):
+    """What the loader made, and the labels that it had then."""
+
+    batch: object
+    labels: Tensor | None
+    version: int
+    num_labeled: Tensor | None
+
+    def has(self, labels: Tensor) -> bool:
+        """Whether these are its labels as they were."""
+        return labels is self.labels and labels._version == self.version
+
+
 class StepItems:
     """
     Counts the labeled samples in all micro-batches of a step, on all processes.
@@ -36,20 +51,25 @@ class StepItems:
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         self._count: AsyncAllReduce | Tensor | int | None = None
+        self._batches: list[_MicroBatch] = []
 
     def begin(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
         """Begins a step. All processes must call it."""
         args = self._trainer.args
         self._count = num_items_in_batch
         # The Trainer counts for some models and losses alone, and for DataParallel it counts a share.
-        if batches and (num_items_in_batch is None or args.n_gpu > 1):
-            count = count_labeled(batches).to(device)
+        must_count = num_items_in_batch is None or args.n_gpu > 1
+        has_parts = len(batches) > 1 or self._trainer.accelerator.num_processes > 1
+        labeled = [count_labeled(batch) for batch in batches] if must_count or has_parts else []
+        self._batches = list(starmap(_micro_batch, zip_longest(batches, labeled)))
+        if labeled and must_count:
+            count = torch.stack([count.to(labeled[0].device) for count in labeled]).sum().to(device)
             across = args.average_tokens_across_devices
             self._count = AsyncAllReduce(count, self._trainer.accelerator) if across else count
 
     def end(self) -> None:
         """Ends the step."""
-        self._count = None
+        self._count, self._batches = None, []
 
     def count(self, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
         """Number of labeled samples in the present step; `num_items_in_batch` outside of one."""
@@ -57,19 +77,42 @@ class StepItems:
             self._count = self._count.wait()
         return num_items_in_batch if self._count is None else self._count
 
+    def of_call(self, num_items: Tensor | int | None, batch: object, labels: Tensor) -> Tensor | int | None:
+        """
+        Number of samples in the step as a call of `compute_loss` sees it, whose loss is the mean over its samples.
+
+        R-Drop repeats the micro-batch within one call, co-teaching ignores labels that look wrong, and other scripts
+        pass on a part of it. The mean over what is left has the weight of the micro-batch all the same.
+
+        Args:
+            num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the step.
+            batch (`object`): The micro-batch as the loader made it.
+            labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): The labels of the call.
+        """
+        found = next((each for each in self._batches if each.batch is batch), None)
+        if num_items is None or found is None or found.has(labels):
+            return num_items
+        num_left = (labels != IGNORE_INDEX).sum()
+        if found.num_labeled is None:  # the step has no other samples
+            return num_left
+        num_before = found.num_labeled.to(num_left.device)
+        return torch.where(num_before > 0, num_items * num_left / num_before, num_items)
+
+
+def _micro_batch(batch: object, num_labeled: Tensor | None) -> _MicroBatch:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = labels if isinstance(labels, Tensor) else None
+    return _MicroBatch(batch, labels, -1 if labels is None else labels._version, num_labeled)
+
 
 def is_one_per_sample(labels: Tensor) -> bool:
     """Whether labels are one integer for each sample."""
     return labels.ndim > 0 and labels.numel() == len(labels) and not labels.is_floating_point()
 
 
-def count_labeled(batches: Sequence[object]) -> Tensor:
-    """The labeled samples of some micro-batches, a scalar. Without one integer label per sample, all of them count."""
-    counts = []
-    for batch in batches:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if isinstance(labels, Tensor) and is_one_per_sample(labels):
-            counts.append((labels != IGNORE_INDEX).sum())
-        else:
-            counts.append(torch.tensor(find_batch_size(batch) or 0))
-    return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+def count_labeled(batch: object) -> Tensor:
+    """The labeled samples of a micro-batch, a scalar. Without one integer label per sample, all of them count."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and is_one_per_sample(labels):
+        return (labels != IGNORE_INDEX).sum()
+    return torch.tensor(find_batch_size(batch) or 0)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
+from ..batch import IGNORE_INDEX
+
 
 logger = get_logger(__name__)
 
@@ -52,6 +54,38 @@ def why_not_classifier(logits: object, labels: object, problem_type: str | None)
     return None
 
 
+def why_out_of_range(labels: Tensor, num_labels: int) -> str | None:
+    """
+    Explains why labels are no class indices, although a loss could be computed of them.
+
+    The loss may ignore another label than -100, may shift the labels, or may take the logits for something else. On a
+    GPU this waits for the labels.
+
+    Args:
+        labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): The labels, -100 for ignored samples.
+        num_labels (`int`): Number of classes.
+
+    Returns:
+        `str`: The reason; `None` if all labels are class indices.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> why_out_of_range(torch.tensor([0, 3]), num_labels=3)
+    'its labels reach up to 3, but its logits are for 3 classes'
+
+    ```
+    """
+    classes = labels[labels != IGNORE_INDEX]
+    lowest, highest = (classes.min().item(), classes.max().item()) if classes.numel() > 0 else (0, 0)
+    if lowest < 0:
+        return f"its labels reach down to {lowest}; a sample without a label is marked {IGNORE_INDEX}"
+    if highest >= num_labels:
+        return f"its labels reach up to {highest}, but its logits are for {num_labels} classes"
+    return None
+
+
 class OddBatches:
     """
     Tells the batches that can be perturbed from those that train as with the Trainer.
@@ -73,13 +107,23 @@ class OddBatches:
         self._loss_is_given = loss_is_given
         self._num_undecided = 0
 
-    def fits(self, logits: Any, labels: Any, num_labels: int) -> bool:
-        """Whether a batch of a classifier of `num_labels` classes can be perturbed. If not, there is one warning."""
+    def fits(self, logits: Any, labels: Any, num_labels: int, *, reads_labels: bool) -> bool:
+        """
+        Whether a batch of a classifier can be perturbed. If not, there is one warning.
+
+        Args:
+            logits, labels: The logits and labels of the batch, of any type.
+            num_labels (`int`): Number of classes of the classifier.
+            reads_labels (`bool`): Whether labels may be out of range, and are looked at.
+        """
         reason = why_not_classifier(logits, labels, problem_type=None)
-        if reason is None and logits.shape[1] == num_labels:
-            return True
-        self._warn(reason or f"its logits are for {logits.shape[1]} classes instead of {num_labels}", "")
-        return False
+        if reason is None and logits.shape[1] != num_labels:
+            reason = f"its logits are for {logits.shape[1]} classes instead of {num_labels}"
+        if reason is None and reads_labels:
+            reason = why_out_of_range(labels, num_labels)
+        if reason is not None:
+            self._warn(reason, "")
+        return reason is None
 
     def is_odd(self, loss: Tensor, logits: Any, labels: Any, is_first: bool) -> bool:
         """

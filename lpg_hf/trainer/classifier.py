@@ -9,7 +9,8 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .batch_shapes import OddBatches, why_not_classifier
+from .batch_shapes import OddBatches, why_not_classifier, why_out_of_range
+from .given_loss import why_not_of_classes
 from .loss_scale import LossScale, can_tell_losses_apart, compare_with_cross_entropy
 
 
@@ -21,6 +22,12 @@ _SINGLE_LABEL_LOSS_TYPES = (
     "ForImageClassification",
     "ForVideoClassification",
     "ForAudioClassification",
+)
+
+_CURE_OF_OWN_LOSS = (
+    "If the loss weights classes, remove the weights: `auto` corrects the imbalance itself, and "
+    "`perturbations=['class_weighting']` weights as such a loss does. To perturb another loss, pass it as "
+    "`compute_loss_func`. "
 )
 
 
@@ -145,9 +152,16 @@ class ClassifierCheck:
         """The model has passed in the training that is resumed: see [`ClassifierCheck`] for both."""
         self.passed, self.num_labels, self.dtype = True, num_labels, dtype
 
-    def fits(self, outputs: Mapping | tuple, labels: object) -> bool:
-        """Whether a batch of a model that has passed can be perturbed: it may differ from the first one."""
-        return self._odd_batches.fits(self.logits(outputs), labels, self.num_labels)
+    def fits(self, outputs: Mapping | tuple, labels: object, *, reads_labels: bool) -> bool:
+        """
+        Whether a batch of a model that has passed can be perturbed: it may differ from the first one.
+
+        Args:
+            outputs (`Mapping` or `tuple`): The outputs of the model.
+            labels: The labels of the batch, of any type.
+            reads_labels (`bool`): Whether labels may be out of range, and are looked at.
+        """
+        return self._odd_batches.fits(self.logits(outputs), labels, self.num_labels, reads_labels=reads_labels)
 
     def refuse(self, reason: str) -> None:
         """
@@ -160,11 +174,11 @@ class ClassifierCheck:
             ValueError: If the chain names methods that need a classifier. Otherwise there is a warning.
         """
         if self._has_logit_methods:
+            loss = "a loss of classes" if self._loss_is_given else "cross-entropy"
+            cure = "" if self._loss_is_given else _CURE_OF_OWN_LOSS
             message = (
-                f"{type(self._model).__name__} is not a single-label classifier trained with cross-entropy: {reason}. "
-                "If the loss weights classes, remove the weights: `auto` corrects the imbalance itself, and "
-                "`perturbations=['class_weighting']` weights as such a loss does. To perturb another loss, pass it as "
-                "`compute_loss_func`. To train as `Trainer` does, pass `perturbations=[]`."
+                f"{type(self._model).__name__} is not a single-label classifier trained with {loss}: {reason}. {cure}"
+                "To train as `Trainer` does, pass `perturbations=[]`."
             )
             if self._requested is not None:
                 raise ValueError(f"{message} Asked for: {self._requested!r}.")
@@ -179,10 +193,20 @@ class ClassifierCheck:
                 "`compute_loss`"
             )
 
-    def logits(self, outputs: Mapping | tuple) -> Any:
+    def refuse_unused(self) -> None:
+        """Ends the check, unless the model was refused, because nobody used the loss that was perturbed."""
+        if self.passed:
+            self.refuse(
+                "a `compute_loss` or `training_step` that calls LPGTrainer's takes another loss than the one that it "
+                "gets"
+            )
+
+    def logits(self, outputs: Mapping | tuple | Tensor) -> Any:
         """The logits among the outputs of the model, usually a tensor; `None` if there are none."""
         if isinstance(outputs, Mapping):
             return outputs.get("logits")
+        if isinstance(outputs, Tensor) and self._loss_is_given:  # of a model that returns nothing else
+            return outputs
         # The model's tuple begins with a loss, unless the Trainer took the labels out to compute it.
         position = 0 if self._loss_is_given else 1
         return outputs[position] if len(outputs) > position else None
@@ -196,7 +220,8 @@ class ClassifierCheck:
 
     def _why_wrong_shape(self, outputs: Mapping | tuple, labels: Tensor | None) -> str | None:
         model = self._model
-        if type(model).__name__.endswith("ForMultipleChoice"):
+        # Adapters, compilation and modules of the user's own wrap the model.
+        if any(type(module).__name__.endswith("ForMultipleChoice") for module in model.modules()):
             return "its logits are scores of each sample's own choices, not of classes"
         problem_type = getattr(getattr(model, "config", None), "problem_type", None)
         return why_not_classifier(self.logits(outputs), labels, problem_type)
@@ -207,12 +232,21 @@ class ClassifierCheck:
         reason = self._why_wrong_shape(outputs, labels)
         if reason is not None or labels is None:
             return self._scales, reason
+        logits = self.logits(outputs)
+        reason = why_out_of_range(labels, logits.shape[1])
+        if loss.requires_grad and not logits.requires_grad:
+            reason = "the `logits` of its outputs have no gradient, as after `detach()`. Return them as they are"
+        if reason is None and self._trainer.compute_loss_func is not None:
+            labels = labels.reshape(-1).long()
+            reason = why_not_of_classes(loss.mean(), logits, labels, is_requested=self._requested is not None)
+        if reason is not None:
+            return self._scales, reason
         if self._loss_is_given:
             return self._scales_of_given_loss(outputs, labels, num_items), None
         dtypes = {"no": None, "fp16": torch.float16}
         return compare_with_cross_entropy(
             loss.mean(),
-            self.logits(outputs),
+            logits,
             labels.reshape(-1).long(),
             num_items,
             self._scales,

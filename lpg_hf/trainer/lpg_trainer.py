@@ -227,14 +227,24 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         """Takes the micro-batches of a step from the loader, and counts their labeled samples."""
         with explain_label_names(self.train_dataset):
             batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._lpg_managed.is_needed and self._lpg_classifier.passed is not False:
-            self._lpg_managed.begin_step(batch_samples, num_items_in_batch, device)
+        self._lpg_begin_step(batch_samples, num_items_in_batch)
         return batch_samples, num_items_in_batch
+
+    def _lpg_begin_step(self, batches: list, num_items_in_batch: Tensor | int | None) -> None:
+        if self._lpg_managed.is_needed and self._lpg_classifier.passed is not False:
+            self._lpg_managed.begin_step(batches, num_items_in_batch, self.args.device)
+
+    def _lpg_begin_micro_batch(self, inputs: Any) -> None:
+        super()._lpg_begin_micro_batch(inputs)
+        if not self._lpg_managed.has_begun:  # an override of `get_batch_samples` left ours out
+            self._lpg_begin_step([], None)
 
     def _lpg_end_micro_batch(self) -> None:
         if not self._lpg_step_watch.is_reached and self._lpg_managed.has_methods:
             self._lpg_classifier.refuse_override()
         if self.accelerator.sync_gradients:
+            if self._lpg_step_watch.is_used is False and self._lpg_managed.has_methods:
+                self._lpg_classifier.refuse_unused()
             self._lpg_managed.end_step(learns=self._lpg_perturbs_logits)
             if not self._lpg_step_watch.was_own:
                 self._lpg_parameter_methods.warn_without_sam(type(self))
@@ -264,11 +274,14 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
                 has_passed = self._lpg_classifier.update(loss, outputs, labels, num_items, num_items_in_batch)
             if has_passed:
                 managed.begin(self._lpg_classifier.num_labels, self._lpg_classifier.dtype, self._lpg_saved_state)
-            if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels):
+            # Where the label column has labels out of range, a loss that went well has ignored them.
+            is_doubtful = managed.disagreement is not None
+            if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels, reads_labels=is_doubtful):
                 scale, learns = self._lpg_classifier.scale(num_items_in_batch), watch.is_first_look(len(logits))
                 is_observed = not self._lpg_parameter_methods.is_ascending
-                items = num_items if scale.is_per_step else watch.num_items_of_call(num_items, len(labels))
+                items = num_items if scale.is_per_step else managed.items.of_call(num_items, watch.inputs, labels)
                 loss = managed.perturbed(loss, logits, labels, items, scale, watch.divisor, learns, is_observed)
+                watch.follow_use(loss)
         is_followed = is_training and self._lpg_row_tracker is not None and self._lpg_row_tracker.is_following
         if is_followed and self._lpg_classifier.shapes_fit(outputs, labels):
             self._lpg_record_rows(self._lpg_classifier.logits(outputs), labels)

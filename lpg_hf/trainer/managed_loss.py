@@ -48,6 +48,7 @@ class ManagedLoss:
     Attributes:
         has_methods (`bool`): Whether the chain has methods at the logits.
         is_needed (`bool`): Whether this loss takes the place of the Trainer's.
+        has_begun (`bool`): Whether a step is running.
         requested (`list[str]`): The methods at the logits as the user asked for them: `"auto"`, or a `repr`.
         items ([`StepItems`]): Number of labeled samples in the present step.
         disagreement (`ValueError` or `None`): Why labels or class counts do not fit the number of classes.
@@ -78,6 +79,7 @@ class ManagedLoss:
         self._observers = observers
         self._loss: LPGLoss | None = None
         self.items = StepItems(trainer)
+        self.has_begun = False
         self.disagreement: ValueError | None = None
         self.watch = ImbalanceWatch(None, False)
         self._skipped_steps = SkippedSteps(trainer)
@@ -224,6 +226,7 @@ class ManagedLoss:
 
     def begin_step(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
         """Begins a step of some micro-batches. All processes must call it."""
+        self.has_begun = True
         if self.has_methods and self._loss is not None:
             self._end_epochs()
         self._watch_imbalance()
@@ -310,6 +313,7 @@ class ManagedLoss:
     def end_step(self, learns: bool) -> None:
         """Ends an optimizer step. If the loss `learns`, it moves the statistics and the methods with state."""
         self.items.end()
+        self.has_begun = False
         if not learns:
             return
         # Looked up first: afterwards, it would wait for the statistics.

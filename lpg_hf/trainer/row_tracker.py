@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..distributed import stack_processes
-from ..row_numbers import ROWS_KEY, UNKNOWN, has_rows, number_rows
+from ..row_numbers import ROWS_KEY, UNKNOWN, has_rows, iterates_in_own_way, number_rows
 from ..row_records import DynamicsBuffer, TrainingDynamics
 from .row_check import count_wrong_labels
 
@@ -48,6 +48,8 @@ class RowTracker:
     def start(self, loader: object, train_dataset: Any) -> None:
         """Begins to record if the rows that the loader reads are those of the training set."""
         if not isinstance(loader, DataLoader) or loader.batch_sampler is None or not has_rows(train_dataset):
+            return
+        if iterates_in_own_way(loader):
             return
         if loader.dataset is train_dataset or loader.dataset is self._dataset:
             self.buffer = DynamicsBuffer(TrainingDynamics(num_rows=len(train_dataset)))

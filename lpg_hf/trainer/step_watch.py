@@ -27,11 +27,13 @@ class StepWatch:
         divisor (`int` or `None`):
             The number by which the Trainer will divide the loss. `None` if LPGTrainer's own `training_step` is not
             running, so that nobody knows what happens to the loss.
+        is_used (`bool` or `None`): Whether a gradient came to the first losses; `None` before there are any.
     """
 
     def __init__(self) -> None:
         self.is_running = self.is_reached = self.was_own = False
         self.divisor: int | None = None
+        self.is_used: bool | None = None
         self.inputs: object = None
         self._num_seen = 0
 
@@ -39,6 +41,15 @@ class StepWatch:
         """Begins the step of a micro-batch."""
         self.is_running, self.is_reached, self.was_own = True, False, False
         self.inputs, self._num_seen = inputs, 0
+
+    def follow_use(self, loss: Tensor) -> None:
+        """Notes whether a gradient comes to a loss that is handed out, until one has: an override may leave it out."""
+        if not self.is_used and loss.requires_grad:
+            self.is_used = False
+            loss.register_hook(self._note_use)
+
+    def _note_use(self, gradient: Tensor) -> None:
+        self.is_used = True
 
     def is_first_look(self, num_samples: int) -> bool:
         """
@@ -52,20 +63,6 @@ class StepWatch:
         is_first = self._num_seen == 0
         self._num_seen += num_samples
         return is_first or self._num_seen <= self._num_samples()
-
-    def num_items_of_call(self, num_items: Tensor | int | None, num_samples: int) -> Tensor | float | None:
-        """
-        Number of samples in the step as a call of `compute_loss` sees it, whose loss is the mean over its samples.
-
-        R-Drop repeats the micro-batch within one call, and other scripts pass on a part of it. The mean over these
-        samples has the weight of the micro-batch all the same.
-
-        Args:
-            num_items (`torch.Tensor` or `int`, *optional*): Number of labeled samples in the step.
-            num_samples (`int`): Number of samples in this call.
-        """
-        size = self._num_samples()
-        return num_items if num_items is None or size in (0, num_samples) else num_items * (num_samples / size)
 
     def _num_samples(self) -> int:
         labels = self.inputs.get("labels") if isinstance(self.inputs, Mapping) else None

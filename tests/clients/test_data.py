@@ -73,14 +73,15 @@ def test_a_frame_with_names_of_classes(encode, frame, tmp_path, caplog):
     assert named.tolist() == issues["label"][:] and set(issues["visits"][:]) == {2}
 
 
-def test_names_of_classes_that_nobody_encoded_fail_as_with_trainer(frame, tmp_path):
+def test_names_of_classes_that_nobody_encoded_fail_as_with_trainer_and_with_a_cure(frame, tmp_path):
     rows = Dataset.from_pandas(frame).rename_column("animal", "label")
     errors = []
     for trainer_class in (Trainer, LPGTrainer):
         with pytest.raises(Exception) as error:
             run(trainer_class, exact_bert(), tmp_path, rows)
         errors.append(error.value)
-    assert type(errors[0]) is type(errors[1]) and str(errors[0]) == str(errors[1])
+    assert type(errors[0]) is type(errors[1]) and str(errors[1]).startswith(f"{errors[0]}. Column 'label' of ")
+    assert "`dataset.class_encode_column('label')`" in str(errors[1])
 
 
 def test_labels_in_an_object_column_of_whole_numbers(tmp_path):

@@ -1,5 +1,7 @@
 """Scripts with a loss of their own: class weights, focal loss, EWC, R-Drop, two tasks, a cross-encoder's mixin."""
 
+import copy
+
 import pytest
 import torch
 from clients import (
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification, Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lpg_hf import LPGTrainer
+from lpg_hf import LPGLoss, LPGTrainer
 
 
 CLASS_WEIGHTS = torch.tensor([0.5, 1.1, 1.8, 2.7], dtype=torch.float64)
@@ -222,6 +224,92 @@ def test_statistics_see_each_sample_of_r_drop_once(tmp_path):
     torch.testing.assert_close(*means, rtol=0, atol=1e-9)
     assert_dampened(single)
     assert sum(double.label_issues()["visits"]) == 24
+
+
+# Co-teaching and the like: some samples of a micro-batch are left out, or get a label
+
+
+def masked(inputs):
+    return inputs | {"labels": inputs["labels"].where(torch.arange(4) != 1, -100)}
+
+
+def masked_in_place(inputs):
+    inputs["labels"][1] = -100
+    return inputs
+
+
+def left_out(inputs):
+    return {name: values[[0, 2, 3]] for name, values in inputs.items()}
+
+
+def pseudo_labeled(inputs):
+    return inputs | {"labels": inputs["labels"].where(inputs["labels"] != -100, 1)}
+
+
+def with_selection(base, select, loss_of=None):
+    class SelectsTrainer(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs = select(dict(inputs))
+            if loss_of is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # Trainer would add up the means of the micro-batches.
+            return loss_of(model(**inputs), inputs["labels"]) / self.args.gradient_accumulation_steps
+
+    return SelectsTrainer
+
+
+@pytest.mark.parametrize("select", [masked, masked_in_place, left_out, pseudo_labeled])
+@pytest.mark.parametrize("chain", [["logit_clipping(max_norm=0.3)"], []], ids=["clipping", "none"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_selected_samples_have_the_scale_that_they_have_with_trainer(select, chain, accumulation, tmp_path):
+    """Base and delta alike: the mean over the selected samples of each micro-batch, and over the micro-batches."""
+    data = token_rows((16, 8, 5, 3))
+    if select is pseudo_labeled:  # two of the four samples of each micro-batch
+        labels = [-100 if row % 2 else label for row, label in enumerate(data["label"])]
+        data = data.remove_columns("label").add_column("label", labels)
+    rows = list(data.with_format("torch"))
+    args = {"gradient_accumulation_steps": accumulation, "max_steps": 4}
+    args |= {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
+    reference = with_selection(Trainer, select, loss_of=LPGLoss(4, chain))
+    expected = run(reference, confident_bert(), tmp_path, copy.deepcopy(rows), args=args)
+    ours = run(
+        with_selection(LPGTrainer, select),
+        confident_bert(),
+        tmp_path,
+        copy.deepcopy(rows),
+        args=args,
+        perturbations=chain,
+    )
+    assert distance(ours, expected) < 1e-7
+    plain = run(with_selection(Trainer, select), confident_bert(), tmp_path, copy.deepcopy(rows), args=args)
+    assert (distance(ours, plain) > 1e-3) == (chain != [] or accumulation > 1)
+
+
+# A loss of one's own from the outputs of the base class
+
+
+def with_sample_weights(base):
+    class SampleWeightsTrainer(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            losses = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+            loss = (losses * torch.arange(1, len(losses) + 1)).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    return SampleWeightsTrainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_whoever_takes_the_outputs_alone_is_told_once(accumulation, tmp_path, caplog):
+    args = {"gradient_accumulation_steps": accumulation}
+    plain = run(with_sample_weights(Trainer), exact_bert(), tmp_path, args=args)
+    ours = run(with_sample_weights(LPGTrainer), exact_bert(), tmp_path, args=args)
+    assert torch.equal(weights_of(ours), weights_of(plain))
+    (message,) = warnings_of(caplog)
+    assert "takes another loss" in message and "`compute_loss_func`" in message
+    assert not any("lpg/weight" in log for log in ours.state.log_history)
+    with pytest.raises(ValueError, match=r"takes another loss.*Asked for"):
+        run(with_sample_weights(LPGTrainer), exact_bert(), tmp_path, args=args, perturbations=CHAIN)
 
 
 # Two tasks

@@ -110,6 +110,19 @@ def test_any_training_set_that_shows_its_labels_trains_as_the_column(wrap, tmp_p
     assert warnings() == []
 
 
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: Subset(rows, range(8, 32))], ids=["all", "Subset"])
+def test_labels_of_yes_and_no_are_counted(wrap, tmp_path, warnings):
+    rows = make_rows([24, 8, 0, 0])
+    labels = [bool(label) for label in rows["label"]]
+    numbers, bools = (
+        wrap(rows.remove_columns("label").add_column("label", each)) for each in (rows["label"][:], labels)
+    )
+    expected, trainer = (train(tmp_path, each, eval_strategy="no") for each in (numbers, bools))
+    assert counts_of(trainer) == counts_of(expected) and sum(counts_of(trainer)) == len(numbers)
+    assert torch.equal(flat_parameters(trainer.model), flat_parameters(expected.model))
+    assert all("have no training rows" in message for message in warnings())
+
+
 def test_a_training_set_that_hides_its_labels_is_one_warning_that_names_the_cure(tmp_path, warnings):
     dataset = Items(make_rows(LONG_TAIL))
     trainer = train(tmp_path, dataset, epochs=2)
