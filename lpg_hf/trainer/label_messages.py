@@ -106,6 +106,7 @@ def explain_label_names(dataset: object) -> Iterator[None]:
         if not isinstance(name, str):
             raise
         raise ValueError(
-            f"{str(error).rstrip('.')}. Column {column!r} of `train_dataset` holds names, such as {name!r}. Number them before you "
-            f"split the data, with `dataset.class_encode_column({column!r})`, or in your `data_collator`."
+            f"{str(error).rstrip('.')}. Column {column!r} of `train_dataset` holds names, such as {name!r}. Number "
+            f"them before you split the data, with `dataset.class_encode_column({column!r})`, or in your "
+            "`data_collator`."
         ) from error
