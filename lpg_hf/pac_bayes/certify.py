@@ -89,9 +89,10 @@ def certify(
     - The rows are independent draws from the distribution that the model will meet.
     - A prior that was trained without `prior_dataset` has never seen the rows.
     - A copy of a row that was changed for good (another resolution, a paraphrase) is not known as one.
-    - No module keeps values of old weights outside of itself, such as in a global cache, or as plain numbers.
+    - The logits of a row do not depend on the other rows of its batch.
+    - No module keeps values of old weights outside of itself, such as in a global cache, or as plain or whole numbers.
     - Nothing else (a normalizer, a vocabulary, `sigma_grid`) was fitted to the rows.
-    - No other prior or seed was tried and dropped. If k were tried, pass `delta / k`.
+    - No other model, prior, scope or seed was tried and dropped. If k were tried, pass `delta / k`.
 
     A certificate belongs to the weights of `model` as they are, bit for bit, and keeps their hash. Dropout that stays
     active in evaluation mode is part of the certified classifier.

@@ -402,6 +402,21 @@ class KeptByFunction(KeptInObject):
         return self.remember(self.weight)
 
 
+class SpectrumNeverDropped(nn.Linear):
+    """What it keeps are complex numbers."""
+
+    def __init__(self):
+        super().__init__(SIZE, SIZE)
+        self.kept = None
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(self.weight)
+        if not self.training:
+            self.kept = spectrum.detach() if self.kept is None else self.kept
+            spectrum = self.kept
+        return nn.functional.linear(x, torch.fft.irfft(spectrum, n=SIZE), self.bias)
+
+
 class RunningMean(nn.Linear):
     """Statistics of its own, in a buffer and in an attribute, that a pass in training mode moves."""
 
@@ -452,6 +467,9 @@ RIGHT: dict[str, Callable[[], Classifier]] = {
 }
 REFUSED = {
     cls.__name__: with_layer(cls)
-    for cls in (NeverDropped, BufferNeverDropped, KeptByParent, KeptInObject, KeptByFunction)
+    for cls in (
+        *(NeverDropped, BufferNeverDropped, KeptByParent, KeptInObject, KeptByFunction),
+        SpectrumNeverDropped,
+    )
 }
 MOVED = {"RunningMean": with_layer(RunningMean), "OldSpectralNorm": OldSpectralNorm}

@@ -112,6 +112,30 @@ def test_a_module_that_never_drops_what_it_computed_is_refused(name, has_run):
             run()
 
 
+def test_complex_parameters_are_refused():
+    """Their distance would be that of the real parts, and half of the variance would be missing."""
+
+    class Rotated(Classifier):
+        trained = ("phase", "classifier")
+
+        def build(self):
+            self.phase = nn.Parameter(torch.ones(SIZE, dtype=torch.complex128))
+
+        def encode(self, x):
+            return self.encoder((x * self.phase).real)
+
+    message = r"Noise on complex numbers is not defined here; found phase of torch\.complex128\. Make it a real para"
+    for run in (
+        lambda model: gibbs_error(model, make_rows(), sigma=1.0, num_draws=5, disable_tqdm=True),
+        lambda model: certify(model, make_rows(), prior=copy.deepcopy(model), **FEW),
+    ):
+        model = Rotated()
+        with pytest.raises(ValueError, match=message):
+            run(model)
+        model.phase.requires_grad_(False)
+        run(model)
+
+
 @pytest.mark.parametrize("name", MOVED)
 @torch.no_grad()
 def test_statistics_that_training_moves_stay(name):
