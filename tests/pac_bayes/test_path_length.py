@@ -37,6 +37,17 @@ class LinearSoftmax(nn.Module):
         )
 
 
+class WithFactor(LinearSoftmax):
+    """Its factor of 1 has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, features, labels=None):
+        return super().forward(self.factor * features, labels)
+
+
 class Recorder(TrainerCallback):
     """Records the weights and the lengths after every step."""
 
@@ -61,11 +72,11 @@ def largest_rate():
     return 4 / features.square().sum(-1).max().item()
 
 
-def run(perturbations, tmp_path, interval=1, momentum=0.0):
+def run(perturbations, tmp_path, interval=1, momentum=0.0, kind=LinearSoftmax):
     torch.manual_seed(1)
     features, labels = problem()
-    model = LinearSoftmax()
-    optimizer = torch.optim.SGD(model.parameters(), lr=largest_rate(), momentum=momentum)
+    model = kind()
+    optimizer = torch.optim.SGD([model.weight], lr=largest_rate(), momentum=momentum)
     path_length = PathLength(interval)
     recorder = Recorder(path_length)
     trainer = make_trainer(
@@ -121,6 +132,12 @@ def test_lengths_are_those_of_steps_by_hand(sign, tmp_path):
     assert [[log[name] for name in LENGTHS] for log in logged] == [
         [lengths[name] for name in LENGTHS] for lengths in recorder.lengths
     ]
+
+
+def test_a_parameter_that_the_optimizer_does_not_have_adds_no_length(tmp_path):
+    _, recorder = run([lpg(0.3, 1)], tmp_path, kind=WithFactor)
+    for lengths, (_, expected) in zip(recorder.lengths, steps_by_hand(0.3, 1), strict=True):
+        assert [lengths[name] for name in LENGTHS] == pytest.approx(expected, abs=1e-11)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
