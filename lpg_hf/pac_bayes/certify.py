@@ -80,9 +80,9 @@ def certify(
     - The predictions are those of the drawn weights. For every batch, one draw is compared with weights that are
       loaded as from a checkpoint. A module that goes on with values of old weights is refused.
     - A row and a batch read the same each time (no augmentation), and so does a row of `prior_dataset`.
-    - No row occurs twice in `dataset`, and none of them is in `prior_dataset`, in whatever container or dtype, or
-      under whatever transform of the same stored rows. Rows of `dataset` that differ from one of the prior's in case
-      and spacing alone are counted, and a warning names them.
+    - No row occurs twice in `dataset`, and none of them is in `prior_dataset`, in whatever container, dtype or
+      padding, or under whatever transform of the same stored rows. Rows of `dataset` that differ from one of the
+      prior's in case and spacing alone are counted, and a warning names them.
 
     The scale is chosen on other draws than the ones that certify. These conditions cannot be checked:
 
