@@ -141,6 +141,24 @@ class Gate(Classifier):
         return self.encoder(torch.where(self.gate > 2.5, -x, x))
 
 
+class EncoderOfSwitches(Encoder):
+    def forward(self, x, switches):
+        return super().forward(-x if switches[0] else x)
+
+
+class GateInList(Gate):
+    """The list is the same in every pass."""
+
+    def build(self):
+        super().build()
+        self.encoder = EncoderOfSwitches()
+        self.switches = [False]
+
+    def encode(self, x):
+        self.switches[0] = bool(self.gate > 2.5)
+        return self.encoder(x, self.switches)
+
+
 class TwoRuns(Classifier):
     """The backbone runs twice, once on what has noise and once on what has none."""
 
@@ -457,7 +475,8 @@ def with_layer(layer: type[nn.Module]) -> type[Classifier]:
 RIGHT: dict[str, Callable[[], Classifier]] = {
     cls.__name__: cls
     for cls in (
-        *(Classifier, Prompt, PromptAsKeyword, PromptOfNetwork, PromptInObject, Embedding, Gate, TwoRuns),
+        *(Classifier, Prompt, PromptAsKeyword, PromptOfNetwork, PromptInObject, Embedding, Gate, GateInList),
+        TwoRuns,
         *(PromptAsAttribute, PromptInHook, SharedMemory, Adapter, LoRA, Full, TiedWeight),
         *(Parametrized, WeightNorm, OldWeightNorm, Recurrent),
     )

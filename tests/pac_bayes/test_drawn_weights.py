@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LevitConfig, LevitForImageClassification
 
 from lpg_hf.pac_bayes import certify, gibbs_error
+from lpg_hf.pac_bayes.remembered_outputs import RememberedOutputs
 from lpg_hf.pac_bayes.scope import parameters_in_scope
 from lpg_hf.pac_bayes.weight_noise import EVALUATION, WeightNoise
 
@@ -170,6 +171,29 @@ def test_parameters_that_predictions_do_not_use_are_not_refused():
     assert found.draws == pytest.approx(errors_of_new_models(Unused, rows, sigma=1.0), abs=1e-12)
 
 
+def test_a_kept_tensor_of_one_place_for_many_entries_is_no_obstacle():
+    class Expanded(Classifier):
+        def build(self):
+            self.scale = torch.full((1,), 0.5, dtype=torch.float64).expand(SIZE)
+
+        def encode(self, x):
+            return self.encoder(x * self.scale)
+
+    found = gibbs_error(Expanded(), make_rows(), sigma=1.0, num_draws=NUM_DRAWS, disable_tqdm=True)
+    assert found.draws == pytest.approx(errors_of_new_models(Expanded, make_rows(), sigma=1.0), abs=1e-12)
+
+
+def test_outputs_are_remembered_until_an_input_changes_also_in_place():
+    layer, x, scale = nn.Linear(2, 2), torch.ones(1, 2), [torch.ones(1)]
+    module = nn.Module()
+    module.forward = lambda x, scale: layer(x) * scale[0]
+    with torch.no_grad(), RememberedOutputs(module) as remembered:
+        for change in (lambda: None, lambda: x.add_(1), lambda: scale[0].mul_(3), lambda: scale.__setitem__(0, x[0])):
+            change()
+            remembered.begin_pass()
+            assert torch.equal(module.forward(x, scale), layer(x) * scale[0])
+
+
 def test_dropout_that_stays_active_is_drawn_anew_for_every_draw():
     class Dropped(nn.Linear):
         def __init__(self):
@@ -319,7 +343,7 @@ def test_a_prior_that_differs_in_what_is_not_registered_is_refused():
         def encode(self, x):
             return self.encoder(x + self.shift) / self.temperature
 
-    for name, value in (("shift", torch.full((SIZE,), 0.1)), ("temperature", 1.5)):
+    for name, value in (("shift", torch.full((SIZE,), 0.1)), ("temperature", 1.5), ("temperature", 1 + 1e-6)):
         model, prior = Shifted(), Shifted()
         certify(model, make_rows(), prior=prior, **FEW)
         setattr(model, name, value)
