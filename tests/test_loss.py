@@ -620,6 +620,15 @@ def test_a_method_that_returns_nan_is_reported_with_its_step():
     assert math.isfinite(loss_fn.telemetry()["lpg/custom/delta_norm"])
 
 
+def test_the_norm_of_a_delta_that_makes_gradients_larger_is_no_negative_number():
+    logits, labels = make_logits(10)
+    loss_fn = LPGLoss(C, f"class_weighting(weights={[3.0] * C})")
+    loss_fn(logits, labels)
+    report = loss_fn.telemetry()
+    assert report["lpg/class_weighting/delta_norm"] == pytest.approx(2 * report["lpg/gradient_norm"])
+    assert report["lpg/delta_ratio"] == pytest.approx(2)
+
+
 def test_telemetry_has_the_mean_norms_of_gradient_and_deltas():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(2, 6, C)), rng.integers(C, size=(2, 6))

@@ -328,6 +328,21 @@ def test_displacement_from_a_prior(tmp_path):
         ).train()
 
 
+def test_the_scale_of_half_precision_does_not_count():
+    """What the scaler multiplies, only to avoid underflow, is divided again."""
+    parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    lengths = []
+    for scale in (1.0, 1024.0):
+        path_length, model = PathLength(interval=1), nn.ParameterList([parameter])
+        path_length.on_train_begin(None, None, None, model=model)
+        path_length.on_step_begin(None, SimpleNamespace(global_step=0), None)
+        path_length.add_perturbation(3 * parameter, torch.tensor([[3.0, -4.0]]), scale)
+        path_length.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        lengths.append(path_length.report()["lpg/perturbation_path"])
+    assert lengths == pytest.approx([0.5 * 3 * 5] * 2)
+
+
 def test_training_is_bit_for_bit_the_same_with_it(tmp_path):
     results = []
     for callbacks in ([], [PathLength(interval=2)]):
