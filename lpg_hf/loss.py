@@ -276,11 +276,11 @@ class LPGLoss(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within it the loss perturbs but learns nothing: for a second look at the same batch, as in SAM."""
-        self.is_frozen = True
+        before, self.is_frozen = self.is_frozen, True
         try:
             yield
         finally:
-            self.is_frozen = False
+            self.is_frozen = before
 
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """

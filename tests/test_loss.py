@@ -412,6 +412,28 @@ def test_the_scale_of_the_loss_scales_the_gradient_and_not_the_delta(scale):
     torch.testing.assert_close(again.grad, scale * logits.grad, rtol=1e-12, atol=0)
 
 
+def test_a_loss_that_is_frozen_twice_stays_frozen_until_both_have_ended():
+    loss_fn = LPGLoss(C, "logit_clipping", COUNTS)
+    with loss_fn.frozen():
+        with loss_fn.frozen():
+            pass
+        loss_fn(*make_logits())
+        assert loss_fn.statistics.steps == 0
+    loss_fn(*make_logits())
+    assert loss_fn.statistics.steps == 1
+
+
+def test_a_gradient_that_is_a_view_of_other_memory_is_left_alone():
+    """The gradient of a sum of logits is one number, shown in all places."""
+    logits, labels = make_logits(6)
+    labels[2] = -100
+    loss_fn = LPGLoss(C, "logit_clipping(max_norm=0.5)", base_loss=lambda logits, labels: logits.sum(-1))
+    loss_fn(logits, labels).backward()
+    expected = torch.full_like(logits, 0.5 / math.sqrt(C) / 5)
+    expected[2] = 0
+    torch.testing.assert_close(logits.grad, expected)
+
+
 @pytest.mark.parametrize("perturbations", CHAINS, ids=repr)
 def test_what_a_users_loss_over_the_whole_batch_says_of_ignored_samples_is_left_alone(perturbations):
     def centered(logits, labels):
