@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LevitConfig, LevitForImageClassification
 
 from lpg_hf.pac_bayes import certify, gibbs_error
+from lpg_hf.pac_bayes.loaded_weights import LoadedWeights
 from lpg_hf.pac_bayes.remembered_outputs import RememberedOutputs
 from lpg_hf.pac_bayes.scope import parameters_in_scope
 from lpg_hf.pac_bayes.weight_noise import EVALUATION, WeightNoise
@@ -152,19 +153,20 @@ def test_statistics_that_training_moves_stay(name):
 
 
 def test_parameters_that_predictions_do_not_use_are_not_refused():
-    """Beside a buffer and a tensor that predictions do use, and in evaluation mode alone."""
+    """Beside a buffer and a tensor that predictions do use, in evaluation mode alone, and for some inputs."""
 
     class Unused(Classifier):
-        trained = ("unused", "mask", "classifier")
+        trained = ("unused", "mask", "without_effect", "classifier")
 
         def build(self):
             self.unused = nn.Linear(SIZE, SIZE)
             self.mask = nn.Parameter(torch.empty(SIZE))
+            self.without_effect = nn.Parameter(torch.empty(SIZE))
             self.register_buffer("mean", torch.ones(SIZE))
             self.scale = [torch.full((SIZE,), 0.5)]
 
         def encode(self, x):
-            return self.encoder((x - self.mean) * self.scale[0].double())
+            return self.encoder((x - self.mean) * self.scale[0].double() + 0 * self.without_effect)
 
     rows = make_rows()
     found = gibbs_error(Unused(), rows, sigma=1.0, num_draws=NUM_DRAWS, disable_tqdm=True)
@@ -192,6 +194,16 @@ def test_outputs_are_remembered_until_an_input_changes_also_in_place():
             change()
             remembered.begin_pass()
             assert torch.equal(module.forward(x, scale), layer(x) * scale[0])
+
+
+def test_weights_are_loaded_where_a_hook_takes_their_names_for_those_of_an_older_version():
+    layer = nn.Linear(2, 2)
+    layer.register_load_state_dict_pre_hook(lambda _, state, *rest: state.pop("weight", None))
+    weights = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    with LoadedWeights(layer, weights) as loaded:
+        loaded.load({name: weight + 1 for name, weight in weights.items()})
+        assert all(torch.equal(layer.get_parameter(name), weight + 1) for name, weight in weights.items())
+    assert all(torch.equal(layer.get_parameter(name), weight) for name, weight in weights.items())
 
 
 def test_dropout_that_stays_active_is_drawn_anew_for_every_draw():
