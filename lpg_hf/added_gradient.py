@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def add_gradient(
@@ -22,7 +21,7 @@ def add_gradient(
         divides_value (`bool`, *optional*, defaults to `False`): Whether it divides the scalar as well.
 
     Returns:
-        `torch.Tensor`: The scalar.
+        `torch.Tensor`: The scalar. Its gradient cannot be differentiated; `create_graph=True` raises a `RuntimeError`.
     """
     return _AddGradient.apply(logits, value, gradient, divisor, divides_value)
 
@@ -41,8 +40,14 @@ class _AddGradient(torch.autograd.Function):
         return value / divisor if divides_value else value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        # `once_differentiable` would pass the gradient off as a constant. A compiled function has no second gradient.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "The perturbed loss has a gradient but no second one, which `create_graph=True` asks for: the deltas "
+                "are no function of the logits that could be differentiated. Leave `create_graph` out, or use the "
+                "loss in `eval()` mode, where nothing is perturbed."
+            )
         gradient, divisor = ctx.saved_tensors
         divided = grad_output / (ctx.divisor if divisor is None else divisor)
         grad_value = divided if ctx.divides_value else grad_output

@@ -1,6 +1,9 @@
-"""What a loss can be computed of: logits `[N, C]` of floating point, and one integer label per sample."""
+"""What a loss can be computed of: logits `[N, C]` of floating point, one integer label per sample, and a divisor."""
 
+import torch
 from torch import Tensor
+
+from .batch import IGNORE_INDEX
 
 
 def check_inputs(logits: object, labels: object, num_labels: int) -> tuple[Tensor, Tensor]:
@@ -36,3 +39,22 @@ def check_inputs(logits: object, labels: object, num_labels: int) -> tuple[Tenso
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"`labels` must be integer class indices; found {labels.dtype}. Convert them to int64.")
     return logits, labels.reshape(-1).long()
+
+
+def divisor_of(labels: Tensor, num_items: Tensor | float | None) -> Tensor | float:
+    """
+    The number that divides the summed loss. A step without a labeled sample has loss and gradient zero, and not 0 / 0.
+
+    Args:
+        labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        num_items (`torch.Tensor` or `float`, *optional*):
+            The number; the labeled samples of this micro-batch when left out. It may lie between 0 and 1, such as
+            few samples divided by the number of processes.
+
+    Returns:
+        `torch.Tensor` (scalar) or `float`: The same, or 1 where it is 0.
+    """
+    count = (labels != IGNORE_INDEX).sum() if num_items is None else num_items
+    if not isinstance(count, Tensor):
+        return count if count > 0 else 1
+    return torch.where(count > 0, count, 1.0) if count.is_floating_point() else count.clamp(min=1)

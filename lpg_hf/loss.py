@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .added_gradient import add_gradient
 from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, stack_rows, zero_ignored_
 from .chain import last_weights, reweighting_methods, run_chain
-from .input_checks import check_inputs
+from .input_checks import check_inputs, divisor_of
 from .loss_graphs import LossGraphs
 from .perturbations import LogitPerturbation, build_chain
 from .perturbations.base import uncompensated_weight
@@ -30,7 +30,8 @@ class LPGLoss(nn.Module):
 
     With `g_i` the gradient of sample i's loss at its logits, `.backward()` sends exactly
     `g_i + delta_1 + delta_2 + ...` into the model, divided like the loss. Each method gets the gradient that the one
-    before left, always in per-sample units. Nothing is perturbed in `eval()` mode or without gradients.
+    before left, always in per-sample units. Nothing is perturbed in `eval()` mode or without gradients. The gradient
+    cannot be differentiated again.
 
     It works in any PyTorch loop, as `compute_loss_func` of the plain `Trainer`, and inside [`LPGTrainer`].
 
@@ -148,9 +149,7 @@ class LPGLoss(nn.Module):
         """
         logits, labels = check_inputs(logits_of(outputs), labels, self.num_labels)
         z = logits if logits.dtype == torch.float64 else logits.float()
-        count = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        # A step without a labeled sample has loss and gradient zero, and not 0 / 0.
-        divisor = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        divisor = divisor_of(labels, num_items_in_batch)
 
         perturbs = self.training and torch.is_grad_enabled() and logits.requires_grad and len(self.perturbations) > 0
         if model_loss is not None:
@@ -277,11 +276,11 @@ class LPGLoss(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within it the loss perturbs but learns nothing: for a second look at the same batch, as in SAM."""
-        self.is_frozen = True
+        before, self.is_frozen = self.is_frozen, True
         try:
             yield
         finally:
-            self.is_frozen = False
+            self.is_frozen = before
 
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """

@@ -48,6 +48,16 @@ def test_the_hash_is_that_of_every_bit_of_the_checkpoint():
     assert weights_hash(model.double()) != first
 
 
+def test_the_same_bits_in_another_shape_or_dtype_have_another_hash():
+    tensors = (
+        torch.arange(6.0).view(2, 3),
+        torch.arange(6.0).view(3, 2),
+        torch.arange(6.0).view(torch.int32).view(2, 3),
+    )
+    hashes = [weights_hash(nn.ParameterList([nn.Parameter(tensor, requires_grad=False)])) for tensor in tensors]
+    assert len(set(hashes)) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8])
 def test_the_hash_takes_every_dtype_and_shape(dtype):
     class Odd(nn.Module):

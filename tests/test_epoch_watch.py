@@ -69,6 +69,20 @@ def assert_same(loss_fn, expected):
     assert torch.equal(loss_fn.perturbations[1]._terms, expected.perturbations[1]._terms)
 
 
+def test_a_state_that_is_loaded_brings_the_rows_that_its_epoch_lacks():
+    """The loss had only begun an epoch of 100, and the state has 10 rows to go."""
+
+    def train(loss_fn, num_rows):
+        loss_fn(torch.zeros(num_rows, 2, requires_grad=True), torch.zeros(num_rows, dtype=torch.int64))
+
+    begun, nearly = (LPGLoss(2, "auto", [50, 50]) for _ in range(2))
+    train(begun, 10)
+    train(nearly, 90)
+    begun.load_state_dict(nearly.state_dict())
+    train(begun, 10)
+    assert begun.statistics.epochs == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=25),

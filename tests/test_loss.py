@@ -380,6 +380,29 @@ def test_num_items_in_batch_divides_loss_and_gradient():
     torch.testing.assert_close(again.grad, logits.grad / 4, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("base_loss", [None, lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")])
+def test_a_second_gradient_is_refused_where_deltas_would_be_taken_for_constants(base_loss):
+    logits, labels = make_logits(10)
+    weight = torch.eye(C, dtype=logits.dtype, requires_grad=True)
+    loss_fn = LPGLoss(C, "logit_clipping", COUNTS, base_loss)
+    with pytest.raises(RuntimeError, match=r"no second one, which `create_graph=True` asks for.*Leave `create_graph`"):
+        torch.autograd.grad(loss_fn(logits.detach() @ weight, labels), weight, create_graph=True)
+    loss = loss_fn.eval()(logits.detach() @ weight, labels)
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    assert gradient.square().sum().requires_grad
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
+@pytest.mark.parametrize(("num_items", "divisor"), [(2.5, 2.5), (0.25, 0.25), (1e-30, 1e-30), (0.0, 1.0)])
+@pytest.mark.parametrize("chain", ["logit_clipping(max_norm=9.0)", []], ids=repr)
+def test_a_number_of_samples_below_one_divides_as_well(num_items, divisor, kind, chain):
+    logits, labels = make_logits(10)
+    again = logits.detach().requires_grad_()
+    (F.cross_entropy(logits, labels, reduction="sum") / divisor).backward()
+    LPGLoss(C, chain, COUNTS)(again, labels, num_items_in_batch=kind(num_items)).backward()
+    torch.testing.assert_close(again.grad, logits.grad, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 65536.0])
 def test_the_scale_of_the_loss_scales_the_gradient_and_not_the_delta(scale):
     logits, labels = make_logits()
@@ -387,6 +410,28 @@ def test_the_scale_of_the_loss_scales_the_gradient_and_not_the_delta(scale):
     LPGLoss(C, LPG("frequency", epsilon=0.3), COUNTS)(logits, labels).backward()
     (scale * LPGLoss(C, LPG("frequency", epsilon=0.3), COUNTS)(again, labels)).backward()
     torch.testing.assert_close(again.grad, scale * logits.grad, rtol=1e-12, atol=0)
+
+
+def test_a_loss_that_is_frozen_twice_stays_frozen_until_both_have_ended():
+    loss_fn = LPGLoss(C, "logit_clipping", COUNTS)
+    with loss_fn.frozen():
+        with loss_fn.frozen():
+            pass
+        loss_fn(*make_logits())
+        assert loss_fn.statistics.steps == 0
+    loss_fn(*make_logits())
+    assert loss_fn.statistics.steps == 1
+
+
+def test_a_gradient_that_is_a_view_of_other_memory_is_left_alone():
+    """The gradient of a sum of logits is one number, shown in all places."""
+    logits, labels = make_logits(6)
+    labels[2] = -100
+    loss_fn = LPGLoss(C, "logit_clipping(max_norm=0.5)", base_loss=lambda logits, labels: logits.sum(-1))
+    loss_fn(logits, labels).backward()
+    expected = torch.full_like(logits, 0.5 / math.sqrt(C) / 5)
+    expected[2] = 0
+    torch.testing.assert_close(logits.grad, expected)
 
 
 @pytest.mark.parametrize("perturbations", CHAINS, ids=repr)
@@ -595,6 +640,15 @@ def test_a_method_that_returns_nan_is_reported_with_its_step():
     calls.clear()
     loss_fn(*make_logits())
     assert math.isfinite(loss_fn.telemetry()["lpg/custom/delta_norm"])
+
+
+def test_the_norm_of_a_delta_that_makes_gradients_larger_is_no_negative_number():
+    logits, labels = make_logits(10)
+    loss_fn = LPGLoss(C, f"class_weighting(weights={[3.0] * C})")
+    loss_fn(logits, labels)
+    report = loss_fn.telemetry()
+    assert report["lpg/class_weighting/delta_norm"] == pytest.approx(2 * report["lpg/gradient_norm"])
+    assert report["lpg/delta_ratio"] == pytest.approx(2)
 
 
 def test_telemetry_has_the_mean_norms_of_gradient_and_deltas():

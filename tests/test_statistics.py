@@ -276,10 +276,11 @@ def test_memorizing_is_the_largest_until_the_evidence_is_enough():
         found.append((statistics.noise_evidence.item(), statistics.memorizing.item()))
         return min(max((excess - EXCESS[0]) / (EXCESS[1] - EXCESS[0]), 0), 1)
 
-    small, smaller, large = epoch(0.98, 0), epoch(0.985, 0), epoch(0.96, 8)
+    small, smaller, large = epoch(0.98, 0), epoch(0.985, 0), epoch(0.96, 5)
     assert 0 == smaller < small < large < 1
     assert_equal([memorized for _, memorized in found], [small, small, large], 1e-12)
-    assert found[0][0] == found[1][0] == 0 and found[2][0] > 1
+    # Enough, and the gate is not yet open in full.
+    assert found[0][0] == found[1][0] == 0 and 1 < found[2][0] < 2
     assert epoch(0.95, 0) == 1
     assert_equal(found[3], found[2], 0)
 

@@ -80,18 +80,19 @@ def certify(
     - The predictions are those of the drawn weights. For every batch, one draw is compared with weights that are
       loaded as from a checkpoint. A module that goes on with values of old weights is refused.
     - A row and a batch read the same each time (no augmentation), and so does a row of `prior_dataset`.
-    - No row occurs twice in `dataset`, and none of them is in `prior_dataset`, in whatever container or dtype, or
-      under whatever transform of the same stored rows. Rows of `dataset` that differ from one of the prior's in case
-      and spacing alone are counted, and a warning names them.
+    - No row occurs twice in `dataset`, and none of them is in `prior_dataset`, in whatever container, dtype or
+      padding, or under whatever transform of the same stored rows. Rows of `dataset` that differ from one of the
+      prior's in case and spacing alone are counted, and a warning names them.
 
     The scale is chosen on other draws than the ones that certify. These conditions cannot be checked:
 
     - The rows are independent draws from the distribution that the model will meet.
     - A prior that was trained without `prior_dataset` has never seen the rows.
     - A copy of a row that was changed for good (another resolution, a paraphrase) is not known as one.
-    - No module keeps values of old weights outside of itself, such as in a global cache, or as plain numbers.
+    - The logits of a row do not depend on the other rows of its batch.
+    - No module keeps values of old weights outside of itself, such as in a global cache, or as plain or whole numbers.
     - Nothing else (a normalizer, a vocabulary, `sigma_grid`) was fitted to the rows.
-    - No other prior or seed was tried and dropped. If k were tried, pass `delta / k`.
+    - No other model, prior, scope or seed was tried and dropped. If k were tried, pass `delta / k`.
 
     A certificate belongs to the weights of `model` as they are, bit for bit, and keeps their hash. Dropout that stays
     active in evaluation mode is part of the certified classifier.

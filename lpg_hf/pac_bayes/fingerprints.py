@@ -22,13 +22,15 @@ def row_fingerprint(row: Mapping[str, object], precision: torch.dtype = torch.fl
     Fingerprint of the names and values of a row.
 
     Numbers are compared by value: integers, booleans, and floats without a fraction are one kind. Other floats are
-    rounded to `precision`.
+    rounded to `precision`. What an `attention_mask` hides is left out: a tokenizer pads the same text to the longest
+    one beside it.
 
     Args:
         row (`Mapping[str, object]`): Names and values.
         precision (`torch.dtype`, *optional*, defaults to `torch.float32`): A half precision finds rows that were
             stored in it.
     """
+    row = _without_padding(row)
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(row):
         digest.update(name.encode())
@@ -71,6 +73,19 @@ def _file_content(file: Mapping | None) -> bytes | None:
         return file["bytes"]
     with open(file["path"], "rb") as opened:
         return opened.read()
+
+
+def _without_padding(row: Mapping[str, object]) -> Mapping[str, object]:
+    """The positions that the mask of a row shows, of every value that has one entry for each."""
+    mask = _as_array(row.get("attention_mask"))
+    if mask is None or mask.ndim != 1 or mask.dtype.kind not in "fbiu" or mask.all():
+        return row
+    arrays = {name: _as_array(value) for name, value in row.items()}
+    is_shown = mask != 0
+    return {
+        name: array[is_shown] if array is not None and array.shape[:1] == is_shown.shape else row[name]
+        for name, array in arrays.items()
+    }
 
 
 def _value_fingerprint(value: object, precision: torch.dtype) -> bytes:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 def kept_tensors(module: nn.Module) -> list[Tensor]:
     """
-    Floating-point tensors of a module itself that are no parameters, those of BatchNorm left out.
+    Floating-point and complex tensors of a module itself that are no parameters, those of BatchNorm left out.
 
     Containers, objects, and the variables that functions have enclosed are looked through. Other modules are not.
 
@@ -48,7 +48,9 @@ def kept_tensors(module: nn.Module) -> list[Tensor]:
     return [
         tensor
         for tensor in found
-        if tensor.is_floating_point() and tensor.numel() > 0 and not isinstance(tensor, nn.Parameter)
+        if (tensor.is_floating_point() or tensor.is_complex())
+        and tensor.numel() > 0
+        and not isinstance(tensor, nn.Parameter)
     ]
 
 

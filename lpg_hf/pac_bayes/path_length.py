@@ -109,7 +109,9 @@ class PathLength(TrainerCallback, PerturbationObserver):
             total = reduce(torch.cat([part.flatten() for part in self._perturbation]), "mean")
             parts = total.split([parameter.numel() for parameter in self._parameters])
             pairs = zip(self._parameters, parts, strict=True)
-            self._lengths[1] += self.interval * _norm([rates[id(parameter)] * part for parameter, part in pairs])
+            # What the optimizer does not have does not move.
+            moves = [rates.get(id(parameter), 0.0) * part for parameter, part in pairs]
+            self._lengths[1] += self.interval * _norm(moves)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

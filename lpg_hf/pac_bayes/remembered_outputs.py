@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 # Only values of these types are compared with `==`. Other objects may change without being replaced.
-_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device)
 
 
 class RememberedOutputs:
@@ -57,15 +57,23 @@ class RememberedOutputs:
 
 
 class _Snapshot:
-    """Inputs as they were when they were seen, without a copy: PyTorch counts how often a tensor was written to."""
+    """Inputs as they were when they were seen. No tensor is copied: PyTorch counts how often one was written to."""
 
     def __init__(self, inputs: object):
-        self._inputs = inputs
-        self._versions = [tensor._version for tensor in tensors_in(inputs)]
+        self._inputs = _frozen(inputs)
+        self._versions = [tensor._version for tensor in tensors_in(self._inputs)]
 
     def equals(self, inputs: object) -> bool:
         is_untouched = self._versions == [tensor._version for tensor in tensors_in(self._inputs)]
-        return is_untouched and _equal(self._inputs, inputs)
+        return is_untouched and _equal(self._inputs, _frozen(inputs))
+
+
+def _frozen(value: object) -> object:
+    """Nested dictionaries, lists and tuples as tuples, since a caller may put other entries into the same list."""
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    entries = value.items() if isinstance(value, Mapping) else value
+    return (type(value), *map(_frozen, entries))
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -83,8 +91,6 @@ def _equal(first: object, second: object) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         is_alike = (first.dtype, first.device) == (second.dtype, second.device)
         return first is second or (is_alike and torch.equal(first, second))
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return list(first) == list(second) and all(_equal(first[name], second[name]) for name in first)
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+    if isinstance(first, tuple) and isinstance(second, tuple):
         return len(first) == len(second) and all(map(_equal, first, second))
     return isinstance(first, _PLAIN) and first == second

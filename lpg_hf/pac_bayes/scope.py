@@ -24,7 +24,7 @@ def parameters_in_scope(model: nn.Module, scope: str) -> list[str]:
         `list[str]`: Names as in `model.named_parameters()`, at least one.
 
     Raises:
-        ValueError: If `scope` is unknown or selects no parameter.
+        ValueError: If `scope` is unknown, or selects no parameter or a complex one.
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {', '.join(SCOPES)}; found {scope!r}. Use 'trained' if in doubt.")
@@ -47,6 +47,13 @@ def parameters_in_scope(model: nn.Module, scope: str) -> list[str]:
             "require a gradient, 'head' for parameters outside the base model, or 'lora' for adapters of peft and the "
             "modules saved with them."
         )
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if parameters[name].is_complex():
+            raise ValueError(
+                f"Noise on complex numbers is not defined here; found {name} of {parameters[name].dtype}. Make it a "
+                "real parameter, of which the forward pass takes `torch.view_as_complex`."
+            )
     return names
 
 

@@ -23,9 +23,9 @@ def split_for_certificate(
     second part. Everything that is fitted to data before the prior (normalizers, a vocabulary, hyperparameters) must
     not see the second part.
 
-    Rows with equal inputs are copies. Only the first of them is used, and a warning says how many were left out. A
-    copy in both parts would show the prior a row of the certificate set, and two copies in one part are not
-    independent.
+    Rows with equal inputs are copies, whatever their padding. Only the first of them is used, and a warning says how
+    many were left out. A copy in both parts would show the prior a row of the certificate set, and two copies in one
+    part are not independent.
 
     Args:
         dataset (`datasets.Dataset`): Training rows, independent of each other. A transform stays and does not run.

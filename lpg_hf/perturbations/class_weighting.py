@@ -30,7 +30,8 @@ class ClassWeighting(SampleReweighting):
         beta (`float`, *optional*, defaults to 0.999): For `"effective"`, in [0, 1).
 
     Raises:
-        ValueError: If a weight is negative or infinite, `beta` is out of range, or names or length do not fit.
+        ValueError: If a weight is negative or infinite, all are 0, `beta` is out of range, or names or length do not
+            fit.
 
     Example:
 
@@ -77,6 +78,7 @@ class ClassWeighting(SampleReweighting):
                 f"one weight for each of {num_labels} classes",
             )
             weights = torch.as_tensor(self.weights, dtype=torch.float64)
+        check(bool((weights > 0).any()), "weights", self.weights, "above 0 for one class at least")
         self.register_buffer("_weights", weights, persistent=False)
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
@@ -99,8 +101,12 @@ class ClassWeighting(SampleReweighting):
         return weights * present.sum() / weights.sum()
 
     def log_correction(self, statistics: ClassStatistics) -> Tensor:
-        weights = self.class_weights(statistics).to(statistics.prior)
-        return weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+        log_weights = self.class_weights(statistics).to(statistics.prior).log()
+        log_rarity = statistics.prior_terms.log_rarity
+        # Of a class with weight 0 the logits learn no share. As in a prior, it counts as the rarest of the others.
+        has_weight = log_weights.isfinite()
+        smallest = torch.where(has_weight, log_weights - log_rarity, torch.inf).min()
+        return torch.where(has_weight, log_weights, smallest + log_rarity)
 
     def _class_index(self, key: str | int, num_labels: int) -> int:
         index = self._label_names.get(key, key) if isinstance(key, str) else key

@@ -31,6 +31,8 @@ def focal_weight(log_p: Tensor, gamma: float) -> Tensor:
 
     ```
     """
+    # Of a label that a mask excludes, log p is infinite, and p log p is 0.
+    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)
     rest = -torch.expm1(log_p)
     # p log p / (1 - p) tends to -1 as p tends to 1.
     ratio = torch.where(rest > 0, log_p.exp() * log_p / torch.where(rest > 0, rest, 1.0), -1.0)

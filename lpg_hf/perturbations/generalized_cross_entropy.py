@@ -1,5 +1,6 @@
 """Generalized cross-entropy as a perturbation: samples that the model does not believe pull less."""
 
+import torch
 from torch import Tensor
 
 from ..batch import LogitBatch
@@ -42,4 +43,6 @@ class GeneralizedCrossEntropy(SampleReweighting):
         self.q = q
 
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        return (self.q * batch.label_log_prob).exp()
+        # Of a label that a mask excludes, it is infinite, and p^0 is 1.
+        log_p = batch.label_log_prob.clamp(min=torch.finfo(batch.label_log_prob.dtype).min)
+        return (self.q * log_p).exp()

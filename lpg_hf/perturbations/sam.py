@@ -58,14 +58,16 @@ class SAM(ParameterPerturbation):
     def ascent(self, parameters: Sequence[Parameter], gradients: Sequence[Tensor]) -> list[Tensor]:
         """The shift `e` of every parameter. A gradient of zero gives no shift."""
         if not self.adaptive:
-            norm = get_total_norm(gradients)
-            return [self.rho / (norm + 1e-12) * gradient for gradient in gradients]
+            factor = self._factor(gradients)
+            return [factor * gradient for gradient in gradients]
         scaled = [parameter.abs() * gradient for parameter, gradient in zip(parameters, gradients, strict=True)]
-        norm = get_total_norm(scaled)
-        return [
-            self.rho / (norm + 1e-12) * parameter.abs() * row
-            for parameter, row in zip(parameters, scaled, strict=True)
-        ]
+        factor = self._factor(scaled)
+        return [factor * parameter.abs() * row for parameter, row in zip(parameters, scaled, strict=True)]
+
+    def _factor(self, tensors: Sequence[Tensor]) -> Tensor:
+        norm = get_total_norm(tensors)
+        # In float16, 1e-12 is 0.
+        return self.rho / norm.clamp(min=max(1e-12, torch.finfo(norm.dtype).tiny))
 
     @contextmanager
     def shifted(

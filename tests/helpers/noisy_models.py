@@ -141,6 +141,24 @@ class Gate(Classifier):
         return self.encoder(torch.where(self.gate > 2.5, -x, x))
 
 
+class EncoderOfSwitches(Encoder):
+    def forward(self, x, switches):
+        return super().forward(-x if switches[0] else x)
+
+
+class GateInList(Gate):
+    """The list is the same in every pass."""
+
+    def build(self):
+        super().build()
+        self.encoder = EncoderOfSwitches()
+        self.switches = [False]
+
+    def encode(self, x):
+        self.switches[0] = bool(self.gate > 2.5)
+        return self.encoder(x, self.switches)
+
+
 class TwoRuns(Classifier):
     """The backbone runs twice, once on what has noise and once on what has none."""
 
@@ -402,6 +420,21 @@ class KeptByFunction(KeptInObject):
         return self.remember(self.weight)
 
 
+class SpectrumNeverDropped(nn.Linear):
+    """What it keeps are complex numbers."""
+
+    def __init__(self):
+        super().__init__(SIZE, SIZE)
+        self.kept = None
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(self.weight)
+        if not self.training:
+            self.kept = spectrum.detach() if self.kept is None else self.kept
+            spectrum = self.kept
+        return nn.functional.linear(x, torch.fft.irfft(spectrum, n=SIZE), self.bias)
+
+
 class RunningMean(nn.Linear):
     """Statistics of its own, in a buffer and in an attribute, that a pass in training mode moves."""
 
@@ -442,7 +475,8 @@ def with_layer(layer: type[nn.Module]) -> type[Classifier]:
 RIGHT: dict[str, Callable[[], Classifier]] = {
     cls.__name__: cls
     for cls in (
-        *(Classifier, Prompt, PromptAsKeyword, PromptOfNetwork, PromptInObject, Embedding, Gate, TwoRuns),
+        *(Classifier, Prompt, PromptAsKeyword, PromptOfNetwork, PromptInObject, Embedding, Gate, GateInList),
+        TwoRuns,
         *(PromptAsAttribute, PromptInHook, SharedMemory, Adapter, LoRA, Full, TiedWeight),
         *(Parametrized, WeightNorm, OldWeightNorm, Recurrent),
     )
@@ -452,6 +486,9 @@ RIGHT: dict[str, Callable[[], Classifier]] = {
 }
 REFUSED = {
     cls.__name__: with_layer(cls)
-    for cls in (NeverDropped, BufferNeverDropped, KeptByParent, KeptInObject, KeptByFunction)
+    for cls in (
+        *(NeverDropped, BufferNeverDropped, KeptByParent, KeptInObject, KeptByFunction),
+        SpectrumNeverDropped,
+    )
 }
 MOVED = {"RunningMean": with_layer(RunningMean), "OldSpectralNorm": OldSpectralNorm}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -61,6 +62,14 @@ def original_form_tests(cases: Sequence[OriginalForm]) -> type:
             assert actual.isfinite().all()
             if case.is_finite:
                 assert_close(actual, gradient_of(case.loss, batch), TOLERANCE[dtype])
+
+        @every_case
+        @every_dtype
+        def test_a_label_that_a_mask_excludes_gives_the_limit_of_the_gradient(self, case, dtype):
+            masked, nearly = (torch.tensor([[0.0, logit, 1.0, -1.0, 2.0]], dtype=dtype) for logit in (-math.inf, -600))
+            limit = gradient_through_loss(case.method, LogitBatch(nearly, torch.tensor([1])))
+            actual = gradient_through_loss(case.method, LogitBatch(masked, torch.tensor([1])))
+            torch.testing.assert_close(actual, limit, rtol=0, atol=1e-6)
 
     return OriginalFormTests
 

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import LevitConfig, LevitForImageClassification
 
 from lpg_hf.pac_bayes import certify, gibbs_error
+from lpg_hf.pac_bayes.loaded_weights import LoadedWeights
+from lpg_hf.pac_bayes.remembered_outputs import RememberedOutputs
 from lpg_hf.pac_bayes.scope import parameters_in_scope
 from lpg_hf.pac_bayes.weight_noise import EVALUATION, WeightNoise
 
@@ -112,6 +114,30 @@ def test_a_module_that_never_drops_what_it_computed_is_refused(name, has_run):
             run()
 
 
+def test_complex_parameters_are_refused():
+    """Their distance would be that of the real parts, and half of the variance would be missing."""
+
+    class Rotated(Classifier):
+        trained = ("phase", "classifier")
+
+        def build(self):
+            self.phase = nn.Parameter(torch.ones(SIZE, dtype=torch.complex128))
+
+        def encode(self, x):
+            return self.encoder((x * self.phase).real)
+
+    message = r"Noise on complex numbers is not defined here; found phase of torch\.complex128\. Make it a real para"
+    for run in (
+        lambda model: gibbs_error(model, make_rows(), sigma=1.0, num_draws=5, disable_tqdm=True),
+        lambda model: certify(model, make_rows(), prior=copy.deepcopy(model), **FEW),
+    ):
+        model = Rotated()
+        with pytest.raises(ValueError, match=message):
+            run(model)
+        model.phase.requires_grad_(False)
+        run(model)
+
+
 @pytest.mark.parametrize("name", MOVED)
 @torch.no_grad()
 def test_statistics_that_training_moves_stay(name):
@@ -127,23 +153,57 @@ def test_statistics_that_training_moves_stay(name):
 
 
 def test_parameters_that_predictions_do_not_use_are_not_refused():
-    """Beside a buffer and a tensor that predictions do use, and in evaluation mode alone."""
+    """Beside a buffer and a tensor that predictions do use, in evaluation mode alone, and for some inputs."""
 
     class Unused(Classifier):
-        trained = ("unused", "mask", "classifier")
+        trained = ("unused", "mask", "without_effect", "classifier")
 
         def build(self):
             self.unused = nn.Linear(SIZE, SIZE)
             self.mask = nn.Parameter(torch.empty(SIZE))
+            self.without_effect = nn.Parameter(torch.empty(SIZE))
             self.register_buffer("mean", torch.ones(SIZE))
             self.scale = [torch.full((SIZE,), 0.5)]
 
         def encode(self, x):
-            return self.encoder((x - self.mean) * self.scale[0].double())
+            return self.encoder((x - self.mean) * self.scale[0].double() + 0 * self.without_effect)
 
     rows = make_rows()
     found = gibbs_error(Unused(), rows, sigma=1.0, num_draws=NUM_DRAWS, disable_tqdm=True)
     assert found.draws == pytest.approx(errors_of_new_models(Unused, rows, sigma=1.0), abs=1e-12)
+
+
+def test_a_kept_tensor_of_one_place_for_many_entries_is_no_obstacle():
+    class Expanded(Classifier):
+        def build(self):
+            self.scale = torch.full((1,), 0.5, dtype=torch.float64).expand(SIZE)
+
+        def encode(self, x):
+            return self.encoder(x * self.scale)
+
+    found = gibbs_error(Expanded(), make_rows(), sigma=1.0, num_draws=NUM_DRAWS, disable_tqdm=True)
+    assert found.draws == pytest.approx(errors_of_new_models(Expanded, make_rows(), sigma=1.0), abs=1e-12)
+
+
+def test_outputs_are_remembered_until_an_input_changes_also_in_place():
+    layer, x, scale = nn.Linear(2, 2), torch.ones(1, 2), [torch.ones(1)]
+    module = nn.Module()
+    module.forward = lambda x, scale: layer(x) * scale[0]
+    with torch.no_grad(), RememberedOutputs(module) as remembered:
+        for change in (lambda: None, lambda: x.add_(1), lambda: scale[0].mul_(3), lambda: scale.__setitem__(0, x[0])):
+            change()
+            remembered.begin_pass()
+            assert torch.equal(module.forward(x, scale), layer(x) * scale[0])
+
+
+def test_weights_are_loaded_where_a_hook_takes_their_names_for_those_of_an_older_version():
+    layer = nn.Linear(2, 2)
+    layer.register_load_state_dict_pre_hook(lambda _, state, *rest: state.pop("weight", None))
+    weights = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    with LoadedWeights(layer, weights) as loaded:
+        loaded.load({name: weight + 1 for name, weight in weights.items()})
+        assert all(torch.equal(layer.get_parameter(name), weight + 1) for name, weight in weights.items())
+    assert all(torch.equal(layer.get_parameter(name), weight) for name, weight in weights.items())
 
 
 def test_dropout_that_stays_active_is_drawn_anew_for_every_draw():
@@ -295,7 +355,7 @@ def test_a_prior_that_differs_in_what_is_not_registered_is_refused():
         def encode(self, x):
             return self.encoder(x + self.shift) / self.temperature
 
-    for name, value in (("shift", torch.full((SIZE,), 0.1)), ("temperature", 1.5)):
+    for name, value in (("shift", torch.full((SIZE,), 0.1)), ("temperature", 1.5), ("temperature", 1 + 1e-6)):
         model, prior = Shifted(), Shifted()
         certify(model, make_rows(), prior=prior, **FEW)
         setattr(model, name, value)

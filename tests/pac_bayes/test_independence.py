@@ -124,6 +124,39 @@ def test_nested_rows_of_unequal_length():
     assert len({row_fingerprint({"x": form}) for form in [ragged, *others]}) == len(others) + 1
 
 
+FORMS_OF_IDS = [list, np.array, torch.tensor, lambda ids: torch.tensor(ids, dtype=torch.int32)]
+
+
+@given(
+    ids=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    padding=st.tuples(st.lists(st.integers(0, 9), max_size=3), st.lists(st.integers(0, 9), max_size=3)),
+    form=st.sampled_from(FORMS_OF_IDS),
+    is_on_the_left=st.booleans(),
+)
+@settings(deadline=None)
+def test_padding_does_not_count(ids, padding, form, is_on_the_left):
+    def row(ids, pad):
+        def padded(values, filler):
+            return form([*filler, *values] if is_on_the_left else [*values, *filler])
+
+        mask, boxes = padded([1] * len(ids), [0] * len(pad)), padded([[7, i] for i in ids], [[p, p] for p in pad])
+        return {"input_ids": padded(ids, pad), "attention_mask": mask, "bbox": boxes, "size": 9}
+
+    bare = row_fingerprint(
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "bbox": [[7, i] for i in ids], "size": 9}
+    )
+    assert {row_fingerprint(row(ids, pad)) for pad in padding} == {bare}
+    assert row_fingerprint(row([*ids, 0], padding[0])) != bare
+    assert row_fingerprint(row(ids, padding[0]) | {"size": 8}) != bare
+
+
+def test_what_a_mask_hides_in_a_batch_does_count():
+    """A collator that draws it at random changes what a model may see."""
+    batch = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    other = batch | {"input_ids": torch.tensor([[1, 2], [3, 5]])}
+    assert row_fingerprint(batch) != row_fingerprint(other)
+
+
 def test_large_numbers_stay_apart():
     """Float32 would not tell these from each other."""
     values = [2**24, 2**24 + 1, 2**53, 2**53 + 1]

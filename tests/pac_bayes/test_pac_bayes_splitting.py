@@ -25,6 +25,14 @@ def test_copies_are_found_by_the_columns_that_count():
     assert sum(map(len, split_for_certificate(dataset, columns=["text"]).values())) == 3
 
 
+def test_copies_are_found_whatever_their_padding():
+    ids, mask = [[5, 6, 0], [5, 6], [5, 6, 0], [6, 5]], [[1, 1, 0], [1, 1], [1, 1, 1], [1, 1]]
+    dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": mask, "label": [0, 0, 1, 1]})
+    parts = split_for_certificate(dataset)
+    rows = parts["prior"]["input_ids"][:] + parts["certificate"]["input_ids"][:]
+    assert sorted(rows) == [[5, 6, 0], [5, 6, 0], [6, 5]]
+
+
 def test_a_split_keeps_the_transform_and_does_not_run_it():
     def transform(batch):
         raise AssertionError

@@ -37,6 +37,17 @@ class LinearSoftmax(nn.Module):
         )
 
 
+class WithFactor(LinearSoftmax):
+    """Its factor of 1 has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, features, labels=None):
+        return super().forward(self.factor * features, labels)
+
+
 class Recorder(TrainerCallback):
     """Records the weights and the lengths after every step."""
 
@@ -61,11 +72,11 @@ def largest_rate():
     return 4 / features.square().sum(-1).max().item()
 
 
-def run(perturbations, tmp_path, interval=1, momentum=0.0):
+def run(perturbations, tmp_path, interval=1, momentum=0.0, kind=LinearSoftmax):
     torch.manual_seed(1)
     features, labels = problem()
-    model = LinearSoftmax()
-    optimizer = torch.optim.SGD(model.parameters(), lr=largest_rate(), momentum=momentum)
+    model = kind()
+    optimizer = torch.optim.SGD([model.weight], lr=largest_rate(), momentum=momentum)
     path_length = PathLength(interval)
     recorder = Recorder(path_length)
     trainer = make_trainer(
@@ -121,6 +132,12 @@ def test_lengths_are_those_of_steps_by_hand(sign, tmp_path):
     assert [[log[name] for name in LENGTHS] for log in logged] == [
         [lengths[name] for name in LENGTHS] for lengths in recorder.lengths
     ]
+
+
+def test_a_parameter_that_the_optimizer_does_not_have_adds_no_length(tmp_path):
+    _, recorder = run([lpg(0.3, 1)], tmp_path, kind=WithFactor)
+    for lengths, (_, expected) in zip(recorder.lengths, steps_by_hand(0.3, 1), strict=True):
+        assert [lengths[name] for name in LENGTHS] == pytest.approx(expected, abs=1e-11)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -309,6 +326,21 @@ def test_displacement_from_a_prior(tmp_path):
         make_trainer(
             LPGTrainer, make_model("bert"), [make_batch("bert", 8)], tmp_path, callbacks=[PathLength(prior=prior)]
         ).train()
+
+
+def test_the_scale_of_half_precision_does_not_count():
+    """What the scaler multiplies, only to avoid underflow, is divided again."""
+    parameter = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    lengths = []
+    for scale in (1.0, 1024.0):
+        path_length, model = PathLength(interval=1), nn.ParameterList([parameter])
+        path_length.on_train_begin(None, None, None, model=model)
+        path_length.on_step_begin(None, SimpleNamespace(global_step=0), None)
+        path_length.add_perturbation(3 * parameter, torch.tensor([[3.0, -4.0]]), scale)
+        path_length.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+        lengths.append(path_length.report()["lpg/perturbation_path"])
+    assert lengths == pytest.approx([0.5 * 3 * 5] * 2)
 
 
 def test_training_is_bit_for_bit_the_same_with_it(tmp_path):

@@ -77,6 +77,30 @@ def test_weights_from_the_class_counts_leave_absent_classes_out(rule):
     )
 
 
+@pytest.mark.parametrize(
+    ("weights", "counts", "expected"),
+    [
+        ("balanced", [6, 4, 0], [1, 1, 1]),
+        ([1.0, 3.0, 0.0], [6, 4, 0], [6, 12, 6]),
+        ([1.0, 0.5, 0.0], [6, 4, 2], [6, 2, 2]),
+        ({0: 0.0}, [6, 4, 2], [2, 4, 2]),
+    ],
+)
+def test_a_class_without_weight_counts_as_the_rarest_of_the_others(weights, counts, expected):
+    shares = LPGLoss(3, [ClassWeighting(weights)], counts).statistics.log_output_shares.softmax(0)
+    torch.testing.assert_close(shares, torch.tensor(expected) / sum(expected))
+
+
+def test_an_absent_class_is_no_evidence_of_wrong_labels():
+    """Its weight is 0. Its logit is low, and must not be moved above those of all labels where these are judged."""
+    labels = torch.tensor([0] * 60 + [1] * 40)
+    logits = (4.0 * torch.eye(3)[labels] - torch.tensor([0.0, 0.0, 6.0])).requires_grad_()
+    loss_fn = LPGLoss(3, ["class_weighting", "auto"], [60, 40, 0])
+    loss_fn(logits, labels)
+    assert loss_fn.statistics.epochs == 1 and loss_fn.statistics.noise_evidence == 0
+    assert loss_fn.statistics.confidence_ratio.tolist() == [1, 1, 0]
+
+
 @pytest.mark.parametrize("rule", ["balanced", "effective"])
 def test_weights_from_counts_wait_until_a_prior_that_is_being_counted_is_ready(rule):
     statistics = ClassStatistics(NUM_CLASSES, waits_for_epoch=True).double()
@@ -129,6 +153,8 @@ def test_class_weighting_deltas_are_bounded(drawn, seed, scale):
     [
         ([1.0, 2.0], r"`weights` must be one weight for each of 5 classes; found \[1\.0, 2\.0\]"),
         ([], r"`weights` must be one weight for each of 5 classes; found \[\]"),
+        ([0.0] * 5, r"`weights` must be above 0 for one class at least; found \[0\.0, 0\.0"),
+        (dict.fromkeys(NAMES, 0.0), r"`weights` must be above 0 for one class at least; found \{'cat': 0\.0"),
         (
             {"cow": 2.0},
             r"the key 'cow', which does not name a class\. .*Known names: 'cat', 'dog', 'emu', 'fox', 'gnu'",

@@ -27,6 +27,7 @@ from logit_batches import (
 from original_form import OriginalForm, cross_entropy, original_form_tests
 from torch.nn import functional as F
 
+from lpg_hf import LPGLoss
 from lpg_hf.batch import IGNORE_INDEX, LogitBatch
 from lpg_hf.class_shares import prior_terms
 from lpg_hf.perturbations import LogitAdjustment
@@ -133,6 +134,24 @@ def test_logit_adjustment_deltas_are_bounded_by_the_imbalance(drawn, seed, tau):
 
 
 # The method.
+
+
+@pytest.mark.parametrize("num_rare", [10, 1])
+def test_the_largest_strength_on_the_longest_tail_is_not_cut_short(num_rare):
+    """Offsets of -46 and -55, with a sample at the border of the shifted classes."""
+    counts = torch.tensor([10**6, num_rare], dtype=torch.float64)
+    offset = 4 * (counts / counts.sum()).log()
+    logits = torch.stack(
+        [torch.zeros(4).double(), (offset[0] - offset[1]) + torch.tensor([-3.0, 0, 3, 6]).double()], 1
+    )
+    logits, again, labels = (
+        logits.requires_grad_(),
+        logits.clone().detach().requires_grad_(),
+        torch.tensor([0, 1, 0, 1]),
+    )
+    LPGLoss(2, [LogitAdjustment(4.0)], counts.long().tolist())(logits, labels).backward()
+    F.cross_entropy(again + offset, labels).backward()
+    torch.testing.assert_close(logits.grad, again.grad, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT, None])

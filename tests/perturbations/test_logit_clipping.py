@@ -166,6 +166,14 @@ def test_adaptive_clipping_never_reads_ignored_samples(norm_of_ignored):
     assert with_ignored.bounds.unique().numel() == 3
 
 
+def test_adaptive_clipping_never_silences_a_class_whose_samples_are_all_fitted():
+    method = adaptive_clipping(0.5)
+    for gradient, batch in stream(100):
+        method.update(0 * gradient, batch)
+        method.step(None)
+    torch.testing.assert_close(method.bounds, torch.full((3,), 1e-3))
+
+
 def test_adaptive_clipping_leaves_the_bound_of_a_class_that_does_not_occur():
     method = adaptive_clipping(0.7)
     for gradient, batch in stream(20):

@@ -625,6 +625,13 @@ def test_a_tie_and_a_process_that_never_saw_the_row_leave_a_suggestion():
     assert (leader, votes) == (2, 0)
 
 
+def test_a_row_of_whose_label_the_model_is_certain_has_a_suggestion():
+    """The probability of the other class is 0 in float32."""
+    records = TrainingDynamics(1)
+    records.update(torch.tensor([0]), torch.tensor([[200.0, 0.0]]), torch.tensor([0]))
+    assert records.ranked(["a", "b"])["suggested_label"][:] == [1]
+
+
 def test_labels_that_a_loss_of_the_users_ignores_are_ignored():
     records = TrainingDynamics(3)
     records.update(torch.arange(3), torch.zeros(3, 2), torch.tensor([1, 255, -1]))

@@ -544,6 +544,17 @@ def test_an_exception_in_the_second_pass_leaves_weights_and_buffers_as_they_were
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sam_does_not_shift_where_the_gradient_is_zero(dtype, adaptive):
+    parameters = [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones((), dtype=dtype))]
+    shifts = SAM(0.5, adaptive).ascent(parameters, [torch.zeros_like(parameter) for parameter in parameters])
+    assert [shift.tolist() for shift in shifts] == [[0, 0, 0], 0]
+    shifts = SAM(0.5, adaptive).ascent(parameters, [torch.full_like(parameter, -2) for parameter in parameters])
+    assert all(shift.dtype == dtype for shift in shifts)
+    torch.testing.assert_close(shifts[0].float(), torch.full((3,), -0.25), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
 def test_sam_shifts_what_trains_by_its_radius_and_nothing_else(adaptive, tmp_path):
     model = make_model("bert", exact=True)
     model.bert.embeddings.requires_grad_(False)

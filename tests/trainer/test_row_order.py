@@ -196,6 +196,14 @@ def test_a_row_that_counts_as_verified_has_the_label_of_its_sample(data):
         assert numbers == (list(range(10, 10 + size)) if len(after) == size else [100] * len(after))
 
 
+def test_the_column_of_the_labels_is_looked_for_again_once_it_did_not_fit():
+    labels = iter(([0, 1], [5, 6], [2, 3]))
+    collator = IndexedCollator(lambda _: {"labels": torch.tensor(next(labels))}, num_rows=100)
+    batches = [[{"a": 0, "b": 7}, {"a": 1, "b": 8}]] * 2 + [[{"a": 7, "b": 2}, {"a": 8, "b": 3}]]
+    numbers = [collator([IndexedItems([4, 9], items)])[ROWS_KEY].tolist() for items in batches]
+    assert numbers == [[4, 9], mark_unverified([4, 9]), [4, 9]]
+
+
 class Unreadable(torch.Tensor):
     """Labels whose conversion would take a quarter of a second."""
 
