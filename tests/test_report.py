@@ -6,6 +6,7 @@ import dataclasses
 import io
 import re
 import sys
+from collections import Counter
 from html import unescape
 from pathlib import Path
 
@@ -269,6 +270,21 @@ def test_the_report_leaves_the_trainer_as_it_was(trained):
     trainer, _ = trained
     assert trainer.compute_metrics(None) == {"own": 1.0}
     assert trainer.preprocess_logits_for_metrics(torch.eye(2), None).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("settings", [{"prediction_loss_only": True}, {"eval_do_concat_batches": False}])
+def test_settings_of_the_users_evaluations_leave_the_report_alone(settings, tmp_path):
+    """The last of the batches is smaller than the others."""
+    args = {"max_steps": 1, "per_device_eval_batch_size": 16} | settings
+    trainer = make_trainer(tmp_path, args=args, eval_dataset=make_dataset(40, seed=1))
+    trainer.train()
+    folder = Path(trainer.report()).parent
+    assert all(getattr(trainer.args, name) == value for name, value in settings.items())
+    plain = Trainer(model=trainer.model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    predicted = plain.predict(make_dataset(40, seed=1)).predictions.argmax(1)
+    lines = read_csv(folder / "confusion.csv")
+    counts = {(int(line["label"]), int(line["predicted"])): int(line["rows"]) for line in lines}
+    assert counts == Counter(zip(make_dataset(40, seed=1)["label"][:], predicted.tolist(), strict=True))
 
 
 def test_without_an_evaluation_set_the_rest_is_shown(tmp_path):

@@ -214,6 +214,19 @@ def test_a_report_of_no_training(models, train_csv, tmp_path):
         run_train("text", words(*argv, "--output_dir", tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--do_predict", "--prediction_loss_only", "true"], r"leaves nothing for `--do_predict` to write"),
+        (["--do_eval", "--eval_do_concat_batches", "false"], r"`--eval_do_concat_batches` is false, but the metrics"),
+    ],
+)
+def test_evaluations_that_leave_nothing_to_evaluate(more, message, models, train_csv, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_text(models, tmp_path, *more, "--test_file", train_csv, train=train_csv)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tail_longer_than_the_data(models, train_csv, tmp_path, caplog):
     run_text(models, tmp_path, "--imbalance_ratio", 2, train=train_csv)
     assert "--imbalance_ratio" not in caplog.text
