@@ -366,6 +366,9 @@ def test_previews(tmp_path):
         return PILImage.open(io.BytesIO(base64.b64decode(shown["image"].split(",")[1]))).size
 
     assert size(preview(images, 0)) == (96, 48)
+    gray = Dataset.from_dict({"image": [PILImage.fromarray(np.full((4, 4), 30_000, dtype=np.uint16))]})
+    thumbnail = PILImage.open(io.BytesIO(base64.b64decode(preview(gray, 0)["image"].split(",")[1])))
+    assert thumbnail.getpixel((50, 50)) == (round(30_000 / 257),) * 3
     pixels = [{"pixel_values": torch.rand(3, 200, 100), "labels": 0}]
     assert size(preview(pixels, 0)) == (48, 96)
     assert preview([{"pixel_values": torch.rand(5)}], 0) == {} == preview([(1, 2)], 0)

@@ -26,6 +26,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
+from ..data.pixels import as_rgb
 from .arguments import FolderArguments
 from .load_data import FOLDER_CURE, TRAIN, raise_without_rows
 from .media_files import cast_to_files, check_files
@@ -92,6 +93,8 @@ def find_damage(image: dict | None) -> str | None:
     try:
         with PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
             opened.verify()
+        if opened.mode in ("I", "F"):  # few images are, and their pixels decide
+            as_rgb(Image().decode_example(image))
     except DECODING_ERRORS as error:
         return f"{describe(image)} cannot be decoded ({error})"
     return None
@@ -103,7 +106,7 @@ def decode(image: dict) -> PILImage.Image:
         ValueError: If it is no image, or damaged; names the file.
     """
     try:
-        return Image(mode="RGB").decode_example(image)
+        return as_rgb(Image().decode_example(image))
     except DECODING_ERRORS as error:
         raise ValueError(f"{describe(image)} cannot be decoded ({error}). Repair or remove it.") from error
 

@@ -144,7 +144,8 @@ def check_what_to_do(arguments: Arguments) -> None:
         raise ValueError("`--fixes` corrects the labels of a training, but there is none: pass --do_train as well.")
     if args.prediction_loss_only and args.do_predict:
         raise ValueError(
-            "`--prediction_loss_only` is true, which leaves nothing for `--do_predict` to write. Leave one of them out."
+            "`--prediction_loss_only` is true, which leaves nothing for `--do_predict` to write. Leave one of them "
+            "out."
         )
     if not args.eval_do_concat_batches:
         raise ValueError(

@@ -410,6 +410,42 @@ def test_an_image_that_is_damaged_behind_its_header(tmp_path):
         image.decode({"path": str(tmp_path / "a.jpg"), "bytes": None})
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_images_of_16_bits_keep_their_brightness(suffix, tmp_path):
+    """Half of the range is half of it with 8 bits, too, to within half a step."""
+    pixels = np.linspace(0, 65_535, 64).round().astype(np.uint16).reshape(8, 8)
+    file = {"path": str(tmp_path / f"a{suffix}"), "bytes": None}
+    PIL.Image.fromarray(pixels).save(file["path"])
+    assert image.find_damage(file) is None
+    found = np.asarray(image.decode(file))
+    assert found.shape == (8, 8, 3)
+    assert np.abs(found / 255 - pixels[..., None] / 65_535).max() <= 0.5 / 255 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("pixels", "low", "high"),
+    [(np.array([[0, 256]], np.int32), 0, 256), (np.array([[-1, 3]], np.int32), -1, 3)]
+    + [(np.array([[0, high]], np.float32), 0, high) for high in (0.5, 1, 255.5)],
+)
+def test_images_whose_white_is_not_known(pixels, low, high, tmp_path):
+    file = {"path": str(tmp_path / "a.tif"), "bytes": None}
+    PIL.Image.fromarray(pixels).save(file["path"])
+    message = rf"a\.tif cannot be decoded \(its pixels are numbers from {low} to {high} \(mode '[IF]'\)"
+    assert re.search(message, image.find_damage(file))
+    with pytest.raises(ValueError, match=message):
+        image.decode(file)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_of_32_bits_that_are_like_8(dtype, tmp_path):
+    """As `datasets` writes a list of gray pixels."""
+    pixels = np.array([[0, 1, 128, 255]], dtype)
+    file = {"path": str(tmp_path / "a.tif"), "bytes": None}
+    PIL.Image.fromarray(pixels).save(file["path"])
+    assert image.find_damage(file) is None
+    assert np.asarray(image.decode(file))[..., 0].tolist() == [[0, 1, 128, 255]]
+
+
 def test_recordings_that_do_not_decode(models, tmp_path):
     for folder in ("train", "validation"):
         for row in range(4):
