@@ -27,10 +27,10 @@ from lpg_hf.metrics import ExpectedCalibrationError
 from lpg_hf.model_card import _class_table
 from lpg_hf.perturbations.base import LogitPerturbation
 from lpg_hf.report import ReportCallback, write_report
-from lpg_hf.report.page import write_page
-from lpg_hf.report.plots import most_confused_classes
+from lpg_hf.report.page import confused_pairs, write_page
+from lpg_hf.report.plots import draw_figures, most_confused_classes
 from lpg_hf.report.previews import preview
-from lpg_hf.report.tables import ReportTables
+from lpg_hf.report.tables import ReportTables, make_tables
 from lpg_hf.safe_text import LONGEST_SNIPPET
 from lpg_hf.summary import Evaluation, TrainingSummary, Unavailable
 from lpg_hf.trainer.summary import summarize_training
@@ -398,6 +398,28 @@ def test_of_many_classes_those_with_the_most_mistakes_are_drawn():
     confusion[np.arange(0, 90, 3), 99] = np.arange(1, 31)
     assert most_confused_classes(confusion).tolist() == list(range(0, 90, 3))
     assert most_confused_classes(confusion[:30, :30]).tolist() == list(range(30))
+
+
+def test_a_hundred_thousand_classes(tmp_path):
+    """A matrix of all their pairs would need 75 GiB."""
+    size = 100_000
+    labels, predicted = np.array([5, 5, 5, size - 1]), np.array([5, 7, 7, 0])
+    evaluation = Evaluation("eval_dataset", labels, np.eye(1, size, dtype=np.float32)[[0] * 4])
+    for row, label in enumerate(predicted):
+        evaluation.probabilities[row, [0, label]] = [0, 1]
+    summary = summarize_training(make_trainer(tmp_path, model=make_model("bert")), None, [], [], evaluation=evaluation)
+    tables = make_tables(summary)
+    assert tables.summary["accuracy"] == "25.0%" and tables.summary["balanced accuracy"] == "16.7%"
+    assert [(line["label"], line["predicted"], line["rows"], line["share"]) for line in confused_pairs(tables)] == [
+        (5, 7, 2, 2 / 3),
+        (5, 5, 1, 1 / 3),
+        (size - 1, 0, 1, 1.0),
+    ]
+    assert tables.classes[5]["eval_accuracy"] == 1 / 3 and tables.classes[6]["eval_accuracy"] is None
+    shown = most_confused_classes(tables.confusion).tolist()
+    assert len(shown) == 30 and {5, size - 1} <= set(shown)
+    drawn, failed = draw_figures(tables)
+    assert "confusion" in drawn and not failed
 
 
 def test_tensorboard_holds_every_scalar(tmp_path):
