@@ -18,6 +18,7 @@ On several GPUs write `accelerate launch -m lpg_hf.commands` in the place of `lp
 import io
 import math
 from dataclasses import dataclass, field
+from glob import escape
 
 import torch
 from datasets import Dataset, DatasetDict, Image, load_dataset
@@ -58,7 +59,7 @@ class ImageClassification(ClassificationTask):
 
     def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
         try:
-            return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+            return load_dataset("imagefolder", data_dir=escape(folder), split="train", cache_dir=cache_dir)
         except ValueError as error:
             raise_without_rows(error, f"There are no images in {folder}. {FOLDER_CURE}")
 

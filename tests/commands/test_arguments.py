@@ -292,6 +292,27 @@ def test_empty_texts(models, tmp_path):
         run_text(models, tmp_path, train=path)
 
 
+def test_a_class_whose_name_is_an_empty_cell(models, tmp_path):
+    """In a CSV file. JSON lines have it."""
+    rows = [row | {"label": "None" if row["label"] == "red" else row["label"]} for row in text_rows(12)]
+    with pytest.raises(ValueError, match=r"no label in 4 of 12 rows .* cells with the words None, NA, null .*JSON"):
+        run_text(models, tmp_path, train=write_csv(tmp_path / "train.csv", rows))
+    lines = tmp_path / "train.jsonl"
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run_text(models, tmp_path, "--save_strategy", "no", train=lines)
+    assert set(json.loads((tmp_path / "out" / "config.json").read_text())["label2id"]) == {"None", "blue", "green"}
+
+
+def test_paths_with_brackets_are_no_patterns(models, tmp_path):
+    folder = tmp_path / "da[ta] ü *"
+    folder.mkdir()
+    path = write_csv(folder / "train[1].csv", text_rows(12))
+    run_text(models, folder, "--save_strategy", "no", train=path)
+    assert json.loads((folder / "out" / "train_results.json").read_text())["train_samples"] == 12
+    run_image(models, tmp_path, "--train_dir", write_images(folder / "images", 6), "--save_strategy", "no")
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_samples"] == 6
+
+
 def test_texts_that_are_numbers(models, tmp_path):
     path = write_csv(tmp_path / "train.csv", [{"text": row, "label": row % 2} for row in range(6)])
     with pytest.raises(ValueError, match=r"Column 'text' of the train data holds Value\('int64'\), not texts"):
