@@ -7,10 +7,12 @@ import shutil
 import pytest
 from command_data import QUIET, text_model, text_rows, words, write_csv
 from safetensors.torch import load_file
+from transformers import Trainer
 
-from lpg_hf.commands import issues, report
+from lpg_hf.commands import issues, report, run
 from lpg_hf.commands.main import main
 from lpg_hf.commands.train import train
+from lpg_hf.trainer import export_issues
 
 
 pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
@@ -62,6 +64,33 @@ def test_nothing_of_the_training_is_written_for_others(folder):
     command = json.loads((folder / "out" / "_lpg" / "command.json").read_text())
     assert "hf_secret" not in str(command) and command["kind"] == "text" and command["folder"] == str(folder)
     assert {path.name for path in (folder / "out" / "_lpg").iterdir()} == {"command.json", "label_issues.csv"}
+
+
+def test_the_model_card_has_no_paths_of_this_machine(folder):
+    card = (folder / "out" / "README.md").read_text(encoding="utf-8")
+    assert "lpg_hf" in card
+    assert "base_model" not in card and "fine-tuned version of" not in card and str(folder) not in card
+    assert [run.on_hub(name) for name in (None, "org/name", str(folder / "model"))] == [None, "org/name", None]
+
+
+def test_a_report_is_not_uploaded_with_the_model(folder, tmp_path, monkeypatch):
+    """A push leaves out what begins with an underscore. To report later pushes nothing at all."""
+    pushes = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, **_: pushes.append("init"))
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: pushes.append("checkpoint"))
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda *_, **__: pushes.append("end"))
+    monkeypatch.chdir(folder)
+    arguments = json.loads((folder / "out" / "_lpg" / "command.json").read_text())["arguments"]
+    out = tmp_path / "out"
+    argv = [*arguments, "--output_dir", str(out), "--num_train_epochs", "1", "--push_to_hub", "--report"]
+    train("text", argv)
+    assert pushes[0] == "init" and pushes[-1] == "end"
+    assert (out / "_report" / "report.html").is_file() and not (out / "report").exists()
+    assert export_issues(out, tmp_path / "issues.csv") == 60
+    shutil.rmtree(out / "_report")
+    pushes.clear()
+    main(["report", str(out)])
+    assert (out / "_report" / "report.html").is_file() and pushes == []
 
 
 def test_the_report_is_that_of_the_training(folder, tmp_path, monkeypatch):
