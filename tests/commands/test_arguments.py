@@ -485,6 +485,27 @@ def test_recordings_that_do_not_decode(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("seconds", ["0", "0.024", "nan", "inf"])
+def test_parts_of_recordings_that_are_too_short(seconds, models, tmp_path):
+    """A model has a window of 25 ms."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(4_000), 16_000)
+    rows = [{"audio": tmp_path / "a.wav", "label": label} for label in "ab"]
+    more = ["--train_file", write_csv(tmp_path / "train.csv", rows), "--max_length_seconds", seconds]
+    with pytest.raises(ValueError, match=rf"`--max_length_seconds` is {float(seconds)}, .* of at least 0\.025"):
+        run_audio(models, tmp_path, *more)
+
+
+def test_recordings_that_are_left_out_are_named(tmp_path, caplog):
+    for name in ("a/1.wav", "b/2.OPUS", "b/3.aif", "b/4.oga", "b/notes.txt", "b/.hidden", "c/deep/5.wav", "6.wav"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    rows = audio.AudioClassification().load_folder(str(tmp_path), None)
+    assert [Path(path).name for path in rows["audio"][:]] == ["1.wav", "2.OPUS", "3.aif", "4.oga"]
+    assert rows["label"][:] == ["a", "b", "b", "b"]
+    assert f"3 files in {tmp_path} are not used: 6.wav, b/notes.txt, c/deep/5.wav. " in caplog.text
+
+
 @pytest.mark.parametrize("is_file", [True, False])
 def test_what_is_wrong_with_a_recording(is_file, tmp_path):
     def write(samples):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -121,8 +122,34 @@ def test_a_report_without_a_checkpoint_or_a_training(folder, tmp_path):
         report.write_report(str(out))
 
 
+def test_a_file_that_a_spreadsheet_has_written_anew(folder, tmp_path, capsys):
+    """With semicolons, commas in numbers, columns in capitals, and an empty line."""
+    main(["issues", str(folder / "out"), "--number", "3"])
+    wanted = capsys.readouterr().out
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    (path,) = out.glob("_lpg/label_issues.csv")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header, *lines = csv.reader(file)
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerow(map(str.upper, header))
+        writer.writerow([""] * len(header))
+        writer.writerows([cell.replace(".", ",") for cell in line] for line in lines)
+    main(["issues", str(out), "--number", "3"])
+    assert capsys.readouterr().out == wanted and len(wanted.splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("none/a.csv", r"no folder .*none"), ("folder", "which is a folder")])
+def test_files_that_cannot_be_exported_to(name, wrong, folder, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        main(["issues", str(folder / "out"), "--export", str(tmp_path / name)])
+    assert exit_.value.code == 2 and re.search(wrong, capsys.readouterr().err)
+
+
 def test_a_long_cell_is_cut():
     assert issues.cut("label_name", "x" * 30) == "x" * 23 + "…" and issues.cut("score", "0.12345") == "0.123"
+    assert issues.cut("score", "97%") == "97%"
 
 
 def test_a_training_without_label_issues(folder, tmp_path, monkeypatch, caplog):
