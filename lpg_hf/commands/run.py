@@ -143,7 +143,7 @@ def train(trainer: LPGTrainer, train_dataset: Dataset, checkpoint: str | None) -
 
 def read_train_results(folder: str) -> dict[str, float]:
     path = Path(folder) / "train_results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def step_of(checkpoint: str | None) -> int | None:

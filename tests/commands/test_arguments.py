@@ -156,6 +156,18 @@ def test_arguments_that_do_not_parse(argv, message, capsys, tmp_path, monkeypatc
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_words_in_a_config_file_are_words(tmp_path):
+    """YAML 1.1 reads some of them as truth values."""
+    path = tmp_path / "é.yaml"
+    lines = ["save_strategy: no", "disable_tqdm: no", "use_lora: yes", "do_train: on", "bf16: off", "fp16: FALSE"]
+    path.write_text("\n".join([*lines, "label_column_name: ja é"]), encoding="utf-8")
+    arguments = parse_arguments(TextArguments, "lpg-hf", "", [str(path), "--output_dir", str(tmp_path)])
+    args = arguments.training
+    assert args.save_strategy == "no" and args.do_train is True and arguments.model.use_lora is True
+    assert (args.disable_tqdm, args.bf16, args.fp16) == (False, False, False)
+    assert arguments.data.label_column_name == "ja é"
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n"])
 def test_config_files_that_are_none(content, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text(content)
@@ -176,20 +188,53 @@ def test_config_files_that_are_none(content, capsys, tmp_path):
         (["--dataset_name", "some/data"], r"'some/data' and local data as well"),
         (["--do_predict"], r"`--do_predict` needs test data, but there is only: train"),
         (["--validation_file", "a.xlsx"], r"ends with '\.xlsx'"),
-        (["--max_train_samples", 0], r"`--max_train_samples` is 0, but must be at least 1\. Leave it out"),
-        (["--max_eval_samples", -1], r"`--max_eval_samples` is -1, but must be at least 1"),
         (["--max_seq_length", 0], r"`--max_seq_length` is 0, but must be at least 1: the tokenizer adds 0 tokens"),
-        (["--use_lora", "--lora_r", 0], r"`--lora_r` is 0, but must be at least 1"),
-        (["--use_lora", "--lora_dropout", 1], r"`--lora_dropout` is 1\.0, but must be in \[0, 1\)"),
-        (["--label_noise", 1.5], r"`--label_noise` is 1\.5, but must be in \[0, 1\)"),
-        (["--label_noise", "nan"], r"`--label_noise` is nan"),
-        (["--imbalance_ratio", 0.5], r"`--imbalance_ratio` is 0\.5, but must be a finite number of at least 1"),
         (["--do_eval", "--train_val_split", "2"], r"`--train_val_split` is 2\.0"),
+        (
+            ["--do_eval", "--train_val_split", "0.95"],
+            r"is 0\.95, which leaves none of the 12 training rows to train on",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_the_data(more, message, models, train_csv, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_text(models, tmp_path, *more, train=train_csv)
+
+
+def test_an_output_folder_that_is_a_file(models, train_csv, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"`--output_dir` is '.*out', which is a file"):
+        run_text(models, tmp_path, train=train_csv)
+
+
+def test_more_validation_rows_than_training_rows(models, train_csv, tmp_path):
+    """Of 12 rows, two are left: too few for one of each class."""
+    run_text(models, tmp_path, "--do_eval", "--train_val_split", "0.8", "--save_strategy", "no", train=train_csv)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert (results["train_samples"], results["eval_samples"]) == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max_train_samples", 0], r"`--max_train_samples` is 0, but must be at least 1\. Leave it out"),
+        (["--max_eval_samples", -1], r"`--max_eval_samples` is -1, but must be at least 1"),
+        (["--use_lora", "--lora_r", 0], r"`--lora_r` is 0, but must be at least 1"),
+        (["--use_lora", "--lora_dropout", 1], r"`--lora_dropout` is 1\.0, but must be in \[0, 1\)"),
+        (["--label_noise", 1.5], r"`--label_noise` is 1\.5, but must be in \[0, 1\)"),
+        (["--label_noise", "nan"], r"`--label_noise` is nan"),
+        (["--imbalance_ratio", 0.5], r"`--imbalance_ratio` is 0\.5, but must be a finite number of at least 1"),
+        (["--perturbations", "lgp"], r"Unknown perturbation 'lgp'"),
+        (["--use_fast_tokenizer", "false"], r"transformers 5 has no slow ones"),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "epoch"], r"strategy to match"),
+    ],
+)
+def test_values_that_are_out_of_range(more, message, tmp_path, capsys):
+    """Whether this library or transformers says so. What does not parse ends alike."""
+    with pytest.raises(SystemExit) as exit_:
+        run_train("text", words("--output_dir", tmp_path / "out", "--do_train", *more))
+    assert exit_.value.code == 2
+    assert re.search(rf"lpg-hf train text: error: .*{message}", capsys.readouterr().err, re.DOTALL)
 
 
 def test_columns_of_images_and_recordings(models, tmp_path):
