@@ -169,6 +169,10 @@ def test_confusion_and_calibration_agree_with_other_code(trained):
     for pair in zip(labels.tolist(), predicted.tolist(), strict=True):
         expected[pair] = expected.get(pair, 0) + 1
     assert pairs == expected
+    _, *wrong = table_of((folder / "report.html").read_text(encoding="utf-8"), "confusion")
+    shown = [(NAMES.index(label), NAMES.index(guess), int(rows)) for label, guess, rows, _ in wrong]
+    mistakes = [(*pair, rows) for pair, rows in expected.items() if pair[0] != pair[1]]
+    assert shown == sorted(mistakes, key=lambda line: (-line[2], line[:2])) and 0 < len(shown) <= 15
 
     bins = [line for line in read_csv(folder / "calibration.csv") if int(line["rows"])]
     gaps = [int(line["rows"]) * abs(float(line["accuracy"]) - float(line["confidence"])) for line in bins]

@@ -686,6 +686,17 @@ def test_random_boxes_have_the_promised_distribution():
     assert stats.kstest(boxes[fits, 0] / (1000 - w[fits]), stats.uniform.cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_every_other_image_is_mirrored(random_flip):
+    torch.manual_seed(0)
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 6)
+    data = image.ImageArguments(min_crop_area=1, random_flip=random_flip)
+    found = [np.asarray(image.augment(PIL.Image.fromarray(pixels), data)) for _ in range(400)]
+    mirrored = [(one == pixels[:, ::-1]).all() for one in found]
+    assert all(is_mirrored or (one == pixels).all() for one, is_mirrored in zip(found, mirrored, strict=True))
+    assert abs(sum(mirrored) - (200 if random_flip else 0)) <= (50 if random_flip else 0)  # five standard deviations
+
+
 @pytest.mark.parametrize("rate", [8_000, 22_050, 16_000])
 def test_recordings_are_resampled(rate, tmp_path):
     """A sine of 440 Hz on two channels of other loudness is their mean at the new rate, away from the ends."""

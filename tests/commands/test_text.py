@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from command_data import QUIET, text_model, text_rows, words, write_csv
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lpg_hf.commands import rows as chosen
 from lpg_hf.commands.arguments import Arguments
+from lpg_hf.commands.class_labels import encode_labels
 from lpg_hf.commands.parser import parse_arguments
 from lpg_hf.commands.text import TextArguments, TextClassification
 from lpg_hf.commands.train import train
@@ -88,6 +89,28 @@ def test_shuffling_before_rows_are_chosen():
         expected = rows["train"].shuffle(seed=seed).shuffle(seed=42).select(range(10))["number"][:]
         assert picked[seed] == expected
     assert picked[1] != picked[2]
+
+
+def test_rows_of_a_sorted_file_are_drawn_from_all_of_it():
+    """Predictions keep the order of their file."""
+    labels = [label for label in range(3) for _ in range(20)]
+    rows = Dataset.from_dict({"labels": labels}).cast_column("labels", ClassLabel(names=["a", "b", "c"]))
+    splits = DatasetDict(train=rows, validation=rows, test=rows)
+    limits = [argument for split in ("train", "eval", "predict") for argument in (f"--max_{split}_samples", 15)]
+    picked = chosen.choose_rows(splits, parse(*limits))
+    for split in ("train", "validation"):
+        assert len(picked[split]) == 15 and set(picked[split]["labels"][:]) == {0, 1, 2}
+    assert picked["test"]["labels"][:] == [0] * 15
+
+
+@pytest.mark.parametrize("label", [-1, -100, None])
+def test_test_data_without_labels(label):
+    """The hub marks them so."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    columns = [{"text": ["x", "y"], "label": labels} for labels in ([0, 1], [label, label])]
+    train, test = (Dataset.from_dict(values, features=features) for values in columns)
+    splits, _ = encode_labels(DatasetDict(train=train, test=test), parse().data)
+    assert splits["train"]["labels"][:] == [0, 1] and splits["test"].column_names == ["text"]
 
 
 @pytest.mark.parametrize("name", ["f1", "precision", "recall", "matthews_correlation", "accuracy"])
