@@ -1,6 +1,7 @@
 """The rooms of the package: modules stay small, and imports form no cycle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -183,3 +184,23 @@ def test_no_module_is_long():
     too_long = {name for name, length in lengths.items() if length > MAX_LINES}
     # Equal: a module that was split leaves the set.
     assert not too_long
+
+
+def test_no_text_depends_on_the_locale():
+    """Without an encoding, Python reads and writes in that of the machine, which may not have the characters."""
+    calls = [
+        (path.name, node.lineno, node.func.attr)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_text(node)
+        if not any(keyword.arg == "encoding" for keyword in node.keywords)
+    ]
+    assert not calls
+
+
+def is_text(call: ast.Call) -> bool:
+    """Whether it opens a file as text, by the methods of `Path`."""
+    if call.func.attr in ("read_text", "write_text"):
+        return True
+    mode = call.args[0] if call.func.attr == "open" and call.args else None
+    return isinstance(mode, ast.Constant) and re.fullmatch(r"[rwax]\+?", mode.value) is not None

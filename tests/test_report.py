@@ -6,6 +6,7 @@ import dataclasses
 import io
 import re
 import sys
+from collections import Counter
 from html import unescape
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from lpg_hf.metrics import ExpectedCalibrationError
 from lpg_hf.model_card import _class_table
 from lpg_hf.perturbations.base import LogitPerturbation
 from lpg_hf.report import ReportCallback, write_report
-from lpg_hf.report.page import write_page
-from lpg_hf.report.plots import most_confused_classes
+from lpg_hf.report.page import confused_pairs, write_page
+from lpg_hf.report.plots import draw_figures, most_confused_classes
 from lpg_hf.report.previews import preview
-from lpg_hf.report.tables import ReportTables
+from lpg_hf.report.tables import ReportTables, make_tables
 from lpg_hf.safe_text import LONGEST_SNIPPET
 from lpg_hf.summary import Evaluation, TrainingSummary, Unavailable
 from lpg_hf.trainer.summary import summarize_training
@@ -168,6 +169,10 @@ def test_confusion_and_calibration_agree_with_other_code(trained):
     for pair in zip(labels.tolist(), predicted.tolist(), strict=True):
         expected[pair] = expected.get(pair, 0) + 1
     assert pairs == expected
+    _, *wrong = table_of((folder / "report.html").read_text(encoding="utf-8"), "confusion")
+    shown = [(NAMES.index(label), NAMES.index(guess), int(rows)) for label, guess, rows, _ in wrong]
+    mistakes = [(*pair, rows) for pair, rows in expected.items() if pair[0] != pair[1]]
+    assert shown == sorted(mistakes, key=lambda line: (-line[2], line[:2])) and 0 < len(shown) <= 15
 
     bins = [line for line in read_csv(folder / "calibration.csv") if int(line["rows"])]
     gaps = [int(line["rows"]) * abs(float(line["accuracy"]) - float(line["confidence"])) for line in bins]
@@ -271,6 +276,21 @@ def test_the_report_leaves_the_trainer_as_it_was(trained):
     assert trainer.preprocess_logits_for_metrics(torch.eye(2), None).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("settings", [{"prediction_loss_only": True}, {"eval_do_concat_batches": False}])
+def test_settings_of_the_users_evaluations_leave_the_report_alone(settings, tmp_path):
+    """The last of the batches is smaller than the others."""
+    args = {"max_steps": 1, "per_device_eval_batch_size": 16} | settings
+    trainer = make_trainer(tmp_path, args=args, eval_dataset=make_dataset(40, seed=1))
+    trainer.train()
+    folder = Path(trainer.report()).parent
+    assert all(getattr(trainer.args, name) == value for name, value in settings.items())
+    plain = Trainer(model=trainer.model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    predicted = plain.predict(make_dataset(40, seed=1)).predictions.argmax(1)
+    lines = read_csv(folder / "confusion.csv")
+    counts = {(int(line["label"]), int(line["predicted"])): int(line["rows"]) for line in lines}
+    assert counts == Counter(zip(make_dataset(40, seed=1)["label"][:], predicted.tolist(), strict=True))
+
+
 def test_without_an_evaluation_set_the_rest_is_shown(tmp_path):
     trainer = make_trainer(tmp_path / "run", perturbations=["class_relative_dampening"])
     trainer.add_callback(ReportCallback(trainer, tmp_path / "there"))
@@ -350,6 +370,9 @@ def test_previews(tmp_path):
         return PILImage.open(io.BytesIO(base64.b64decode(shown["image"].split(",")[1]))).size
 
     assert size(preview(images, 0)) == (96, 48)
+    gray = Dataset.from_dict({"image": [PILImage.fromarray(np.full((4, 4), 30_000, dtype=np.uint16))]})
+    thumbnail = PILImage.open(io.BytesIO(base64.b64decode(preview(gray, 0)["image"].split(",")[1])))
+    assert thumbnail.getpixel((50, 50)) == (round(30_000 / 257),) * 3
     pixels = [{"pixel_values": torch.rand(3, 200, 100), "labels": 0}]
     assert size(preview(pixels, 0)) == (48, 96)
     assert preview([{"pixel_values": torch.rand(5)}], 0) == {} == preview([(1, 2)], 0)
@@ -379,6 +402,28 @@ def test_of_many_classes_those_with_the_most_mistakes_are_drawn():
     confusion[np.arange(0, 90, 3), 99] = np.arange(1, 31)
     assert most_confused_classes(confusion).tolist() == list(range(0, 90, 3))
     assert most_confused_classes(confusion[:30, :30]).tolist() == list(range(30))
+
+
+def test_a_hundred_thousand_classes(tmp_path):
+    """A matrix of all their pairs would need 75 GiB."""
+    size = 100_000
+    labels, predicted = np.array([5, 5, 5, size - 1]), np.array([5, 7, 7, 0])
+    evaluation = Evaluation("eval_dataset", labels, np.eye(1, size, dtype=np.float32)[[0] * 4])
+    for row, label in enumerate(predicted):
+        evaluation.probabilities[row, [0, label]] = [0, 1]
+    summary = summarize_training(make_trainer(tmp_path, model=make_model("bert")), None, [], [], evaluation=evaluation)
+    tables = make_tables(summary)
+    assert tables.summary["accuracy"] == "25.0%" and tables.summary["balanced accuracy"] == "16.7%"
+    assert [(line["label"], line["predicted"], line["rows"], line["share"]) for line in confused_pairs(tables)] == [
+        (5, 7, 2, 2 / 3),
+        (5, 5, 1, 1 / 3),
+        (size - 1, 0, 1, 1.0),
+    ]
+    assert tables.classes[5]["eval_accuracy"] == 1 / 3 and tables.classes[6]["eval_accuracy"] is None
+    shown = most_confused_classes(tables.confusion).tolist()
+    assert len(shown) == 30 and {5, size - 1} <= set(shown)
+    drawn, failed = draw_figures(tables)
+    assert "confusion" in drawn and not failed
 
 
 def test_tensorboard_holds_every_scalar(tmp_path):

@@ -16,6 +16,7 @@ Recordings are decoded by soundfile, and resampled to what the model was trained
 """
 
 import io
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -38,7 +39,8 @@ DECODING_ERRORS = (OSError, RuntimeError)
 # Feature extractors look at windows of 25 ms, as the convolutions of Wav2Vec2 do. Of less, some make an error, others
 # no frame at all, or NaN.
 MIN_SECONDS = 0.025
-SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()}
+# The names of the formats, and what else files of OGG and AIFF are called.
+SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus", ".oga", ".aif"}
 
 
 @dataclass
@@ -79,8 +81,11 @@ class AudioClassification(ClassificationTask):
         return load_labeled_files(folder, cache_dir, "audio", SUFFIXES, "recordings")
 
     def check(self, splits: DatasetDict, data: AudioArguments) -> DatasetDict:
-        if data.max_length_seconds <= 0:
-            raise ValueError(f"`--max_length_seconds` is {data.max_length_seconds}, but must be above 0.")
+        if not MIN_SECONDS <= data.max_length_seconds < math.inf:
+            raise ValueError(
+                f"`--max_length_seconds` is {data.max_length_seconds}, but must be a finite number of at least "
+                f"{MIN_SECONDS}, the window of speech models."
+            )
         # `datasets` decodes with torchcodec, which needs ffmpeg on the machine.
         return cast_to_files(splits, data, "audio_column_name", data.audio_column_name, Audio(decode=False))
 

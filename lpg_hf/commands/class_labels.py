@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, List, Value
 from ..data import LABEL_COLUMNS
 from ..loss import IGNORE_INDEX
 from .arguments import DataArguments
-from .load_data import TEST, TRAIN, VALIDATION, check_column, shorten
+from .load_data import EMPTY_CELLS, TEST, TRAIN, VALIDATION, check_column, shorten
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def label_values(dataset: Dataset, split: str, column: str) -> list[str]:
     if unlabelled := [row for row, value in enumerate(values) if value in no_label]:
         raise ValueError(
             f"Column {column!r} of the {split} data has no label in {len(unlabelled)} of {len(values)} rows (rows "
-            f"{shorten(unlabelled)}). Remove these rows."
+            f"{shorten(unlabelled)}). Remove these rows. {EMPTY_CELLS}"
         )
     if isinstance(feature, ClassLabel):
         return feature.int2str(values)

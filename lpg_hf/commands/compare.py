@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
+from .parser import expand_config
 from .run_files import read_command, without_secrets
 from .train import KINDS, train
 
@@ -62,7 +63,7 @@ def results_of(kind: str, perturbations: list[str], seed: int, folder: Path, arg
                 f"{folder} was trained with other arguments: {found['kind']} {shlex.join(found['arguments'])}. Choose "
                 "another --output_dir."
             )
-    return json.loads(results.read_text())
+    return json.loads(results.read_text(encoding="utf-8"))
 
 
 def pairs_table(results: dict[str, list[Results]]) -> str:
@@ -94,7 +95,7 @@ def read_results(folder: str) -> Results:
             f"There is no {RESULTS_FILE} in {folder}. Pass the --output_dir of a run with --do_eval, or a kind of "
             f"data ({', '.join(KINDS)}) and the arguments of a training."
         )
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def shared_metrics(runs: list[Results]) -> list[str]:
@@ -126,7 +127,7 @@ def compare_pairs(kind: str, own: Namespace, arguments: list[str]) -> None:
             results[name].append(results_of(kind, perturbations, seed, folder, arguments))
     text = pairs_table(results)
     if PartialState().is_main_process:
-        (own.output_dir / "comparison.md").write_text(text + "\n")
+        (own.output_dir / "comparison.md").write_text(text + "\n", encoding="utf-8")
         print(f"\nValidation data, in %, mean ± standard error over {len(own.seeds)} seeds\n\n{text}")
 
 
@@ -149,7 +150,10 @@ def main(argv: list[str]) -> None:
         print(runs_table(parser.parse_args(argv).what))
         return
     # Without the positional argument, which would take the values of arguments that are for `lpg-hf train`.
-    own, arguments = options.parse_known_args(argv[1:])
+    try:
+        own, arguments = options.parse_known_args(expand_config(argv[1:]))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if own.output_dir is None:
         parser.error(f"pass --output_dir, the folder of the trainings. To compare finished ones, write ./{argv[0]}.")
     compare_pairs(argv[0], own, arguments)

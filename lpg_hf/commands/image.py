@@ -18,6 +18,7 @@ On several GPUs write `accelerate launch -m lpg_hf.commands` in the place of `lp
 import io
 import math
 from dataclasses import dataclass, field
+from glob import escape
 
 import torch
 from datasets import Dataset, DatasetDict, Image, load_dataset
@@ -26,6 +27,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
+from ..data.pixels import as_rgb
 from .arguments import FolderArguments
 from .load_data import FOLDER_CURE, TRAIN, raise_without_rows
 from .media_files import cast_to_files, check_files
@@ -57,7 +59,7 @@ class ImageClassification(ClassificationTask):
 
     def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
         try:
-            return load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
+            return load_dataset("imagefolder", data_dir=escape(folder), split="train", cache_dir=cache_dir)
         except ValueError as error:
             raise_without_rows(error, f"There are no images in {folder}. {FOLDER_CURE}")
 
@@ -92,6 +94,8 @@ def find_damage(image: dict | None) -> str | None:
     try:
         with PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
             opened.verify()
+        if opened.mode in ("I", "F"):  # few images are, and their pixels decide
+            as_rgb(Image().decode_example(image))
     except DECODING_ERRORS as error:
         return f"{describe(image)} cannot be decoded ({error})"
     return None
@@ -103,7 +107,7 @@ def decode(image: dict) -> PILImage.Image:
         ValueError: If it is no image, or damaged; names the file.
     """
     try:
-        return Image(mode="RGB").decode_example(image)
+        return as_rgb(Image().decode_example(image))
     except DECODING_ERRORS as error:
         raise ValueError(f"{describe(image)} cannot be decoded ({error}). Repair or remove it.") from error
 

@@ -1,12 +1,12 @@
 """`lpg-hf issues OUT`: the rows of a training whose labels are most likely wrong."""
 
-import csv
 from argparse import ArgumentParser
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..safe_text import one_line, restored_cell
+from ..safe_text import one_line
 
 
 # Columns of the file that a terminal has room for, those of them that it has, and how wide each may be.
@@ -15,14 +15,16 @@ SHOWN = {"row": 12, "score": 5, "label_name": 24, "suggested_label_name": 24, "t
 
 def table(path: Path, number: int) -> str:
     """
-    The first lines of a CSV file of label issues as a table of text.
+    The first lines of a CSV file of label issues as a table of text. A spreadsheet may have written the file anew.
 
     Args:
         path (`Path`): The file.
         number (`int`): Of rows.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(islice(csv.DictReader(file), number))
+    # A help shall not wait for torch, here and below.
+    from ..data.issues_csv import read_table
+
+    rows = list(islice(filter(None, read_table(path)), number))
     columns = [column for column in SHOWN if rows and column in rows[0]]
     lines = [columns, *([cut(column, row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[position]) for line in lines) for position in range(len(columns))]
@@ -30,7 +32,10 @@ def table(path: Path, number: int) -> str:
 
 
 def cut(column: str, cell: str) -> str:
-    text, widest = f"{float(cell):.3f}" if column == "score" else one_line(restored_cell(cell)), SHOWN[column]
+    text, widest = one_line(cell), SHOWN[column]
+    if column == "score":
+        with suppress(ValueError):  # spreadsheets of many countries write a comma, and may write percent
+            text = f"{float(text.replace(',', '.')):.3f}"
     return text if len(text) <= widest else f"{text[: widest - 1]}…"
 
 
@@ -47,19 +52,22 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.number < 0:
         parser.error(f"--number is {arguments.number}, but must be at least 0")
-    # A help shall not wait for torch.
+    path = arguments.export
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        wrong = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+        parser.error(f"--export is {path}, which {wrong}")
     from ..trainer import export_issues
     from .run_files import folder_of_issues
 
     source = folder_of_issues(arguments.folder)
     with TemporaryDirectory() as folder:
-        path = Path(folder, "issues.csv")
-        export_issues(source, path)
-        print(table(path, arguments.number))
-    if arguments.export is not None:
-        number = export_issues(source, arguments.export)
+        copy = Path(folder, "issues.csv")
+        export_issues(source, copy)
+        print(table(copy, arguments.number))
+    if path is not None:
+        number = export_issues(source, path)
         print(
-            f"\n{number} rows: {arguments.export}. Write the right label of a row, or `drop`, into its column `fix`. "
-            f"Then train again with the same arguments and --fixes {arguments.export}. After a script of your own, "
+            f"\n{number} rows: {path}. Write the right label of a row, or `drop`, into its column `fix`. "
+            f"Then train again with the same arguments and --fixes {path}. After a script of your own, "
             "give the file to lpg_hf.data.apply_fixes with the training set."
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,11 @@ FILE_NAME = "file_name"
 FOLDER_CURE = (
     "Make one folder per class, two at least, with the files in them; or a metadata.csv with the columns file_name "
     "and label."
+)
+# As pandas reads them, for `datasets`.
+EMPTY_CELLS = (
+    "In CSV files, cells with the words None, NA, null or nan are empty as well: give such a class or text another "
+    "name, or save the data as JSON lines."
 )
 SHOWN = 5
 
@@ -146,27 +151,31 @@ def load_named(data: DataArguments, model: ModelArguments) -> DatasetDict:
     return DatasetDict({split: found[name] for split, name in names.items() if name in found})
 
 
-def load_file(pattern: str, cache_dir: str | None = None) -> Dataset:
+def load_file(name: str, cache_dir: str | None = None) -> Dataset:
     """
+    Reads a file, or all files that fit a pattern.
+
     Raises:
         ValueError: If the type is unknown, or the file damaged or without rows.
         FileNotFoundError: If there is none.
     """
-    suffix = Path(pattern).suffix.lower()
+    suffix = Path(name).suffix.lower()
     if suffix not in LOADERS:
-        raise ValueError(f"{pattern} ends with {suffix!r}, but files must be one of {', '.join(LOADERS)}.")
+        raise ValueError(f"{name} ends with {suffix!r}, but files must be one of {', '.join(LOADERS)}.")
+    # Brackets in the path of a file are no pattern.
+    pattern = escape(name) if Path(name).is_file() else name
     if empty := [path for path in glob(pattern, recursive=True) if Path(path).stat().st_size == 0]:
         raise ValueError(f"{shorten(empty)} has 0 bytes. Write it anew, or leave it out.")
     try:
         return load_dataset(LOADERS[suffix], data_files=pattern, split="train", cache_dir=cache_dir)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no file {pattern}. Check the path.") from error
+        raise FileNotFoundError(f"There is no file {name}. Check the path.") from error
     except DatasetGenerationError as error:
         raise ValueError(
-            f"{pattern} cannot be read as {LOADERS[suffix]} ({error.__cause__ or error}). Correct the file."
+            f"{name} cannot be read as {LOADERS[suffix]} ({error.__cause__ or error}). Correct the file."
         ) from error
     except ValueError as error:
-        raise_without_rows(error, f"{pattern} has no rows, only a line of column names. Add rows.")
+        raise_without_rows(error, f"{name} has no rows, only a line of column names. Add rows.")
 
 
 def raise_without_rows(error: ValueError, message: str) -> NoReturn:

@@ -1,12 +1,16 @@
 """Columns of images, recordings and videos, which stay files until their rows are read."""
 
-from collections.abc import Callable, Container
+import logging
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 from datasets import Array2D, Array3D, Audio, Dataset, DatasetDict, Image, List, Value, Video
 
 from .arguments import DataArguments
-from .load_data import FILE_NAME, FOLDER_CURE, SHOWN, check_input_column, load_file, metadata_files
+from .load_data import FILE_NAME, FOLDER_CURE, SHOWN, check_input_column, load_file, metadata_files, shorten
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_labeled_files(
@@ -37,9 +41,22 @@ def load_labeled_files(
     for pattern in ("*/*", "*"):
         files = sorted(path for path in root.glob(pattern) if path.suffix.lower() in suffixes)
         if files:
+            warn_of_other_files(root, files, kind)
             labels = {"label": [path.parent.name for path in files]} if pattern == "*/*" else {}
             return Dataset.from_dict({column: list(map(str, files))} | labels)
     raise FileNotFoundError(f"There are no {kind} in {folder}. {FOLDER_CURE}")
+
+
+def warn_of_other_files(root: Path, used: Sequence[Path], kind: str) -> None:
+    """Warns of files in a folder that are no rows: of another type, or deeper or less deep than the others."""
+    known = set(used)
+    others = [path for path in root.rglob("*") if path.is_file() and path not in known]
+    names = sorted(str(path.relative_to(root)) for path in others if not path.name.startswith("."))
+    if names:
+        logger.warning(
+            f"{len(names)} files in {root} are not used: {shorten(names)}. They are no {kind} with a known ending, or "
+            "not in a folder as the others are."
+        )
 
 
 def cast_to_files(

@@ -1,10 +1,11 @@
 """Command line and config files of `lpg-hf train`, with a help that puts what is ours under one heading."""
 
 import json
+import re
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter, _ArgumentGroup
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -49,6 +50,19 @@ OLDER_NAMES = {
     "hub_model_id": "--push_to_hub_model_id",
 }
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+TRUTH_VALUE = "tag:yaml.org,2002:bool"
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Takes yes and no for words, which they are in `save_strategy: no`. As truth values, both words do as well."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != TRUTH_VALUE]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+ConfigLoader.add_implicit_resolver(TRUTH_VALUE, re.compile("(?i:true|false|on|off)$"), list("tTfFoO"))
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -137,8 +151,7 @@ def parse_arguments(data_class: type[DataArguments], prog: str, description: str
         [`Arguments`]: What was asked for.
 
     Raises:
-        SystemExit: With status 2 for unknown or missing arguments, and where there is none at all.
-        ValueError: For values that are out of range, or do not fit each other.
+        SystemExit: With status 2 for arguments that are unknown, missing or out of range, and where there is none.
     """
     shared = [FixesArguments, StressArguments, ReportArguments, FolderUseArguments, LPGConfig]
     parser = ArgumentParser([ModelArguments, data_class, *shared], prog=prog, description=description)
@@ -153,8 +166,8 @@ def parse_arguments(data_class: type[DataArguments], prog: str, description: str
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:  # of TrainingArguments, too: the shell shall see its message alone
-        raise ValueError(str(error)) from error
+    except ValueError as error:  # of transformers, too, whose arguments must fit each other
+        parser.error(str(error))
     if unknown:
         # Each has a name with hyphens, too.
         names = [name for name in parser._option_string_actions if "-" not in name.removeprefix("--")]
@@ -176,7 +189,7 @@ def read_config(path: str) -> list[str]:
         ValueError: If it does not hold names with values.
     """
     try:
-        config = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), ConfigLoader)  # JSON is YAML
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML or JSON: {error}") from error
     if not isinstance(config, dict):

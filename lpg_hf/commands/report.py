@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..report import check_installed
 from ..trainer.complete_checkpoints import is_complete
+from ..trainer.reports import report_folder
 from .parser import parse_arguments
 from .run import set_up_logging
 from .run_files import read_command
@@ -17,13 +18,13 @@ from .task import make_model, make_trainer, prepare
 from .train import load_task
 
 
-def write_report(folder: str, report_folder: str | None = None) -> str:
+def write_report(folder: str, report_dir: str | None = None) -> str:
     """
     Writes the report of a training from its last checkpoint and its data.
 
     Args:
         folder (`str`): The `--output_dir` of a training with `lpg-hf train`.
-        report_folder (`str`, *optional*): Where the report goes. Defaults to `report` in `folder`.
+        report_dir (`str`, *optional*): Where the report goes. Defaults to where that training puts it.
 
     Returns:
         `str`: Path of the page.
@@ -37,17 +38,19 @@ def write_report(folder: str, report_folder: str | None = None) -> str:
     command = read_command(folder)
     checkpoint = finished_checkpoint(folder)
     output_dir = str(Path(folder).resolve())
-    report_dir = None if report_folder is None else Path(report_folder).resolve()
+    path = None if report_dir is None else Path(report_dir).resolve()
     task = load_task(command["kind"])
-    argv = [*command["arguments"], "--output_dir", output_dir, "--do_predict", "false"]
+    argv = [*command["arguments"], "--output_dir", output_dir, "--do_predict", "false", "--report_to", "none"]
     # Paths of the data are as they were typed.
     with contextlib.chdir(command["folder"]):
         arguments = parse_arguments(task.data_class, "lpg-hf report", "", argv)
+        path = path or report_folder(arguments.training)
+        arguments.training.push_to_hub = False  # there is nothing new
         set_up_logging()
         prepared = prepare(task, arguments)
         trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))
         trainer.train(resume_from_checkpoint=checkpoint)  # no step is left: it loads what the training was
-        return trainer.report(report_dir)
+        return trainer.report(path)
 
 
 def finished_checkpoint(folder: str) -> str:
@@ -78,6 +81,8 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="OUT", help="--output_dir of a training with `lpg-hf train`")
-    parser.add_argument("--report_dir", help="folder of the report (default: OUT/report)")
+    parser.add_argument(
+        "--report_dir", help="folder of the report (default: OUT/report, or OUT/_report with --push_to_hub)"
+    )
     arguments = parser.parse_args(argv)
     print(f"Report: {write_report(arguments.folder, arguments.report_dir)}")

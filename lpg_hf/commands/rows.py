@@ -1,6 +1,7 @@
 """Which rows are used: validation rows set aside, splits cut to a size, and the training rows stressed."""
 
 import logging
+import math
 
 from datasets import Dataset, DatasetDict
 
@@ -60,7 +61,14 @@ def split_off_validation(train: Dataset, share: float, seed: int) -> dict[str, D
     """The same share of every class, unless one is too small for that."""
     if not 0 < share < 1:
         raise ValueError(f"`--train_val_split` is {share}, but must be a share of the training rows, in (0, 1).")
+    num_left = len(train) - math.ceil(share * len(train))  # as `datasets` rounds
+    if num_left == 0:
+        raise ValueError(
+            f"`--train_val_split` is {share}, which leaves none of the {len(train)} training rows to train on. Pass "
+            "less of them, or --validation_file."
+        )
     counts = class_counts(train)
-    can_stratify = min(count for count in counts if count) >= 2 and share * len(train) >= len(counts)
+    is_large = share * len(train) >= len(counts) and num_left >= len(counts)
+    can_stratify = is_large and min(count for count in counts if count) >= 2
     parts = train.train_test_split(share, seed=seed, stratify_by_column="labels" if can_stratify else None)
     return {TRAIN: parts["train"], VALIDATION: parts["test"]}

@@ -113,13 +113,18 @@ def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict
     if args.do_train:
         if arguments.report.report:
             logger.info(f"Report: {trainer.report()}")
-        card: dict[str, Any] = {"finetuned_from": arguments.model.model_name_or_path, "tasks": task.name}
-        card["dataset"] = arguments.data.dataset_name
+        card: dict[str, Any] = {"finetuned_from": on_hub(arguments.model.model_name_or_path), "tasks": task.name}
+        card["dataset"] = on_hub(arguments.data.dataset_name)
         trainer.push_to_hub(**card) if args.push_to_hub else trainer.create_model_card(**card)
         if arguments.model.use_lora and trainer.is_world_process_zero():
             # Last, since the model has no adapters after it.
             save_merged(trainer.model, prepared.processor, arguments.output_dir)
     return results
+
+
+def on_hub(name: str | None) -> str | None:
+    """The name of a model or of a data set for the model card. The path of a folder means nothing on the hub."""
+    return None if name is None or Path(name).exists() else name
 
 
 def train(trainer: LPGTrainer, train_dataset: Dataset, checkpoint: str | None) -> dict[str, float]:
@@ -145,7 +150,7 @@ def train(trainer: LPGTrainer, train_dataset: Dataset, checkpoint: str | None) -
 
 def read_train_results(folder: str) -> dict[str, float]:
     path = Path(folder) / "train_results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def step_of(checkpoint: str | None) -> int | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -130,9 +131,11 @@ def with_default_model(arguments: ModelArguments, default: str | None) -> ModelA
 def check_what_to_do(arguments: Arguments) -> None:
     """
     Raises:
-        ValueError: If it is nothing, or a report of no training.
+        ValueError: If it is nothing, a report of no training, or what output folder or evaluation do not allow.
     """
     args = arguments.training
+    if Path(arguments.output_dir).is_file():
+        raise ValueError(f"`--output_dir` is {arguments.output_dir!r}, which is a file. Pass a folder.")
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
     if arguments.report.report and not args.do_train:
@@ -142,6 +145,15 @@ def check_what_to_do(arguments: Arguments) -> None:
         )
     if arguments.fixes.fixes is not None and not args.do_train:
         raise ValueError("`--fixes` corrects the labels of a training, but there is none: pass --do_train as well.")
+    if args.prediction_loss_only and args.do_predict:
+        raise ValueError(
+            "`--prediction_loss_only` is true, which leaves nothing for `--do_predict` to write. Leave one of them "
+            "out."
+        )
+    if not args.eval_do_concat_batches:
+        raise ValueError(
+            "`--eval_do_concat_batches` is false, but the metrics are those of all batches together. Leave it out."
+        )
 
 
 def needed_splits(splits: DatasetDict, arguments: Arguments) -> DatasetDict:

@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from .arguments import Arguments, DataArguments
-from .load_data import check_input_column, shorten
+from .load_data import EMPTY_CELLS, check_input_column, shorten
 from .task import ClassificationTask
 
 
@@ -167,5 +167,5 @@ def check_texts(dataset: Dataset, split: str, name: str) -> None:
     if empty:
         raise ValueError(
             f"Column {name!r} of the {split} data has {len(empty)} empty texts (rows {shorten(empty)}, counted from "
-            "0). Remove these rows: a model learns nothing from them but their labels."
+            f"0). Remove these rows: a model learns nothing from them but their labels. {EMPTY_CELLS}"
         )

@@ -58,7 +58,7 @@ def train(kind: str, argv: list[str]) -> dict[str, float]:
         `dict[str, float]`: All metrics, which are also in `all_results.json` of the output folder.
 
     Raises:
-        SystemExit: With status 2 for unknown or missing arguments.
+        SystemExit: With status 2 for arguments that are unknown, missing or out of range.
         ValueError, OSError: For arguments that fit neither each other nor data nor model.
         ImportError: If a package for this kind of data is not installed.
     """

@@ -21,6 +21,7 @@ from datasets import Dataset, DatasetDict, Video
 from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForVideoClassification, PretrainedConfig
 
+from ..data.pixels import as_rgb
 from .arguments import FolderArguments
 from .media_files import cast_to_files, check_files, load_labeled_files
 from .task import ClassificationTask
@@ -121,7 +122,7 @@ def decode(video: dict, num_frames: int) -> np.ndarray:
         frames = {}
         for position in positions(total, num_frames):
             image.seek(position)
-            frames[position] = np.asarray(image.convert("RGB"))
+            frames[position] = np.asarray(as_rgb(image))
     return np.stack([frames[position] for position in positions(total, num_frames)])
 
 

@@ -99,7 +99,7 @@ def count_labels(labels: np.ndarray, num_labels: int) -> list[int]:
 
 def label_names(dataset: object) -> list[str]:
     """
-    Reads the names of the classes from the first label column that is a `ClassLabel`.
+    Reads the names of the classes from the label column, if it is a `ClassLabel`, or from one that it is a copy of.
 
     Args:
         dataset (`object`):
@@ -125,8 +125,16 @@ def label_names(dataset: object) -> list[str]:
     """
     if not isinstance(dataset, datasets.Dataset):
         return []
-    features = [dataset.features.get(column) for column in LABEL_COLUMNS]
-    return next((feature.names for feature in features if isinstance(feature, datasets.ClassLabel)), [])
+    columns = [name for name in LABEL_COLUMNS if name in dataset.column_names]
+    named = next((name for name in columns if isinstance(dataset.features[name], datasets.ClassLabel)), None)
+    if named is None:
+        return []
+    if named != columns[0]:  # a data set may have several kinds of classes
+        table = dataset.with_format("arrow").select_columns([columns[0], named])[:]
+        labels, same = table.column(columns[0]), table.column(named)
+        if labels.type != same.type or not labels.equals(same):
+            return []
+    return dataset.features[named].names
 
 
 def first_label_column(dataset: datasets.Dataset) -> str | None:

@@ -6,6 +6,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from .pixels import as_rgb
+
 
 _THUMBNAIL_SIZE = (8, 8)
 _ARRAY_FEATURES = (datasets.Array2D, datasets.Array3D, datasets.Array4D, datasets.Array5D)
@@ -47,7 +49,7 @@ def _image_vectors(dataset: datasets.Dataset, name: str, feature: datasets.Image
                 f"kind='instance' needs every image, but column {name!r} has none in row {row}. Filter such rows out, "
                 "or pass `features=`, an array of shape [n, d]."
             )
-        vectors[row] = np.asarray(sample[name].convert("RGB").resize(_THUMBNAIL_SIZE)).reshape(-1)
+        vectors[row] = np.asarray(as_rgb(sample[name]).resize(_THUMBNAIL_SIZE)).reshape(-1)
     return vectors
 
 

@@ -53,6 +53,6 @@ def with_methods(text: str) -> str:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         path = Path(sys.argv[1])
-        path.write_text(with_methods(path.read_text()))
+        path.write_text(with_methods(path.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(methods_text())

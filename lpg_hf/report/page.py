@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..calibration import CalibrationBin
@@ -124,18 +123,19 @@ def confused_pairs(tables: ReportTables) -> list[dict[str, Any]]:
     """The pairs of true and predicted class that occur in the evaluation, the most frequent first."""
     if tables.confusion is None:
         return []
-    names, counts = tables.names, tables.confusion
-    pairs = sorted(np.argwhere(counts > 0).tolist(), key=lambda pair: (-counts[pair[0], pair[1]], pair))
+    names, counts = tables.names, tables.confusion.tocoo()
+    sums = tables.confusion.sum(1).tolist()
+    pairs = zip(counts.data.tolist(), counts.row.tolist(), counts.col.tolist(), strict=True)
     return [
         {
             "label": i,
             "label_name": names[i],
             "predicted": j,
             "predicted_name": names[j],
-            "rows": int(counts[i, j]),
-            "share": float(counts[i, j] / counts[i].sum()),
+            "rows": rows,
+            "share": rows / sums[i],
         }
-        for i, j in pairs
+        for rows, i, j in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))
     ]
 
 

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.sparse import csr_array
 
 from ..safe_text import shown
 from .tables import ReportTables
@@ -206,10 +207,10 @@ def _bars(axes: Axes, names: list[str], heights: list[float], color: str | list[
         axes.set_xlabel("largest class first")
 
 
-def _confusion(confusion: np.ndarray, names: list[str]) -> Figure:
+def _confusion(confusion: csr_array, names: list[str]) -> Figure:
     shown = most_confused_classes(confusion)
-    part = confusion[np.ix_(shown, shown)]
-    share = part / np.maximum(confusion[shown].sum(1, keepdims=True), 1)
+    part = confusion[np.ix_(shown, shown)].toarray()
+    share = part / np.maximum(confusion.sum(1)[shown, None], 1)
     names = [_short(names[label]) for label in shown]
     # The page gives a larger figure its whole width.
     figure, axes = _figure(6.2, 4.8) if len(names) <= MOST_WRITTEN_CELLS else _figure(11.4, 9.2)
@@ -227,10 +228,11 @@ def _confusion(confusion: np.ndarray, names: list[str]) -> Figure:
     return figure
 
 
-def most_confused_classes(confusion: np.ndarray) -> np.ndarray:
+def most_confused_classes(confusion: csr_array) -> np.ndarray:
     """All classes if the figure can name them, else the ones with the most wrong predictions; in their order."""
-    if len(confusion) <= MOST_NAMED_CLASSES:
-        return np.arange(len(confusion))
+    num_labels = confusion.shape[0]
+    if num_labels <= MOST_NAMED_CLASSES:
+        return np.arange(num_labels)
     wrong = confusion.sum(1) - confusion.diagonal()
     return np.sort(np.argsort(-wrong, kind="stable")[:MOST_NAMED_CLASSES])
 

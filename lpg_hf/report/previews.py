@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Audio, Dataset, Image
 
+from ..data.pixels import as_rgb
 from ..data.row_texts import is_text
 from ..safe_text import snippet
 
@@ -100,7 +101,7 @@ def _image_of(pixels: object) -> "Picture | None":
 def _data_uri(image: "Picture") -> str:
     from PIL import Image as PILImage
 
-    image = image.convert("RGB")
+    image = as_rgb(image)
     # Small pictures keep their pixels when the page enlarges them.
     scale = THUMBNAIL_SIZE / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)

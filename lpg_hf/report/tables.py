@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from scipy.sparse import csr_array
 
 from ..calibration import CalibrationBin, calibration_bins, calibration_error
 from ..summary import Evaluation, TrainingSummary, Unavailable
@@ -19,8 +20,8 @@ class ReportTables:
     Attributes:
         summary (`dict[str, str]`): The tiles at the top of the page, by their caption.
         classes (`list[dict]`): One line per class.
-        confusion (`np.ndarray` of shape `[C, C]`, *optional*):
-            Evaluation rows by true class (first axis) and predicted class.
+        confusion (`scipy.sparse.csr_array` of shape `[C, C]`, *optional*):
+            Evaluation rows by true class (first axis) and predicted class. Most pairs of many classes have none.
         calibration (`list[CalibrationBin]`): One entry per bin of confidence.
         norms (`list[dict]`): One line per log: the norms of the gradient and of the deltas.
         issues (`datasets.Dataset`, *optional*): The table of [`LPGTrainer.label_issues`].
@@ -29,7 +30,7 @@ class ReportTables:
 
     summary: dict[str, str] = field(default_factory=dict)
     classes: list[dict[str, Any]] = field(default_factory=list)
-    confusion: np.ndarray | None = None
+    confusion: csr_array | None = None
     calibration: list[CalibrationBin] = field(default_factory=list)
     norms: list[dict[str, Any]] = field(default_factory=list)
     issues: Dataset | None = None
@@ -76,11 +77,10 @@ def _norms(lines: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     return [{column: line.get(column) for column in columns} for line in lines]
 
 
-def _confusion(evaluation: Evaluation) -> np.ndarray:
+def _confusion(evaluation: Evaluation) -> csr_array:
     num_labels = evaluation.probabilities.shape[1]
-    confusion = np.zeros((num_labels, num_labels), dtype=np.int64)
-    np.add.at(confusion, (evaluation.labels, evaluation.probabilities.argmax(1)), 1)
-    return confusion
+    rows = np.ones(len(evaluation.labels), dtype=np.int64)
+    return csr_array((rows, (evaluation.labels, evaluation.probabilities.argmax(1))), shape=(num_labels, num_labels))
 
 
 def _calibration(evaluation: Evaluation) -> list[CalibrationBin]:

@@ -18,15 +18,15 @@ from .row_file import ROWS_FILE, load_rows
 logger = get_logger(__name__)
 
 # Where `report` and whoever calls `write_issues` put them.
-ISSUES_FILES = ("report/label_issues.csv", "label_issues.csv")
+ISSUES_FILES = ("report/label_issues.csv", "_report/label_issues.csv", "label_issues.csv")
 
 
 def export_issues(output_dir: str | Path, path: str | Path) -> int:
     """
     Writes the label issues of a training to a CSV file, in the form of [`~data.write_issues`].
 
-    They come from `report/label_issues.csv` or `label_issues.csv` in the output folder, or else from the newest
-    complete checkpoint, which has no texts. What was written last counts.
+    They come from `label_issues.csv` in the output folder or in its report, or else from the newest complete
+    checkpoint, which has no texts. What was written last counts.
 
     Args:
         output_dir (`str` or `Path`): The `output_dir` of the training.

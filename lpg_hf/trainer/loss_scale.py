@@ -126,6 +126,14 @@ def can_tell_losses_apart(labels: Tensor) -> bool:
 
     Args:
         labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): Class indices, -100 for ignored samples.
+
+    Example:
+
+    ```python
+    >>> [can_tell_losses_apart(torch.tensor(labels)) for labels in ([0, 1], [2, 2], [2, -100], [2])]
+    [True, False, False, True]
+
+    ```
     """
     valid_labels = labels[labels != IGNORE_INDEX]
     return len(labels) == 1 or valid_labels.unique().numel() > 1

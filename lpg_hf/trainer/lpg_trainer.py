@@ -1,5 +1,6 @@
 """LPGTrainer: where in a training step the perturbations act, and what is logged."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
@@ -163,9 +164,12 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         chain = settings.chain(args)
         self._lpg_observers = [c for c in self.callback_handler.callbacks if isinstance(c, PerturbationObserver)]
         counts, shares = settings.class_counts, settings.shares(args)
-        self._lpg_managed = ManagedLoss(self, chain, counts, shares, self._lpg_observers)
+        # Its parts know the trainer without keeping it. As with `Trainer`, `del trainer` frees model and optimizer and
+        # ends the workers of its loaders at once. In a cycle of references they would wait for Python's collector.
+        trainer: Any = weakref.proxy(self)
+        self._lpg_managed = ManagedLoss(trainer, chain, counts, shares, self._lpg_observers)
         requested = chain if any(is_requested_at_logits(entry) for entry in chain) else None
-        self._lpg_classifier = ClassifierCheck(self, self._lpg_managed.has_methods, requested)
+        self._lpg_classifier = ClassifierCheck(trainer, self._lpg_managed.has_methods, requested)
         self._lpg_parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, args)
         for observer in self._lpg_observers:
             observer.start(self.accelerator)

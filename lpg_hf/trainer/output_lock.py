@@ -68,7 +68,7 @@ def _lock(path: Path) -> tuple[bool, IO[str] | None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = path.open("a+")
+            file = path.open("a+", encoding="utf-8")
             try:
                 # A lock of the process: children that outlive it do not keep it, as they would with `flock`.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,6 +96,6 @@ def _owner(path: Path) -> str:
     if path.parent in _own_folders:  # reading the file would free it: POSIX locks end with any closing of the file
         return "it runs in this process"
     try:
-        return path.read_text() or "an unknown process"
+        return path.read_text(encoding="utf-8") or "an unknown process"
     except OSError:
         return "an unknown process"

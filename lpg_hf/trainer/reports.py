@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..loss import LPGLoss
 from ..model_card import add_section
@@ -14,6 +14,14 @@ from .summary import summarize_for_report, summarize_training
 
 
 logger = get_logger(__name__)
+
+
+def report_folder(args: TrainingArguments) -> Path:
+    """
+    Where the report goes. It holds texts or pictures of training rows, and a push to the Hub uploads all of
+    `output_dir` but checkpoints and what begins with an underscore.
+    """
+    return Path(str(args.output_dir), "_report" if args.push_to_hub else "report")
 
 
 class ReportsMixin(Trainer):
@@ -44,7 +52,9 @@ class ReportsMixin(Trainer):
         several processes all must call this method, and the main one writes.
 
         Args:
-            output_dir (`str` or `Path`, *optional*): The folder of the files. Defaults to `report` in `output_dir`.
+            output_dir (`str` or `Path`, *optional*):
+                The folder of the files. Defaults to `report` in `output_dir`. With `push_to_hub` it is `_report`,
+                which is not uploaded: the report shows texts or pictures of training rows.
 
         Returns:
             `str`: Path of the page, `report.html`.
@@ -59,7 +69,7 @@ class ReportsMixin(Trainer):
         check_installed()
         methods = self._lpg_active_methods()
         summary = summarize_for_report(self, self._lpg_built_loss(), methods, self._lpg_norms(), self._lpg_ranked_rows)
-        folder = Path(summary.output_dir) / "report" if output_dir is None else Path(output_dir)
+        folder = report_folder(self.args) if output_dir is None else Path(output_dir)
         if self.is_world_process_zero():
             write_report(summary, folder, self.train_dataset, self.processing_class)
         return str(folder / "report.html")

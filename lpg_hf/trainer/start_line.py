@@ -50,7 +50,7 @@ def start_line(
 
 def _shortened(class_counts: Sequence[int]) -> str:
     if len(class_counts) <= MAX_SHOWN_CLASSES:
-        return str(list(class_counts))
+        return str(list(map(int, class_counts)))  # they may be numbers of NumPy
     return f"{len(class_counts)} classes, the largest has {max(class_counts)} and the smallest {min(class_counts)}"
 
 

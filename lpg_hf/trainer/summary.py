@@ -1,6 +1,7 @@
 """Makes a TrainingSummary of a trainer: what the training was, and what came out of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 
 import numpy as np
@@ -125,16 +126,12 @@ def evaluate_classifier(trainer: Trainer) -> Evaluation | Unavailable:
         name = f"eval_dataset[{key!r}]"
     if dataset is None:
         return Unavailable("There is no `eval_dataset`.")
-    # The user's metrics may expect something other than logits.
-    metrics, preprocess = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
-    trainer.compute_metrics = trainer.preprocess_logits_for_metrics = None
     try:
-        output = trainer.predict(dataset)
+        with _whole_predictions(trainer):
+            output = trainer.predict(dataset)
     except Exception as error:  # data set and collator are the user's, and the rest of the report does not need them
         logger.warning(f"Predicting `{name}` for the report failed: {error!r}.", exc_info=True)
         return Unavailable(f"Predicting `{name}` failed: {error!r}.")
-    finally:
-        trainer.compute_metrics, trainer.preprocess_logits_for_metrics = metrics, preprocess
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     labels = None if output.label_ids is None else np.asarray(output.label_ids)
     if labels is None or not np.issubdtype(labels.dtype, np.integer) or labels.size != len(labels):
@@ -142,6 +139,22 @@ def evaluate_classifier(trainer: Trainer) -> Evaluation | Unavailable:
     if np.ndim(logits) != 2 or logits.shape[1] < 2:
         return Unavailable("The model's logits do not have the shape [N, C] with C > 1.")
     return _evaluation(name, np.asarray(logits, dtype=np.float64), labels.reshape(-1))
+
+
+@contextmanager
+def _whole_predictions(trainer: Trainer) -> Iterator[None]:
+    """Within it, `predict` returns the logits of all rows as one array, however the user's evaluations are set."""
+    args = trainer.args
+    # The user's metrics may expect something other than logits.
+    metrics, preprocess = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
+    settings = args.prediction_loss_only, args.eval_do_concat_batches
+    trainer.compute_metrics = trainer.preprocess_logits_for_metrics = None
+    args.prediction_loss_only, args.eval_do_concat_batches = False, True
+    try:
+        yield
+    finally:
+        trainer.compute_metrics, trainer.preprocess_logits_for_metrics = metrics, preprocess
+        args.prediction_loss_only, args.eval_do_concat_batches = settings
 
 
 def _evaluation(name: str, logits: np.ndarray, labels: np.ndarray) -> Evaluation | Unavailable:

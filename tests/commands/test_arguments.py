@@ -162,6 +162,18 @@ def test_arguments_that_do_not_parse(argv, message, capsys, tmp_path, monkeypatc
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_words_in_a_config_file_are_words(tmp_path):
+    """YAML 1.1 reads some of them as truth values."""
+    path = tmp_path / "é.yaml"
+    lines = ["save_strategy: no", "disable_tqdm: no", "use_lora: yes", "do_train: on", "bf16: off", "fp16: FALSE"]
+    path.write_text("\n".join([*lines, "label_column_name: ja é"]), encoding="utf-8")
+    arguments = parse_arguments(TextArguments, "lpg-hf", "", [str(path), "--output_dir", str(tmp_path)])
+    args = arguments.training
+    assert args.save_strategy == "no" and args.do_train is True and arguments.model.use_lora is True
+    assert (args.disable_tqdm, args.bf16, args.fp16) == (False, False, False)
+    assert arguments.data.label_column_name == "ja é"
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n"])
 def test_config_files_that_are_none(content, capsys, tmp_path):
     (tmp_path / "config.yaml").write_text(content)
@@ -182,20 +194,53 @@ def test_config_files_that_are_none(content, capsys, tmp_path):
         (["--dataset_name", "some/data"], r"'some/data' and local data as well"),
         (["--do_predict"], r"`--do_predict` needs test data, but there is only: train"),
         (["--validation_file", "a.xlsx"], r"ends with '\.xlsx'"),
-        (["--max_train_samples", 0], r"`--max_train_samples` is 0, but must be at least 1\. Leave it out"),
-        (["--max_eval_samples", -1], r"`--max_eval_samples` is -1, but must be at least 1"),
         (["--max_seq_length", 0], r"`--max_seq_length` is 0, but must be at least 1: the tokenizer adds 0 tokens"),
-        (["--use_lora", "--lora_r", 0], r"`--lora_r` is 0, but must be at least 1"),
-        (["--use_lora", "--lora_dropout", 1], r"`--lora_dropout` is 1\.0, but must be in \[0, 1\)"),
-        (["--label_noise", 1.5], r"`--label_noise` is 1\.5, but must be in \[0, 1\)"),
-        (["--label_noise", "nan"], r"`--label_noise` is nan"),
-        (["--imbalance_ratio", 0.5], r"`--imbalance_ratio` is 0\.5, but must be a finite number of at least 1"),
         (["--do_eval", "--train_val_split", "2"], r"`--train_val_split` is 2\.0"),
+        (
+            ["--do_eval", "--train_val_split", "0.95"],
+            r"is 0\.95, which leaves none of the 12 training rows to train on",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_the_data(more, message, models, train_csv, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_text(models, tmp_path, *more, train=train_csv)
+
+
+def test_an_output_folder_that_is_a_file(models, train_csv, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"`--output_dir` is '.*out', which is a file"):
+        run_text(models, tmp_path, train=train_csv)
+
+
+def test_more_validation_rows_than_training_rows(models, train_csv, tmp_path):
+    """Of 12 rows, two are left: too few for one of each class."""
+    run_text(models, tmp_path, "--do_eval", "--train_val_split", "0.8", "--save_strategy", "no", train=train_csv)
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert (results["train_samples"], results["eval_samples"]) == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max_train_samples", 0], r"`--max_train_samples` is 0, but must be at least 1\. Leave it out"),
+        (["--max_eval_samples", -1], r"`--max_eval_samples` is -1, but must be at least 1"),
+        (["--use_lora", "--lora_r", 0], r"`--lora_r` is 0, but must be at least 1"),
+        (["--use_lora", "--lora_dropout", 1], r"`--lora_dropout` is 1\.0, but must be in \[0, 1\)"),
+        (["--label_noise", 1.5], r"`--label_noise` is 1\.5, but must be in \[0, 1\)"),
+        (["--label_noise", "nan"], r"`--label_noise` is nan"),
+        (["--imbalance_ratio", 0.5], r"`--imbalance_ratio` is 0\.5, but must be a finite number of at least 1"),
+        (["--perturbations", "lgp"], r"Unknown perturbation 'lgp'"),
+        (["--use_fast_tokenizer", "false"], r"transformers 5 has no slow ones"),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "epoch"], r"strategy to match"),
+    ],
+)
+def test_values_that_are_out_of_range(more, message, tmp_path, capsys):
+    """Whether this library or transformers says so. What does not parse ends alike."""
+    with pytest.raises(SystemExit) as exit_:
+        run_train("text", words("--output_dir", tmp_path / "out", "--do_train", *more))
+    assert exit_.value.code == 2
+    assert re.search(rf"lpg-hf train text: error: .*{message}", capsys.readouterr().err, re.DOTALL)
 
 
 def test_columns_of_images_and_recordings(models, tmp_path):
@@ -218,6 +263,19 @@ def test_a_report_of_no_training(models, train_csv, tmp_path):
     argv = ["--model_name_or_path", models["text"], "--validation_file", train_csv, "--do_eval", "--report", *QUIET]
     with pytest.raises(ValueError, match=r"`--report` is about a training, but there is none: pass --do_train"):
         run_train("text", words(*argv, "--output_dir", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--do_predict", "--prediction_loss_only", "true"], r"leaves nothing for `--do_predict` to write"),
+        (["--do_eval", "--eval_do_concat_batches", "false"], r"`--eval_do_concat_batches` is false, but the metrics"),
+    ],
+)
+def test_evaluations_that_leave_nothing_to_evaluate(more, message, models, train_csv, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_text(models, tmp_path, *more, "--test_file", train_csv, train=train_csv)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tail_longer_than_the_data(models, train_csv, tmp_path, caplog):
@@ -283,6 +341,27 @@ def test_empty_texts(models, tmp_path):
     path = write_csv(tmp_path / "train.csv", rows)
     with pytest.raises(ValueError, match=r"Column 'text' of the train data has 2 empty texts \(rows 4, 7, counted"):
         run_text(models, tmp_path, train=path)
+
+
+def test_a_class_whose_name_is_an_empty_cell(models, tmp_path):
+    """In a CSV file. JSON lines have it."""
+    rows = [row | {"label": "None" if row["label"] == "red" else row["label"]} for row in text_rows(12)]
+    with pytest.raises(ValueError, match=r"no label in 4 of 12 rows .* cells with the words None, NA, null .*JSON"):
+        run_text(models, tmp_path, train=write_csv(tmp_path / "train.csv", rows))
+    lines = tmp_path / "train.jsonl"
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run_text(models, tmp_path, "--save_strategy", "no", train=lines)
+    assert set(json.loads((tmp_path / "out" / "config.json").read_text())["label2id"]) == {"None", "blue", "green"}
+
+
+def test_paths_with_brackets_are_no_patterns(models, tmp_path):
+    folder = tmp_path / "da[ta] ü *"
+    folder.mkdir()
+    path = write_csv(folder / "train[1].csv", text_rows(12))
+    run_text(models, folder, "--save_strategy", "no", train=path)
+    assert json.loads((folder / "out" / "train_results.json").read_text())["train_samples"] == 12
+    run_image(models, tmp_path, "--train_dir", write_images(folder / "images", 6), "--save_strategy", "no")
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_samples"] == 6
 
 
 def test_texts_that_are_numbers(models, tmp_path):
@@ -403,6 +482,42 @@ def test_an_image_that_is_damaged_behind_its_header(tmp_path):
         image.decode({"path": str(tmp_path / "a.jpg"), "bytes": None})
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_images_of_16_bits_keep_their_brightness(suffix, tmp_path):
+    """Half of the range is half of it with 8 bits, too, to within half a step."""
+    pixels = np.linspace(0, 65_535, 64).round().astype(np.uint16).reshape(8, 8)
+    file = {"path": str(tmp_path / f"a{suffix}"), "bytes": None}
+    PIL.Image.fromarray(pixels).save(file["path"])
+    assert image.find_damage(file) is None
+    found = np.asarray(image.decode(file))
+    assert found.shape == (8, 8, 3)
+    assert np.abs(found / 255 - pixels[..., None] / 65_535).max() <= 0.5 / 255 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("pixels", "low", "high"),
+    [(np.array([[0, 256]], np.int32), 0, 256), (np.array([[-1, 3]], np.int32), -1, 3)]
+    + [(np.array([[0, high]], np.float32), 0, high) for high in (0.5, 1, 255.5)],
+)
+def test_images_whose_white_is_not_known(pixels, low, high, tmp_path):
+    file = {"path": str(tmp_path / "a.tif"), "bytes": None}
+    PIL.Image.fromarray(pixels).save(file["path"])
+    message = rf"a\.tif cannot be decoded \(its pixels are numbers from {low} to {high} \(mode '[IF]'\)"
+    assert re.search(message, image.find_damage(file))
+    with pytest.raises(ValueError, match=message):
+        image.decode(file)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_of_32_bits_that_are_like_8(dtype, tmp_path):
+    """As `datasets` writes a list of gray pixels."""
+    pixels = np.array([[0, 1, 128, 255]], dtype)
+    file = {"path": str(tmp_path / "a.tif"), "bytes": None}
+    PIL.Image.fromarray(pixels).save(file["path"])
+    assert image.find_damage(file) is None
+    assert np.asarray(image.decode(file))[..., 0].tolist() == [[0, 1, 128, 255]]
+
+
 def test_recordings_that_do_not_decode(models, tmp_path):
     for folder in ("train", "validation"):
         for row in range(4):
@@ -419,6 +534,27 @@ def test_recordings_that_do_not_decode(models, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_audio(models, tmp_path, *more)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.024", "nan", "inf"])
+def test_parts_of_recordings_that_are_too_short(seconds, models, tmp_path):
+    """A model has a window of 25 ms."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(4_000), 16_000)
+    rows = [{"audio": tmp_path / "a.wav", "label": label} for label in "ab"]
+    more = ["--train_file", write_csv(tmp_path / "train.csv", rows), "--max_length_seconds", seconds]
+    with pytest.raises(ValueError, match=rf"`--max_length_seconds` is {float(seconds)}, .* of at least 0\.025"):
+        run_audio(models, tmp_path, *more)
+
+
+def test_recordings_that_are_left_out_are_named(tmp_path, caplog):
+    for name in ("a/1.wav", "b/2.OPUS", "b/3.aif", "b/4.oga", "b/notes.txt", "b/.hidden", "c/deep/5.wav", "6.wav"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    rows = audio.AudioClassification().load_folder(str(tmp_path), None)
+    assert [Path(path).name for path in rows["audio"][:]] == ["1.wav", "2.OPUS", "3.aif", "4.oga"]
+    assert rows["label"][:] == ["a", "b", "b", "b"]
+    assert f"3 files in {tmp_path} are not used: 6.wav, b/notes.txt, c/deep/5.wav. " in caplog.text
 
 
 @pytest.mark.parametrize("is_file", [True, False])
@@ -554,6 +690,17 @@ def test_random_boxes_have_the_promised_distribution():
     assert stats.kstest(shares[fits], stats.uniform(0.1, 0.65).cdf).pvalue > 1e-3
     assert stats.kstest(ratios[fits], stats.uniform(-1, 2).cdf).pvalue > 1e-3
     assert stats.kstest(boxes[fits, 0] / (1000 - w[fits]), stats.uniform.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_every_other_image_is_mirrored(random_flip):
+    torch.manual_seed(0)
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 6)
+    data = image.ImageArguments(min_crop_area=1, random_flip=random_flip)
+    found = [np.asarray(image.augment(PIL.Image.fromarray(pixels), data)) for _ in range(400)]
+    mirrored = [(one == pixels[:, ::-1]).all() for one in found]
+    assert all(is_mirrored or (one == pixels).all() for one, is_mirrored in zip(found, mirrored, strict=True))
+    assert abs(sum(mirrored) - (200 if random_flip else 0)) <= (50 if random_flip else 0)  # five standard deviations
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 16_000])

@@ -20,7 +20,7 @@ def test_comparison_reports_the_mean_of_the_pairs(tmp_path, capsys):
     argv += ["--model_name_or_path", model, "--train_file", train_csv, "--validation_file", train_csv]
     argv += ["--learning_rate", 0.01, "--imbalance_ratio", 2]
     compare.main(words(*argv))
-    text = (tmp_path / "out" / "comparison.md").read_text().strip()
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8").strip()
     assert text in capsys.readouterr().out
     accuracy = {}
     for name, chain in (("Trainer", []), ("LPGTrainer", ["auto"])):
@@ -44,6 +44,24 @@ def test_comparison_reports_the_mean_of_the_pairs(tmp_path, capsys):
     assert "pass --output_dir, the folder of the trainings" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"was trained with other arguments: text .*--seed 0 .*none\. "):
         compare.main(words(*argv, "--weight_decay", 0.1))
+
+
+def test_pairs_from_a_config_file(tmp_path, capsys, monkeypatch):
+    """Its methods and its folder are those of the comparison, and what follows it on the command line counts more."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"output_dir: {tmp_path / 'out'}\nperturbations: [lpg, sam]\nweight_decay: 0.1\n")
+    (tmp_path / "out").mkdir()
+    calls = []
+    monkeypatch.setattr(compare, "results_of", lambda *call: calls.append(call) or {"eval_accuracy": 0.5})
+    compare.main(words("text", config, "--seeds", 3))
+    assert [call[:4] for call in calls] == [
+        ("text", ["none"], 3, tmp_path / "out" / "Trainer-seed-3"),
+        ("text", ["lpg", "sam"], 3, tmp_path / "out" / "LPGTrainer-seed-3"),
+    ]
+    assert calls[0][4] == ["--weight_decay", "0.1"]
+    with pytest.raises(SystemExit) as exit_:
+        compare.main(words("text", tmp_path / "missing.yaml"))
+    assert exit_.value.code == 2 and "missing.yaml" in capsys.readouterr().err
 
 
 def test_runs_side_by_side(tmp_path, capsys):

@@ -51,10 +51,6 @@ def test_errors_of_ones_own_input_are_a_line_and_others_keep_their_traceback(mon
     with pytest.raises(SystemExit, match=r"^lpg-hf: error: There is nothing to do: pass --do_train, --do_eval or"):
         main(["train", "text", "--model_name_or_path", "m", "--train_file", "a.csv", "--output_dir", str(tmp_path)])
 
-    # TrainingArguments refuses these, and says why.
-    with pytest.raises(SystemExit, match=r"^lpg-hf: error: --load_best_model_at_end requires"):
-        main([*TEXT, "--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "no"])
-
     def breaks(name, argv):
         int("x")
 

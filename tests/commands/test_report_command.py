@@ -2,15 +2,18 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
 from command_data import QUIET, text_model, text_rows, words, write_csv
 from safetensors.torch import load_file
+from transformers import Trainer
 
-from lpg_hf.commands import issues, report
+from lpg_hf.commands import issues, report, run
 from lpg_hf.commands.main import main
 from lpg_hf.commands.train import train
+from lpg_hf.trainer import export_issues
 
 
 pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
@@ -64,6 +67,33 @@ def test_nothing_of_the_training_is_written_for_others(folder):
     assert {path.name for path in (folder / "out" / "_lpg").iterdir()} == {"command.json", "label_issues.csv"}
 
 
+def test_the_model_card_has_no_paths_of_this_machine(folder):
+    card = (folder / "out" / "README.md").read_text(encoding="utf-8")
+    assert "lpg_hf" in card
+    assert "base_model" not in card and "fine-tuned version of" not in card and str(folder) not in card
+    assert [run.on_hub(name) for name in (None, "org/name", str(folder / "model"))] == [None, "org/name", None]
+
+
+def test_a_report_is_not_uploaded_with_the_model(folder, tmp_path, monkeypatch):
+    """A push leaves out what begins with an underscore. To report later pushes nothing at all."""
+    pushes = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, **_: pushes.append("init"))
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: pushes.append("checkpoint"))
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda *_, **__: pushes.append("end"))
+    monkeypatch.chdir(folder)
+    arguments = json.loads((folder / "out" / "_lpg" / "command.json").read_text())["arguments"]
+    out = tmp_path / "out"
+    argv = [*arguments, "--output_dir", str(out), "--num_train_epochs", "1", "--push_to_hub", "--report"]
+    train("text", argv)
+    assert pushes[0] == "init" and pushes[-1] == "end"
+    assert (out / "_report" / "report.html").is_file() and not (out / "report").exists()
+    assert export_issues(out, tmp_path / "issues.csv") == 60
+    shutil.rmtree(out / "_report")
+    pushes.clear()
+    main(["report", str(out)])
+    assert (out / "_report" / "report.html").is_file() and pushes == []
+
+
 def test_the_report_is_that_of_the_training(folder, tmp_path, monkeypatch):
     """From another folder, where the paths of the data mean nothing; against `--report` of the same training."""
     before = {path: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
@@ -92,8 +122,34 @@ def test_a_report_without_a_checkpoint_or_a_training(folder, tmp_path):
         report.write_report(str(out))
 
 
+def test_a_file_that_a_spreadsheet_has_written_anew(folder, tmp_path, capsys):
+    """With semicolons, commas in numbers, columns in capitals, and an empty line."""
+    main(["issues", str(folder / "out"), "--number", "3"])
+    wanted = capsys.readouterr().out
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    (path,) = out.glob("_lpg/label_issues.csv")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header, *lines = csv.reader(file)
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerow(map(str.upper, header))
+        writer.writerow([""] * len(header))
+        writer.writerows([cell.replace(".", ",") for cell in line] for line in lines)
+    main(["issues", str(out), "--number", "3"])
+    assert capsys.readouterr().out == wanted and len(wanted.splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("none/a.csv", r"no folder .*none"), ("folder", "which is a folder")])
+def test_files_that_cannot_be_exported_to(name, wrong, folder, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        main(["issues", str(folder / "out"), "--export", str(tmp_path / name)])
+    assert exit_.value.code == 2 and re.search(wrong, capsys.readouterr().err)
+
+
 def test_a_long_cell_is_cut():
     assert issues.cut("label_name", "x" * 30) == "x" * 23 + "…" and issues.cut("score", "0.12345") == "0.123"
+    assert issues.cut("score", "97%") == "97%"
 
 
 def test_a_training_without_label_issues(folder, tmp_path, monkeypatch, caplog):

@@ -1,17 +1,19 @@
 """What `lpg-hf train text` makes of columns, and of arguments that other commands of transformers have."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from command_data import QUIET, text_model, text_rows, words, write_csv
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lpg_hf.commands import rows as chosen
 from lpg_hf.commands.arguments import Arguments
+from lpg_hf.commands.class_labels import encode_labels
 from lpg_hf.commands.parser import parse_arguments
 from lpg_hf.commands.text import TextArguments, TextClassification
 from lpg_hf.commands.train import train
@@ -89,6 +91,28 @@ def test_shuffling_before_rows_are_chosen():
     assert picked[1] != picked[2]
 
 
+def test_rows_of_a_sorted_file_are_drawn_from_all_of_it():
+    """Predictions keep the order of their file."""
+    labels = [label for label in range(3) for _ in range(20)]
+    rows = Dataset.from_dict({"labels": labels}).cast_column("labels", ClassLabel(names=["a", "b", "c"]))
+    splits = DatasetDict(train=rows, validation=rows, test=rows)
+    limits = [argument for split in ("train", "eval", "predict") for argument in (f"--max_{split}_samples", 15)]
+    picked = chosen.choose_rows(splits, parse(*limits))
+    for split in ("train", "validation"):
+        assert len(picked[split]) == 15 and set(picked[split]["labels"][:]) == {0, 1, 2}
+    assert picked["test"]["labels"][:] == [0] * 15
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_test_data_without_labels(label):
+    """The hub marks them so."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    columns = [{"text": ["x", "y"], "label": labels} for labels in ([0, 1], [label, label])]
+    train, test = (Dataset.from_dict(values, features=features) for values in columns)
+    splits, _ = encode_labels(DatasetDict(train=train, test=test), parse().data)
+    assert splits["train"]["labels"][:] == [0, 1] and splits["test"].column_names == ["text"]
+
+
 @pytest.mark.parametrize("name", ["f1", "precision", "recall", "matthews_correlation", "accuracy"])
 def test_one_more_metric(name, model, tmp_path):
     from sklearn import metrics
@@ -148,9 +172,10 @@ def test_a_metric_that_is_not_there(model, tmp_path, monkeypatch):
         train("text", words(*argv, "--output_dir", tmp_path / "out"))
 
 
-def test_regression_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match=r"`--do_regression` is true.*run_classification\.py"):
+def test_regression_is_refused(model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         parse("--do_regression")
+    assert re.search(r"`--do_regression` is true.*run_classification\.py", capsys.readouterr().err)
     assert parse("--do_regression", "false").data.do_regression is False
     Dataset.from_list([{"text": "a rose", "label": 0.5}]).to_parquet(tmp_path / "rows.parquet")
     argv = ["--model_name_or_path", model, "--train_file", tmp_path / "rows.parquet", "--do_train", *QUIET]
@@ -163,8 +188,6 @@ def test_older_names_of_arguments():
         "--evaluation_strategy", "epoch", "--warmup_ratio", 0.25, "--push_to_hub_model_id", "me/model"
     ).training
     assert (args.eval_strategy, args.warmup_steps, args.hub_model_id) == ("epoch", 0.25, "me/model")
-    with pytest.raises(ValueError, match=r"`--use_fast_tokenizer` is false, but transformers 5 has no slow ones"):
-        parse("--use_fast_tokenizer", "false")
     assert parse("--use_fast_tokenizer").data.use_fast_tokenizer
 
 

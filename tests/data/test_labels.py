@@ -159,6 +159,15 @@ def test_label_names_takes_the_first_column_that_has_names():
     }
     dataset = Dataset.from_dict({name: [0, 1] for name in names}, features=Features(names))
     assert label_names(dataset) == ["a", "b"]
+    assert label_names(dataset.shuffle(seed=0)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("labels", [[0, 0], [None, 1], [[0], [1]]])
+def test_label_names_are_not_those_of_other_labels(labels):
+    """Training takes `labels`. What it is not a copy of may be classes of another kind."""
+    kind = List(Value("int64")) if isinstance(labels[0], list) else Value("int64")
+    features = Features({"labels": kind, "label": ClassLabel(names=["a", "b"])})
+    assert label_names(Dataset.from_dict({"labels": labels, "label": [0, 1]}, features=features)) == []
 
 
 @pytest.mark.parametrize(

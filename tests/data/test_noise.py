@@ -3,6 +3,7 @@ import re
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from hypothesis import given, settings
@@ -226,6 +227,17 @@ def test_instance_noise_without_features_names_the_cure():
     ragged = Dataset.from_dict({"input_ids": [[1, 2], [3]], "label": [0, 1]})
     with pytest.raises(ValueError, match=r"column 'input_ids' holds arrays of different shapes.*`features=`"):
         add_label_noise(ragged, 0.5, kind="instance")
+
+
+def test_instance_noise_sees_images_of_16_bits():
+    """The same as of those with 8 bits, of which they are copies."""
+    small = [np.full((8, 8), value, dtype=np.uint8) for value in range(0, 250, 4)]
+    noisy = []
+    for images in (small, [image.astype(np.uint16) * 257 for image in small]):
+        columns = {"image": list(map(PIL.Image.fromarray, images)), "label": [row % 3 for row in range(len(images))]}
+        dataset = Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")}))
+        noisy.append(add_label_noise(dataset, 0.5, kind="instance")["label"][:])
+    assert noisy[0] == noisy[1] != [row % 3 for row in range(len(small))]
 
 
 def test_instance_noise_names_the_missing_image():

@@ -98,6 +98,20 @@ def test_a_kill_after_any_file_resumes_from_a_whole_checkpoint(killed_after, who
         assert torch.equal(resumed[name], value), name
 
 
+def test_a_kill_in_a_folder_with_checkpoints_of_an_earlier_run(whole, tmp_path, monkeypatch):
+    """Its `trainer_state.json` must not make a half-written checkpoint look whole."""
+    shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+
+    def killed(trainer, folder):
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LPGTrainer, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 def test_a_state_of_the_trainer_that_was_cut_off_does_not_count(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
     state = tmp_path / "checkpoint-4" / "trainer_state.json"

@@ -1,6 +1,9 @@
 """What works with Trainer works with LPGTrainer: odd data, odd outputs, subclasses, calls by hand."""
 
+import gc
+import importlib
 import logging
+import weakref
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from transformers import BertForTokenClassification, Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lpg_hf import SAM, ClassWeighting, GradientClipping, LogitClipping, LPGConfig, LPGLoss, LPGTrainer
+from lpg_hf.report import ReportCallback
 
 
 COUNTS = [55, 25, 15, 5]
@@ -24,6 +28,31 @@ def parameters_after(trainer_class, model, batches, path, args=SGD, **options):
     trainer = make_trainer(trainer_class, model, batches, path, args=args, **options)
     trainer.train()
     return flat_parameters(trainer.model)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("chain", [[], ["auto"], ["lpg", "sam"]])
+def test_a_trainer_is_freed_when_nobody_has_it_any_more(chain, tmp_path):
+    """At once, as Trainer is: Python's collector may come hours later, and until then a card holds two models."""
+    # The first import of matplotlib leaves an exception that has the frames of whoever imports it, up to the trainer.
+    importlib.import_module("matplotlib.pyplot")
+    gc.disable()
+    try:
+        for options in ({}, {"resume_from_checkpoint": True}):
+            args = {"max_steps": 2 + len(options), "save_strategy": "steps", "save_steps": 2}
+            args |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+            batches = split(make_batch("bert", 24), [8, 8, 8])
+            trainer = make_trainer(LPGTrainer, make_model("bert"), batches, tmp_path, args=args, perturbations=chain)
+            trainer.add_callback(ReportCallback(trainer))
+            trainer.train(**options)
+            trainer.create_model_card()
+            freed = [weakref.ref(trainer), weakref.ref(trainer.model), weakref.ref(trainer.optimizer)]
+            del trainer
+            assert [reference() for reference in freed] == [None] * 3
+    finally:
+        gc.enable()
 
 
 # Data

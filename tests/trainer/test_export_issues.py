@@ -117,7 +117,7 @@ def test_a_report_keeps_the_fixes_in_the_file_of_an_earlier_one(trained, tmp_pat
 def test_a_folder_without_issues(out, tmp_path):
     for checkpoint in out.glob("checkpoint-*"):
         (checkpoint / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"no label issues in .*: neither report/label_issues\.csv nor label_issues"):
+    with pytest.raises(ValueError, match=r"no label issues in .*: neither report/label_issues\.csv nor _report/"):
         export_issues(out, tmp_path / "issues.csv")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         export_issues(tmp_path / "none", tmp_path / "issues.csv")

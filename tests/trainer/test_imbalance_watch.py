@@ -55,6 +55,12 @@ def test_a_class_that_should_not_exist_differs():
     assert shares_differ([200, 200, 112], [100, 100, 0], is_epoch=False)
 
 
+def test_a_class_that_was_not_met_yet_counts_once():
+    watch = ImbalanceWatch([700, 250, 50, 0], has_custom_loss=False)
+    assert watch.judge_labels([200, 312, 0, 0], is_epoch=True)
+    assert watch.found == [200, 312, 1, 0]
+
+
 # The test of losses
 
 

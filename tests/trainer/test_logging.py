@@ -6,6 +6,7 @@ import re
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from text_cases import bert, plain_args, text_dataset
@@ -171,7 +172,7 @@ def test_once_per_training(tmp_path, caplog):
 
 
 def test_counts_of_the_user(tmp_path, caplog):
-    (line,), _ = run(tmp_path, caplog, class_counts=[9, 9, 9, 9])
+    (line,), _ = run(tmp_path, caplog, class_counts=np.array([9, 9, 9, 9]))
     assert line.endswith("Class counts from `class_counts`: [9, 9, 9, 9]." + NO_EVALUATION)
 
 
