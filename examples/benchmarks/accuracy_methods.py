@@ -191,7 +191,6 @@ _BENCHMARK = (
     _plug_in("class_weighting", "class weights", "class_weighting"),
     _plug_in("effective_number", "effective number", "class_weighting(weights='effective')"),
     _plug_in("logit_adjustment", "logit adjustment", "logit_adjustment"),
-    # Behind the adjustment: a factor on the loss alone would leave the adjustment's delta as large as it is.
     Method("auto_on_focal_loss", "auto on focal loss", PLUG_IN, ("auto", "focal_loss"), base="focal_loss"),
 )
 

@@ -205,7 +205,7 @@ def expected_gradient(
         if name == "logit_noise":
             return None
         if name == "logit_adjustment":
-            gradient += _adjustment(z, y, prior, **options)
+            gradient += reference.relative_pull(gradient, z, y) * _adjustment(z, y, prior, **options)
         elif name in ("lpg", "lpl"):
             epsilon = options.pop("epsilon", {"lpg": 0.1, "lpl": 1.0}[name])
             signs, bounds = reference.frequency_signs_and_bounds(prior, epsilon)
@@ -239,7 +239,7 @@ def _methods(entry: str, chain: tuple[str, ...]) -> list[tuple[str, dict]]:
     if entry == "auto":
         smoothing = [("label_smoothing", {"alpha": -0.1, "target": "uniform"})] if len(chain) > 1 else []
         prior = [("label_smoothing", {"alpha": 0.1, "target": "prior"})] if len(chain) > 1 else []
-        return [adjustment, *smoothing, *prior]
+        return [*smoothing, *prior, adjustment]
     return {
         "lpg": [("lpg", {})],
         "lpg(epsilon=0.3)": [("lpg", {"epsilon": 0.3})],

@@ -187,6 +187,15 @@ def logit_adjustment_delta(logits, labels, prior, tau=1.0, weight_share=0.0, tar
     return weight * logit_gradient(adjusted, labels) - logit_gradient(np.asarray(logits), labels)
 
 
+def relative_pull(gradient, logits, labels):
+    """`max(g_y / (p_y - 1), 0)` of each sample, `[N, 1]`; 0 for ignored samples."""
+    own = [
+        0.0 if label < 0 or full[label] == 0 else max(row[label] / full[label], 0.0)
+        for row, full, label in zip(gradient, logit_gradient(np.asarray(logits), labels), labels, strict=True)
+    ]
+    return np.array(own)[:, None]
+
+
 class RunningStatistics:
     """
     Running means per class, moved once by each optimizer step with weight n / (n + 20); means of epochs per class;
