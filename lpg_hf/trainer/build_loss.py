@@ -33,7 +33,7 @@ def build_loss(
         num_labels (`int`): Number of classes.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class. `None` if they are being counted.
         counts_source (`str`): Where these counts come from.
-        eval_shares (`str` or `Sequence[float]`): The class shares of the evaluation, as the user gave them.
+        eval_shares (`str`, `Sequence[float]` or `Mapping`): The class shares of the evaluation, as the user gave them.
         loss_corrects (`bool`): Whether the user's loss corrects the class imbalance.
 
     Returns:
@@ -51,7 +51,7 @@ def build_loss(
     methods = build_chain(chain, outside)
     model = trainer.accelerator.unwrap_model(trainer.model)
     class_indices = find_class_indices(num_labels, trainer.train_dataset, model)
-    shares, shares_source = find_eval_shares(eval_shares, trainer.eval_dataset, num_labels)
+    shares, shares_source = find_eval_shares(eval_shares, trainer.eval_dataset, num_labels, class_indices)
     for method in logit_methods(methods):
         method.use_label_names(class_indices)
     loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, shares, managed=True)

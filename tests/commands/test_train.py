@@ -137,6 +137,20 @@ def test_texts_from_csv_to_predictions(texts, tmp_path):
     assert (tmp_path / "README.md").exists()
 
 
+def test_shares_by_name_are_those_in_the_order_that_is_shown(texts, tmp_path, caplog):
+    def trained(*shares):
+        output_dir = tmp_path / "_".join(shares)
+        with caplog.at_level("INFO"):
+            train("text", text_arguments(texts, output_dir, "--do_train", "--max_steps", 2, "--eval_shares", *shares))
+        return load_file(output_dir / "model.safetensors")["classifier.weight"]
+
+    by_name, in_order, reverse = trained("red=7", "green=2", "blue=1"), trained("1", "2", "7"), trained("7", "2", "1")
+    assert "of each of 3 classes: blue, green, red." in caplog.text
+    assert torch.equal(by_name, in_order) and not torch.equal(by_name, reverse)
+    with pytest.raises(ValueError, match=r"'read' is no class, and 'red' has no share.*: 'blue', 'green', 'red'\."):
+        trained("read=7", "green=2", "blue=1")
+
+
 def test_a_saved_model_keeps_its_classes_when_it_is_only_evaluated(texts, tmp_path):
     names = ["red", "green", "blue"]  # not in the order of the alphabet, in which a config is saved
     data = Dataset.from_list(text_rows(TRAIN_ROWS)).cast_column("label", ClassLabel(names=names))
