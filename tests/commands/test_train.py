@@ -1,6 +1,7 @@
 """`lpg-hf train` from files to a saved model, against the same steps by hand."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,7 +133,14 @@ def test_texts_from_csv_to_predictions(texts, tmp_path):
     assert model.config.label2id == {name: index for index, name in enumerate(NAMES)}
     table = pd.read_csv(tmp_path / "predictions.csv")
     assert table["index"].tolist() == list(range(EVAL_ROWS))
-    assert table["prediction"].tolist() == predict_texts(model, tokenizer, text_rows(EVAL_ROWS, seed=2))
+    test_rows = text_rows(EVAL_ROWS, seed=2)
+    assert table["prediction"].tolist() == predict_texts(model, tokenizer, test_rows)
+    assert table.columns.tolist() == ["index", "prediction", "probability"]
+    with torch.no_grad():
+        logits = [model(**tokenizer(row["text"], return_tensors="pt")).logits[0].double() for row in test_rows]
+    expected = [(1 / (values - values.max()).exp().sum()).item() for values in logits]
+    np.testing.assert_allclose(table["probability"], expected, rtol=0, atol=6e-5)  # four digits
+    assert re.fullmatch(r"0,\w+,[01]\.\d{4}", (tmp_path / "predictions.csv").read_text().splitlines()[1])
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_accuracy"] == results["eval_accuracy"]
     assert (tmp_path / "README.md").exists()
 
