@@ -37,10 +37,28 @@ def find_class_names(num_labels: int, dataset: object, model: nn.Module) -> list
 
 def find_class_indices(num_labels: int, dataset: object, model: nn.Module) -> dict[str, int]:
     """
-    The index of every name that a class goes by: those of [`find_class_names`], and those of `label2id` of the model's
-    config. Where the two disagree, the former count: labels are what the data say.
+    The index of every name that a class goes by, in the data or in the model's config. Where the two disagree, those
+    of the data count, whose labels are trained on.
+
+    Args:
+        num_labels, dataset, model: As for [`find_class_names`].
+
+    Example:
+
+    ```python
+    >>> from datasets import ClassLabel, Dataset, Features
+    >>> from transformers import BertConfig, BertModel
+    >>> dataset = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=["ant", "bee"])}))
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    >>> model = BertModel(BertConfig(id2label={0: "bee", 1: "wasp"}, label2id={"bee": 0, "wasp": 1}, **sizes))
+    >>> find_class_indices(2, dataset, model)
+    {'bee': 1, 'wasp': 1, 'ant': 0}
+
+    ```
     """
-    names = find_class_names(num_labels, dataset, model)
     config = getattr(model, "config", None)
-    label2id = getattr(config, "label2id", None) or {}
-    return label2id | {name: index for index, name in enumerate(names)}
+    indices: dict[str, int] = dict(getattr(config, "label2id", None) or {})
+    # transformers does not derive `label2id` from an `id2label` that was set.
+    for source in (None, dataset):
+        indices |= {name: index for index, name in enumerate(find_class_names(num_labels, source, model))}
+    return indices

@@ -167,10 +167,9 @@ def needed_splits(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
 def count_classes(train: Dataset, arguments: Arguments) -> list[int]:
     """The true sizes where they are known: wrong labels must not decide which classes are few-shot."""
     counts = class_counts(train, label_column=CLEAN_LABEL_COLUMN if arguments.stress.label_noise else "labels")
-    names = train.features["labels"].names
+    names = shorten(train.features["labels"].names, num_shown=20)  # in their order, which shares without names have
     logger.info(
-        f"{len(train)} training rows, {min(counts)} to {max(counts)} of each of {len(counts)} classes: "
-        f"{shorten(names)}."
+        f"{len(train)} training rows, {min(counts)} to {max(counts)} of each of {len(counts)} classes: {names}."
     )
     return counts
 

@@ -9,7 +9,8 @@ from ..data.training_labels import class_counts_or_none
 
 EVAL_DATASET, TRAIN, UNIFORM = "eval_dataset", "train", "uniform"
 
-EvalShares = str | Sequence[float] | Mapping[str | int, float]
+NamedShares = Mapping[str, float] | Mapping[int, float]
+EvalShares = str | Sequence[float] | NamedShares
 
 MAX_SHOWN_NAMES = 20
 
@@ -41,7 +42,7 @@ def read_eval_shares(text: str) -> EvalShares:
             pairs = [(name.strip(), share) for name, _, share in (part.rpartition("=") for part in text.split(","))]
         else:
             return [float(part) for part in text.split(",")]
-        shares: dict[str | int, float] = {name: float(share) for name, share in pairs}
+        shares = {name: float(share) for name, share in pairs}
         if "" in shares or len(shares) < len(pairs):
             raise ValueError("a number without a name, or a name twice")
         return shares
@@ -108,7 +109,7 @@ def find_eval_shares(
     return [count + 1 for count in counts], "`eval_dataset`"
 
 
-def in_order(shares: Mapping[str | int, float], num_labels: int, class_indices: Mapping[str, int]) -> list[float]:
+def in_order(shares: NamedShares, num_labels: int, class_indices: Mapping[str, int]) -> list[float]:
     """
     The shares of all classes in the order of their indices, from shares by name or index.
 
