@@ -15,7 +15,6 @@ from .input_checks import check_inputs
 from .loss_graphs import LossGraphs
 from .perturbations import LogitPerturbation, build_chain
 from .perturbations.base import uncompensated_weight
-from .perturbations.order import warn_of_order
 from .statistics import ClassStatistics
 from .telemetry import Telemetry, head_and_tail_accuracy, mean_norms_and_weights
 
@@ -103,8 +102,6 @@ class LPGLoss(nn.Module):
             if type(method).log_correction is not LogitPerturbation.log_correction:
                 self.statistics.add_correction(method.log_correction)
             method.attach(self.statistics)
-        if not managed:
-            warn_of_order(self._methods)
         self.base_loss = base_loss
         self.managed = managed
         self.is_frozen = False

@@ -15,7 +15,6 @@ from ..distributed import AsyncAllReduce, stack_processes
 from ..loss import LPGLoss
 from ..perturbations import ClassRelativeDampening, LogitPerturbation, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver, show_to
-from ..perturbations.order import warn_of_order
 from .accumulation import StepItems
 from .build_loss import build_loss, logit_methods
 from .checkpoint import SavedState
@@ -139,8 +138,6 @@ class ManagedLoss:
             self._rebuild(self.watch.found or self._own_counts())
         loss = self.loss
         logger.info(self._start_line)
-        if self._trainer.is_world_process_zero():
-            warn_of_order(self.methods)
         if saved is not None:
             saved.check_chain("loss", self.methods, self._trainer.accelerator.num_processes, self.requested)
             saved.check_num_labels(loss.num_labels)
