@@ -1,6 +1,7 @@
 """LPGConfig: TrainingArguments and the settings of the perturbations."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
@@ -30,7 +31,8 @@ class LPGConfig(TrainingArguments):
             `docs/logged_keys.md` marks.
         eval_shares (`str`, *optional*, defaults to `"eval_dataset"`):
             The class shares of the data that the model will meet: `"eval_dataset"`, `"train"`, `"uniform"`, or one
-            number per class with commas between them, such as `"0.9,0.1"`.
+            number per class with commas between them: in the order of the class indices (`"0.9,0.1"`), or with their
+            names (`"ham=0.9,spam=0.1"`). A list, or a mapping by name, becomes such a string.
         track_rows (`bool`, *optional*, defaults to `True`):
             Whether training records how it sees each row, 24 bytes on the host, for [`LPGTrainer.label_issues`].
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
@@ -78,8 +80,9 @@ class LPGConfig(TrainingArguments):
     eval_shares: str = field(
         default="eval_dataset",
         metadata={
-            "help": "Class shares of the data that the model will meet: eval_dataset, train, uniform, or numbers with "
-            "commas between them."
+            "help": "Class shares of the data that the model will meet: eval_dataset, train, uniform, or one number "
+            "per class: by name, as in ham=0.9 spam=0.1, or in the order of the class indices, as in 0.9 0.1.",
+            "nargs": "+",
         },
     )
     track_rows: bool = field(
@@ -127,6 +130,10 @@ class LPGConfig(TrainingArguments):
         super().__post_init__()
         if isinstance(self.perturbations, str):
             self.perturbations = [self.perturbations]
+        if isinstance(self.eval_shares, Mapping):
+            self.eval_shares = json.dumps(dict(self.eval_shares))
+        elif not isinstance(self.eval_shares, str):
+            self.eval_shares = ",".join(map(str, self.eval_shares))
         if not all(isinstance(entry, str) for entry in self.perturbations):
             raise ValueError(
                 f"`perturbations` of a config must be strings, which JSON and the command line can hold; found "

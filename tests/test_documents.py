@@ -127,7 +127,9 @@ def check_metrics(trainers, namespace):
 
 def check_own_texts(trainers, namespace):
     (trainer,) = trainers
-    assert type(trainer) is LPGTrainer and trainer.model.config.num_labels == NUM_LABELS
+    assert type(trainer) is LPGTrainer
+    assert trainer.model.config.id2label == dict(enumerate(trainer.train_dataset.features["label"].names))
+    assert len(trainer.model.config.id2label) == NUM_LABELS
     assert trainer.state.epoch == 3 and len(trainer.train_dataset) == 32
     assert trainer.evaluate().keys() >= {"eval_accuracy", "eval_balanced_accuracy", "eval_macro_f1"}
     assert "a green car" in Path("out/report/report.html").read_text()

@@ -21,13 +21,14 @@ from transformers import TrainingArguments
 
 import lpg_hf.trainer.reports
 from lpg_hf import LPGTrainer
+from lpg_hf.class_names import find_class_names
 from lpg_hf.report import ReportCallback, write_report
 from lpg_hf.report.plots import LONGEST_NAME, STYLE, _bars, _figures, draw_figures, rc_context
 from lpg_hf.report.tables import make_tables
 from lpg_hf.row_records import TrainingDynamics
 from lpg_hf.safe_text import one_line, shown, unique_names
 from lpg_hf.summary import Evaluation, TrainingSummary
-from lpg_hf.trainer.summary import _evaluation, find_class_names
+from lpg_hf.trainer.summary import _evaluation
 
 
 NAMES = {

@@ -245,7 +245,7 @@ def check_input_column(splits: DatasetDict, data: DataArguments, argument: str, 
         check_column(dataset, split, argument, name)
 
 
-def shorten(values: Sequence[Any]) -> str:
+def shorten(values: Sequence[Any], num_shown: int = SHOWN) -> str:
     """
     The first of them, and how many there are.
 
@@ -257,4 +257,5 @@ def shorten(values: Sequence[Any]) -> str:
 
     ```
     """
-    return ", ".join(map(str, values[:SHOWN])) + (f", ... ({len(values)} in all)" if len(values) > SHOWN else "")
+    more = f", ... ({len(values)} in all)" if len(values) > num_shown else ""
+    return ", ".join(map(str, values[:num_shown])) + more

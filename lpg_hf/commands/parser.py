@@ -40,7 +40,10 @@ OWN_HELP = {
     "output_dir": "Required: folder for the model and all results.",
     "do_train": "Whether to train, and to save the model.",
     "do_eval": "Whether to evaluate on the validation data.",
-    "do_predict": "Whether to write predictions.csv for the test data.",
+    "do_predict": "Whether to write predictions.csv for the test data: index, prediction and probability.",
+    "eval_shares": "Class shares of the data that the model will meet: eval_dataset, train, uniform, or one number "
+    "per class: by name, as in ham=0.9 spam=0.1, or as in 0.9 0.1 in the order of the classes: that of the data set, "
+    "else integers by size and names by the alphabet. A line at the start shows it.",
 }
 # Names in the published commands that TrainingArguments had before transformers 5. A ratio is a share of the steps.
 OLDER_NAMES = {

@@ -6,6 +6,7 @@ import math
 from datasets import Dataset, DatasetDict
 
 from ..data import add_label_noise, apply_fixes, class_counts, make_long_tailed
+from ..data.fix_checks import OtherRowsError
 from .arguments import Arguments
 from .load_data import TEST, TRAIN, VALIDATION, naming
 
@@ -41,9 +42,34 @@ def choose_rows(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
     if TRAIN in splits and stress.label_noise != 0:
         splits[TRAIN] = add_label_noise(splits[TRAIN], stress.label_noise, seed=seed)
     if TRAIN in splits and arguments.fixes.fixes is not None:
-        with naming("--fixes"):
-            splits[TRAIN] = apply_fixes(splits[TRAIN], arguments.fixes.fixes, label_column="labels")
+        splits[TRAIN] = apply_fixes_of_command(splits[TRAIN], arguments.fixes.fixes, data.label_column_name)
     return splits
+
+
+def apply_fixes_of_command(train: Dataset, fixes: str, label_column: str) -> Dataset:
+    """
+    The training rows with fixes applied.
+
+    Args:
+        train (`datasets.Dataset`): The rows, with their labels in the column `labels`.
+        fixes (`str`): The file.
+        label_column (`str`): What the user calls this column.
+
+    Raises:
+        ValueError: If the fixes cannot be applied; says which arguments choose the rows.
+        FileNotFoundError: If there is no such file.
+    """
+    with naming("--fixes"):
+        try:
+            return apply_fixes(train, fixes, label_column="labels")
+        except OtherRowsError as error:
+            raise ValueError(
+                f"{error.problem} The training rows, with their labels in column {label_column!r}, are not those that "
+                "the issues were found in. Pass the same data and the arguments that chose these rows: --do_eval (it "
+                "sets validation rows aside where there are none), --train_val_split, --seed, --max_train_samples, "
+                "--shuffle_train_dataset, --label_noise, --imbalance_ratio and --label_column_name. "
+                f"{error.otherwise}".rstrip()
+            ) from error
 
 
 def check_imbalance(train: Dataset, wanted: float) -> None:

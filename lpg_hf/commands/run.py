@@ -11,6 +11,7 @@ import pandas as pd
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
+from scipy.special import softmax
 from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
@@ -166,10 +167,12 @@ def log_and_save(trainer: Trainer, split: str, metrics: dict[str, float]) -> Non
 
 
 def write_predictions(trainer: LPGTrainer, names: list[str], prediction: PredictionOutput, path: Path) -> None:
-    """One line per test row, in their order: its number and the name of the class."""
+    """One line per test row, in their order: its number, the name of its class, and the probability of that class."""
     if trainer.is_world_process_zero():
         # Some models return more than logits.
         is_tuple = isinstance(prediction.predictions, tuple)
-        logits = np.asarray(prediction.predictions[0] if is_tuple else prediction.predictions)
-        found = [names[index] for index in logits.argmax(-1)]
-        pd.DataFrame({"index": range(len(found)), "prediction": found}).to_csv(path, index=False)
+        logits = np.asarray(prediction.predictions[0] if is_tuple else prediction.predictions, dtype=np.float64)
+        # The first two columns are those of the examples of transformers.
+        table = pd.DataFrame({"index": range(len(logits)), "prediction": [names[i] for i in logits.argmax(-1)]})
+        table["probability"] = softmax(logits, axis=-1).max(-1)
+        table.to_csv(path, index=False, float_format="%.4f")

@@ -14,7 +14,7 @@ from ..trainer import LPGTrainer
 from .arguments import Arguments, DataArguments, ModelArguments
 from .class_labels import encode_labels
 from .extra_metric import make_metrics
-from .load_data import TEST, TRAIN, VALIDATION, load_splits
+from .load_data import TEST, TRAIN, VALIDATION, load_splits, shorten
 from .lora import add_lora, with_merged_model
 from .model import check_head, load_config, load_model, load_processor
 from .rows import choose_rows
@@ -179,7 +179,10 @@ def needed_splits(splits: DatasetDict, arguments: Arguments) -> DatasetDict:
 def count_classes(train: Dataset, arguments: Arguments) -> list[int]:
     """The true sizes where they are known: wrong labels must not decide which classes are few-shot."""
     counts = class_counts(train, label_column=CLEAN_LABEL_COLUMN if arguments.stress.label_noise else "labels")
-    logger.info(f"{len(train)} training rows, {min(counts)} to {max(counts)} of each of {len(counts)} classes.")
+    names = shorten(train.features["labels"].names, num_shown=20)  # in their order, which shares without names have
+    logger.info(
+        f"{len(train)} training rows, {min(counts)} to {max(counts)} of each of {len(counts)} classes: {names}."
+    )
     return counts
 
 

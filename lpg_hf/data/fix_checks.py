@@ -15,17 +15,35 @@ SHOWN_LINES = 3
 FEWEST_LETTERS = 6
 
 
+class OtherRowsError(ValueError):
+    """
+    The rows of fixes are not those of the dataset.
+
+    Attributes:
+        problem (`str`): How that shows.
+        otherwise (`str`): What to do if the rows are the right ones, or nothing.
+    """
+
+    def __init__(self, problem: str, otherwise: str = "", column: str | None = None):
+        compared = "" if column is None else f" Labels were compared with column {column!r}."
+        super().__init__(
+            f"{problem}{compared} The fixes belong to other data, or rows were dropped, moved or relabeled since. "
+            f"Pass the training set that the issues were found in. {otherwise}".rstrip()
+        )
+        self.problem = problem
+        self.otherwise = otherwise
+
+
 def check_rows(lines: Sequence[FixLine], num_rows: int) -> None:
     """
     Raises:
-        ValueError: If a row is not one of the dataset.
+        OtherRowsError: If a row is not one of the dataset.
     """
     for line in lines:
         if line.row >= num_rows:
-            raise ValueError(
+            raise OtherRowsError(
                 f"{line.place}: row {line.row} is out of range, since the dataset has {num_rows} rows, 0 to "
-                f"{num_rows - 1}. The fixes belong to other data, or rows were dropped. Pass the training set that "
-                "the issues were found in."
+                f"{num_rows - 1}."
             )
 
 
@@ -40,7 +58,8 @@ def check_labels(lines: Sequence[FixLine], positions: Sequence[int | None], valu
         column (`str`): Its label column.
 
     Raises:
-        ValueError: If they differ; says whether the fixes are in the data already.
+        OtherRowsError: If they differ.
+        ValueError: If they differ since the fixes are in the data already.
     """
     different = [(line, fix) for line, fix in zip(lines, positions, strict=True) if not _has_label(line, values)]
     if not different:
@@ -49,17 +68,12 @@ def check_labels(lines: Sequence[FixLine], positions: Sequence[int | None], valu
         f"{line.place}: row {line.row} was {_claim(line)}, and is {values.shown(line.row)}"
         for line, _ in different[:SHOWN_LINES]
     )
+    problem = f"{len(different)} of {len(lines)} lines have another label than the dataset ({examples})."
     if all(fix == values.classes[line.row] for line, fix in different):
-        cause = "Their fixes are in the data already: pass the data as they were, or remove these lines."
-    else:
-        cause = (
-            "The fixes belong to other data, or rows were dropped, moved or relabeled since. Pass the training set "
-            "that the issues were found in. If you have relabeled these rows yourself, remove their lines."
+        raise ValueError(
+            f"{problem} Their fixes are in the data already: pass the data as they were, or remove these lines."
         )
-    raise ValueError(
-        f"{len(different)} of {len(lines)} lines have another label than column {column!r} of the dataset "
-        f"({examples}). {cause}"
-    )
+    raise OtherRowsError(problem, "If you have relabeled these rows yourself, remove their lines.", column)
 
 
 def _has_label(line: FixLine, values: LabelValues) -> bool:
@@ -93,7 +107,7 @@ def check_texts(lines: Sequence[FixLine], dataset: datasets.Dataset, label_colum
         label_column (`str`): Its label column, which holds no texts.
 
     Raises:
-        ValueError: If they differ.
+        OtherRowsError: If they differ.
     """
     lines = [line for line in lines if len(_letters(line.text)) >= FEWEST_LETTERS]
     others = dataset.select_columns([name for name in dataset.column_names if name != label_column])
@@ -105,12 +119,11 @@ def check_texts(lines: Sequence[FixLine], dataset: datasets.Dataset, label_colum
     ]
     if different:
         line, texts = different[0]
-        raise ValueError(
+        raise OtherRowsError(
             f"{len(different)} of {len(lines)} lines have another text than the dataset ({line.place}: row "
-            f"{line.row} was {shown(line.text)!r}, and is {shown(max(texts, key=len))!r}). The fixes belong to "
-            "other data, or rows were dropped or moved since. Pass the training set that the issues were found in. "
+            f"{line.row} was {shown(line.text)!r}, and is {shown(max(texts, key=len))!r}).",
             "If you have changed the texts yourself, or a spreadsheet has lost their letters, remove the column "
-            "'text'."
+            "'text'.",
         )
 
 

@@ -1,13 +1,12 @@
 """`certify`: computes a certificate from a trained model, its prior, and a set of rows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from ..class_names import find_class_names
 from ..weights_hash import weights_hash
 from .bounds import (
     balanced_error_bound,
@@ -206,7 +205,7 @@ def certify(
         num_draws=num_draws,
         num_samples=num_samples,
         num_labels=num_labels,
-        label_names=_label_names(model, num_labels),
+        label_names=tuple(find_class_names(num_labels, dataset, find_pretrained_model(model))),
         scope=scope,
         num_parameters=sum(weight.numel() for weight in noise.weights.values()),
         label_noise=label_noise,
@@ -273,9 +272,3 @@ def _certify_clean(overall: ErrorBound, label_noise: float, num_labels: int) -> 
     elif math.isnan(bound):
         reason = "the bound on the noisy error is above (C-1)/C, so it says nothing about the true labels"
     return ErrorBound(bound, math.nan, math.nan, overall.num_samples, reason)
-
-
-def _label_names(model: nn.Module, num_labels: int) -> tuple[str, ...]:
-    inner = find_pretrained_model(model)
-    names: Mapping[Any, str] = (inner.config.id2label or {}) if isinstance(inner, PreTrainedModel) else {}
-    return tuple(str(names.get(label, label)) for label in range(num_labels))

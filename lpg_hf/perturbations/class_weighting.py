@@ -111,9 +111,7 @@ class ClassWeighting(SampleReweighting):
     def _class_index(self, key: str | int, num_labels: int) -> int:
         index = self._label_names.get(key, key) if isinstance(key, str) else key
         if not isinstance(index, int) or not 0 <= index < num_labels:
-            known = (
-                ", ".join(map(repr, self._label_names)) or "no names (LPGTrainer takes them from the model's config)"
-            )
+            known = ", ".join(map(repr, self._label_names)) or "no names (LPGTrainer takes them from data and model)"
             raise ValueError(
                 f"`weights` has the key {key!r}, which does not name a class. Use an index in [0, {num_labels}) or a "
                 f"label name. Known names: {known}."

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
+from ..class_names import find_class_indices
 from ..loss import LPGLoss
 from ..perturbations import ClassWeighting, LabelSmoothing, LogitPerturbation, Perturbation, build_chain
 from .compilation import is_compiled, replays_graphs
@@ -27,12 +28,12 @@ def build_loss(
     Builds the perturbed loss of a training.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Its label smoothing, its compilation and its model's names are used.
+        trainer ([`~transformers.Trainer`]): Its label smoothing, compilation and class names are used.
         chain (`Sequence[str | Perturbation]`): The chain as the user wrote it.
         num_labels (`int`): Number of classes.
         class_counts (`Sequence[int]`, *optional*): Training samples of each class. `None` if they are being counted.
         counts_source (`str`): Where these counts come from.
-        eval_shares (`str` or `Sequence[float]`): The class shares of the evaluation, as the user gave them.
+        eval_shares (`str`, `Sequence[float]` or `Mapping`): The class shares of the evaluation, as the user gave them.
         loss_corrects (`bool`): Whether the user's loss corrects the class imbalance.
 
     Returns:
@@ -48,10 +49,11 @@ def build_loss(
     if loss_corrects:
         outside.append(ClassWeighting())
     methods = build_chain(chain, outside)
-    shares, shares_source = find_eval_shares(eval_shares, trainer.eval_dataset, num_labels)
-    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    class_indices = find_class_indices(num_labels, trainer.train_dataset, model)
+    shares, shares_source = find_eval_shares(eval_shares, trainer.eval_dataset, num_labels, class_indices)
     for method in logit_methods(methods):
-        method.use_label_names(getattr(config, "label2id", None) or {})
+        method.use_label_names(class_indices)
     loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, shares, managed=True)
     if loss_corrects:
         loss.statistics.add_correction(ClassWeighting().log_correction)

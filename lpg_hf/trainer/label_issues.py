@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..class_names import find_class_names
 from ..config import LPGConfig
 from ..data.training_labels import labels_or_none
 from ..perturbations import ClassRelativeDampening
@@ -17,7 +18,6 @@ from ..row_records import TrainingDynamics
 from .row_file import load_rows, save_rows
 from .row_tracker import RowTracker
 from .step_watch import StepWatchMixin
-from .summary import find_class_names
 
 
 logger = get_logger(__name__)

@@ -26,6 +26,7 @@ from ..perturbations.observers import PerturbationObserver
 from .checkpoint_mixin import CheckpointMixin
 from .class_shift import ClassShiftMixin
 from .classifier import ClassifierCheck
+from .eval_shares import EvalShares
 from .label_issues import LabelIssuesMixin, RowTracker
 from .label_messages import explain_label_errors, explain_label_names
 from .managed_loss import ManagedLoss
@@ -85,9 +86,10 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
             Number of training samples of each class. Defaults to the counts of the labels of `train_dataset`: of its
             label column, its attribute `labels` or `targets`, or the dicts in a list. Where there are none to read,
             a warning says so, and the samples are counted until the first epoch or 1000 of them are over.
-        eval_shares (`str` or `Sequence[float]`, *optional*, defaults to `"eval_dataset"`):
+        eval_shares (`str`, `Sequence[float]` or `Mapping`, *optional*, defaults to `"eval_dataset"`):
             The class shares of the data that the model will meet: `"eval_dataset"` takes those of its labels, and
-            those of the training set where there are none to read; `"train"`, `"uniform"`, or one number per class.
+            those of the training set where there are none to read; `"train"`, `"uniform"`, or one number per class,
+            as a list or by label name or index.
 
     Raises:
         ValueError: If a perturbation is unknown or an argument is out of range. When the training starts, also if the
@@ -130,7 +132,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         *,
         perturbations: str | Perturbation | Sequence[str | Perturbation] | None = None,
         class_counts: Sequence[int] | None = None,
-        eval_shares: str | Sequence[float] | None = None,
+        eval_shares: EvalShares | None = None,
     ):
         self._lpg_settings = Settings(perturbations, class_counts, eval_shares)
         build_chain(self._lpg_settings.chain(args))

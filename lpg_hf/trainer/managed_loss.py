@@ -42,7 +42,7 @@ class ManagedLoss:
         trainer ([`~transformers.Trainer`]): The trainer whose model, accelerator and settings count.
         chain (`Sequence[str | Perturbation]`): The chain, from which the methods at the logits are taken.
         class_counts (`Sequence[int]`, *optional*): Number of training samples of each class, as the user gave it.
-        eval_shares (`str` or `Sequence[float]`): The class shares of the evaluation, as the user gave them.
+        eval_shares (`str`, `Sequence[float]` or `Mapping`): The class shares of the evaluation, as the user gave them.
         observers (`Sequence[PerturbationObserver]`): The observers that see the perturbations.
 
     Attributes:

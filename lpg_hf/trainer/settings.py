@@ -18,7 +18,7 @@ class Settings:
     Attributes:
         perturbations (`str`, [`Perturbation`] or a sequence of them, *optional*): The chain.
         class_counts (`Sequence[int]`, *optional*): Number of training samples of each class.
-        eval_shares (`str` or `Sequence[float]`, *optional*): The class shares of the evaluation.
+        eval_shares (`str`, `Sequence[float]` or `Mapping`, *optional*): The class shares of the evaluation.
     """
 
     perturbations: str | Perturbation | Sequence[str | Perturbation] | None

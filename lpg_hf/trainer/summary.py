@@ -8,16 +8,14 @@ import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset
 from scipy.special import softmax
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..batch import IGNORE_INDEX
+from ..class_names import find_class_names
 from ..config import LPGConfig
-from ..data.labels import label_names
 from ..loss import LPGLoss
 from ..perturbations import Perturbation
 from ..perturbations.strategy import ClassLevelPerturbation
-from ..safe_text import unique_names
 from ..summary import Evaluation, TrainingSummary, Unavailable
 
 
@@ -176,35 +174,6 @@ def _evaluation(name: str, logits: np.ndarray, labels: np.ndarray) -> Evaluation
             f"The logits of {(~is_finite).sum()} of {len(labels)} rows of `{name}` are not finite (NaN or infinite)."
         )
     return Evaluation(name, labels, softmax(logits, axis=1))
-
-
-def find_class_names(num_labels: int, train_dataset: object, model: nn.Module) -> list[str]:
-    """
-    Names the classes as the data set does, or else as the model does. Names that occur twice get their number.
-
-    Args:
-        num_labels (`int`): Number of classes.
-        train_dataset: The training set. A [`~datasets.Dataset`] may have a column of the type `ClassLabel`.
-        model (`torch.nn.Module`): The model, unwrapped. Its config may have `id2label`.
-
-    Example:
-
-    ```python
-    >>> from datasets import ClassLabel, Features
-    >>> dataset = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=["ant", "bee"])}))
-    >>> find_class_names(2, dataset, nn.Linear(1, 2))
-    ['ant', 'bee']
-    >>> find_class_names(2, None, nn.Linear(1, 2))
-    ['0', '1']
-
-    ```
-    """
-    names = label_names(train_dataset)
-    if len(names) < num_labels:
-        config = getattr(model, "config", None)
-        id2label = getattr(config, "id2label", None) or {}
-        names = [str(id2label.get(label, label)) for label in range(num_labels)]
-    return unique_names(names[:num_labels])
 
 
 def changed_settings(args: TrainingArguments) -> dict[str, object]:

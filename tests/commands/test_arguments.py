@@ -136,6 +136,21 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
     assert arguments.training.chain() == ["logit_clipping(max_norm=0.5)", "lpg(epsilon=0.4)"]
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("eval_shares: {ham: 0.9, 'a, b=c': 0.1}", '{"ham": 0.9, "a, b=c": 0.1}'),
+        ("eval_shares: {1: 0.9, 2: 0.1}", '{"1": 0.9, "2": 0.1}'),
+        ("eval_shares: [0.9, 0.1]", "0.9,0.1"),
+        ("eval_shares: uniform", "uniform"),
+    ],
+)
+def test_a_config_file_may_hold_shares_as_a_mapping_or_a_list(lines, expected, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output_dir: o\n{lines}\n")
+    assert parse_arguments(TextArguments, "lpg-hf", "", [str(path)]).training.eval_shares == expected
+
+
 def test_names_of_arguments_before_transformers_5():
     argv = ["--output_dir", "o", "--evaluation_strategy", "epoch", "--warmup_ratio", "0.1", "--no_cuda"]
     training = parse_arguments(TextArguments, "lpg-hf", "", argv).training

@@ -100,6 +100,36 @@ def test_fixes_of_other_rows_are_refused(training, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (["--do_eval", "false"], "have another (label|text) than the dataset"),
+        (["--seed", "7"], "have another (label|text) than the dataset"),
+        (["--max_train_samples", "20"], r"row \d+ is out of range, since the dataset has 20 rows, 0 to 19\."),
+    ],
+    ids=["no validation rows", "another seed", "another row limit"],
+)
+def test_the_error_names_the_arguments_that_choose_the_rows_and_the_column_of_the_user(
+    other, problem, training, tmp_path
+):
+    argv, root = training
+    rows = [{"text": row["text"], "color": row["label"]} for row in text_rows(ROWS)]
+    argv = [str(write_csv(tmp_path / "train.csv", rows)) if word == str(root / "train.csv") else word for word in argv]
+    argv += [
+        "--label_column_name",
+        "color",
+        "--fixes",
+        str(root / "issues.csv"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(ValueError, match=rf"^`--fixes`: .*{problem}") as error:
+        train("text", [*argv, *other])
+    message = str(error.value)
+    assert all(cause in message for cause in ("--do_eval", "--seed", "--max_train_samples", "column 'color'"))
+    assert "'labels'" not in message and "Pass the training set" not in message
+
+
 def test_fixes_that_are_not_there_or_for_no_training(training, tmp_path):
     argv, root = training
     with pytest.raises(FileNotFoundError, match=r"^`--fixes`: .*none\.csv"):

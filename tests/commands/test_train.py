@@ -1,6 +1,7 @@
 """`lpg-hf train` from files to a saved model, against the same steps by hand."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,9 +133,30 @@ def test_texts_from_csv_to_predictions(texts, tmp_path):
     assert model.config.label2id == {name: index for index, name in enumerate(NAMES)}
     table = pd.read_csv(tmp_path / "predictions.csv")
     assert table["index"].tolist() == list(range(EVAL_ROWS))
-    assert table["prediction"].tolist() == predict_texts(model, tokenizer, text_rows(EVAL_ROWS, seed=2))
+    test_rows = text_rows(EVAL_ROWS, seed=2)
+    assert table["prediction"].tolist() == predict_texts(model, tokenizer, test_rows)
+    assert table.columns.tolist() == ["index", "prediction", "probability"]
+    with torch.no_grad():
+        logits = [model(**tokenizer(row["text"], return_tensors="pt")).logits[0].double() for row in test_rows]
+    expected = [(1 / (values - values.max()).exp().sum()).item() for values in logits]
+    np.testing.assert_allclose(table["probability"], expected, rtol=0, atol=6e-5)  # four digits
+    assert re.fullmatch(r"0,\w+,[01]\.\d{4}", (tmp_path / "predictions.csv").read_text().splitlines()[1])
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_accuracy"] == results["eval_accuracy"]
     assert (tmp_path / "README.md").exists()
+
+
+def test_shares_by_name_are_those_in_the_order_that_is_shown(texts, tmp_path, caplog):
+    def trained(*shares):
+        output_dir = tmp_path / "_".join(shares)
+        with caplog.at_level("INFO"):
+            train("text", text_arguments(texts, output_dir, "--do_train", "--max_steps", 2, "--eval_shares", *shares))
+        return load_file(output_dir / "model.safetensors")["classifier.weight"]
+
+    by_name, in_order, reverse = trained("red=7", "green=2", "blue=1"), trained("1", "2", "7"), trained("7", "2", "1")
+    assert "of each of 3 classes: blue, green, red." in caplog.text
+    assert torch.equal(by_name, in_order) and not torch.equal(by_name, reverse)
+    with pytest.raises(ValueError, match=r"'read' is no class, and 'red' has no share.*: 'blue', 'green', 'red'\."):
+        trained("read=7", "green=2", "blue=1")
 
 
 def test_a_saved_model_keeps_its_classes_when_it_is_only_evaluated(texts, tmp_path):

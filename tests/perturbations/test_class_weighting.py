@@ -172,7 +172,7 @@ def test_weights_that_do_not_fit_the_classes_are_refused(weights, message):
 
 
 def test_label_names_without_a_model_are_refused_with_a_hint():
-    with pytest.raises(ValueError, match=r"the key 'cat'.*no names \(LPGTrainer takes them from the model's config\)"):
+    with pytest.raises(ValueError, match=r"the key 'cat'.*no names \(LPGTrainer takes them from data and model\)"):
         LPGLoss(NUM_CLASSES, [ClassWeighting({"cat": 2.0})])
 
 

@@ -1,15 +1,20 @@
 """The class shares that the model will meet: where LPGTrainer takes them from, and what it does with them."""
 
+import json
 import logging
+import re
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from text_cases import bert, plain_args, text_dataset
 from tiny import NUM_LABELS, flat_parameters
 from transformers import HfArgumentParser
 
 from lpg_hf import LPGConfig, LPGTrainer
+from lpg_hf.trainer.eval_shares import find_eval_shares, read_eval_shares
 
 
 TRAIN = [0] * 4 + [1, 1, 2, 3]
@@ -87,6 +92,12 @@ CASES = {
     ),
     "uniform": ({"eval_dataset": text_dataset(EVALUATION), "eval_shares": "uniform"}, [0.25] * 4, "all classes alike"),
     "counts": ({"eval_shares": [3, 1, 0, 4]}, [0.375, 0.125, 0.0, 0.5], "`eval_shares`"),
+    "counts by index": ({"eval_shares": {3: 4, 0: 3, 2: 0, 1: 1}}, [0.375, 0.125, 0.0, 0.5], "`eval_shares`"),
+    "counts by name": (
+        {"eval_shares": {"LABEL_3": 4, "LABEL_0": 3, "LABEL_2": 0, "LABEL_1": 1}},
+        [0.375, 0.125, 0.0, 0.5],
+        "`eval_shares`",
+    ),
 }
 
 
@@ -142,21 +153,74 @@ def test_shares_that_do_not_fit_raise_when_training_starts(eval_shares, tmp_path
         trainer.train()
 
 
+# By name
+
+NAMES = ["a, b", "c=d", "ham", "spam"]
+
+
+def named_trainer(path, **kwargs):
+    """On data that call the classes by names; the model calls them LABEL_0 to LABEL_3."""
+    rows = text_dataset(TRAIN).cast_column("label", ClassLabel(names=NAMES))
+    return LPGTrainer(model=bert(), args=kwargs.pop("args", plain_args(path)), train_dataset=rows, **kwargs)
+
+
+BY_NAME = {
+    "a mapping": {"spam": 0.3, "a, b": 0.5, "ham": 0.1, "c=d": 0.1},
+    "a string": '{"spam": 0.3, "a, b": 0.5, "ham": 0.1, "c=d": 0.1}',
+    "names of the model": "LABEL_3=0.3,LABEL_0=0.5,LABEL_2=0.1,LABEL_1=0.1",
+    "names of both": {"LABEL_0": 0.5, "c=d": 0.1, "LABEL_2": 0.1, "spam": 0.3},
+}
+
+
+@pytest.mark.parametrize("shares", BY_NAME.values(), ids=BY_NAME)
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_shares_by_name(shares, is_in_config, tmp_path):
+    options = {"args": LPGConfig(str(tmp_path), eval_shares=shares)} if is_in_config else {"eval_shares": shares}
+    assert shares_of(named_trainer(tmp_path, **options)) == pytest.approx([0.5, 0.1, 0.1, 0.3])
+
+
+@given(st.permutations(range(NUM_LABELS)), st.lists(st.floats(0.01, 10), min_size=NUM_LABELS, max_size=NUM_LABELS))
+def test_the_order_of_named_shares_does_not_matter(order, shares):
+    named = {NAMES[index]: shares[index] for index in order}
+    indices = {name: index for index, name in enumerate(NAMES)}
+    assert find_eval_shares(named, None, NUM_LABELS, indices) == (shares, "`eval_shares`")
+    assert read_eval_shares(json.dumps(named)) == named
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"spma": 0.9, "a, b": 0.1, "c=d": 1, "ham": 1}, "'spma' is no class, and 'spam' has no share"),
+        ({"spam": 0.9, "a, b": 0.1}, "'c=d', 'ham' has no share"),
+        ({"spam": 1, "a, b": 1, "c=d": 1, "ham": 1, 4: 1, -1: 1}, "4, -1 is no class"),
+        ({"spam": 1, "a, b": 1, "c=d": 1, "ham": 1, 3: 1}, "a class has two names there"),
+    ],
+)
+def test_names_that_are_not_those_of_all_classes(shares, message, tmp_path):
+    trainer = named_trainer(tmp_path, eval_shares=shares)
+    classes = re.escape("The classes are, in their order: 'a, b', 'c=d', 'ham', 'spam'.")
+    with pytest.raises(ValueError, match=rf"`eval_shares` must have each class once; {message}\. {classes}$"):
+        trainer.train()
+
+
 # Configuration
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("words", "expected"),
     [
-        ("0.5,0.1,0.1,0.3", [0.5, 0.1, 0.1, 0.3]),
-        ("3, 1, 0, 4", [0.375, 0.125, 0.0, 0.5]),
-        ("uniform", [0.25] * 4),
-        ("train", [0.5, 0.25, 0.125, 0.125]),
-        ("eval_dataset", FOUND),
+        (["0.5,0.1,0.1,0.3"], [0.5, 0.1, 0.1, 0.3]),
+        (["0.5", "0.1", "0.1", "0.3"], [0.5, 0.1, 0.1, 0.3]),
+        (["3, 1, 0, 4"], [0.375, 0.125, 0.0, 0.5]),
+        (["LABEL_3=0.3", "LABEL_0=0.5", "LABEL_2=0.1", "LABEL_1=0.1"], [0.5, 0.1, 0.1, 0.3]),
+        (["LABEL_3=0.3, LABEL_0=0.5, LABEL_2=0.1, LABEL_1=0.1"], [0.5, 0.1, 0.1, 0.3]),
+        (["uniform"], [0.25] * 4),
+        (["train"], [0.5, 0.25, 0.125, 0.125]),
+        (["eval_dataset"], FOUND),
     ],
 )
-def test_config_from_the_command_line(text, expected, tmp_path):
-    options = ["--output_dir", str(tmp_path), "--eval_shares", text]
+def test_config_from_the_command_line(words, expected, tmp_path):
+    options = ["--output_dir", str(tmp_path), "--eval_shares", *words]
     (config,) = HfArgumentParser(LPGConfig).parse_args_into_dataclasses(options)
     trainer = make_trainer(tmp_path, args=config, eval_dataset=text_dataset(EVALUATION))
     assert shares_of(trainer) == pytest.approx(expected)
@@ -175,7 +239,22 @@ def test_argument_wins_over_config(tmp_path):
     assert shares_of(trainer) == pytest.approx([0.5, 0.1, 0.1, 0.3])
 
 
-@pytest.mark.parametrize("text", ["halves", "0.5;0.5", "", "0.9,0.1,"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "halves",
+        "0.5;0.5",
+        "",
+        "0.9,0.1,",
+        "a=0.5,0.5",
+        "a=0.5,a=0.5",
+        "=0.5",
+        "a=",
+        "{",
+        '{"a": 1, "a": 2}',
+        '{"a": []}',
+    ],
+)
 def test_a_word_that_nobody_knows_raises_early(text, tmp_path):
     match = "`eval_shares` is .* Use 'eval_dataset', 'train', 'uniform', or one number per class"
     with pytest.raises(ValueError, match=match):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from datasets import ClassLabel, Dataset
 from tiny import (
     NUM_LABELS,
     flat_parameters,
@@ -21,7 +22,7 @@ from tiny import (
 )
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, Trainer
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from lpg_hf import (
     SAM,
@@ -955,6 +956,30 @@ def test_a_loss_refuses_methods_for_the_parameters(method):
 def test_two_sams_are_refused(second, tmp_path):
     with pytest.raises(ValueError, match=r"`perturbations` has more than one SAM: .*Keep one"):
         make_trainer(LPGTrainer, make_model("bert"), [], tmp_path, perturbations=[SAM(0.1), "lpg", second])
+
+
+@pytest.mark.parametrize(
+    ("column", "config", "key", "index"),
+    [
+        (["ant", "bee", "cow", "doe"], {}, "doe", 3),
+        (["doe", "cow", "bee", "ant"], {"label2id": {"ant": 0, "bee": 1, "cow": 2, "doe": 3}}, "doe", 0),
+        (["0", "1", "2", "3"], {"label2id": {"ant": 0, "bee": 1, "cow": 2, "doe": 3}}, "doe", 3),
+        (None, {"id2label": {0: "ant", 1: "bee", 2: "cow", 3: "doe"}}, "doe", 3),
+    ],
+    ids=["the data", "data and model disagree", "data with numbers", "the model without label2id"],
+)
+def test_weights_go_to_the_class_that_the_data_or_the_model_calls_so(column, config, key, index, tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "label": [0, 1, 2, 3]})
+    rows = rows if column is None else rows.cast_column("label", ClassLabel(names=column))
+    model = make_model("bert")
+    model.config.update(config)
+    args = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    chain = [f"class_weighting(weights={{{key!r}: 3.0}})"]
+    trainer = LPGTrainer(model=model, args=args, train_dataset=rows, perturbations=chain)
+    (method,) = trainer.lpg_loss.perturbations
+    expected = [1.0] * 4
+    expected[index] = 3.0
+    assert method.class_weights(trainer.lpg_loss.statistics).tolist() == expected
 
 
 def test_unknown_label_names_and_weights_of_the_wrong_length_are_refused_by_the_trainer(tmp_path):
