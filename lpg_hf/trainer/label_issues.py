@@ -1,6 +1,6 @@
 """LabelIssuesMixin: numbers the training rows on their way, and ranks them by how likely their labels are wrong."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -13,7 +13,7 @@ from ..class_names import find_class_names
 from ..config import LPGConfig
 from ..data.training_labels import labels_or_none
 from ..perturbations import ClassRelativeDampening
-from ..row_numbers import ROWS_KEY, has_rows
+from ..row_numbers import has_rows
 from ..row_records import TrainingDynamics
 from .row_file import load_rows, save_rows
 from .row_tracker import RowTracker
@@ -76,8 +76,6 @@ class LabelIssuesMixin(StepWatchMixin):
     def _lpg_begin_micro_batch(self, inputs: Any) -> None:
         super()._lpg_begin_micro_batch(inputs)
         if self._lpg_row_tracker is not None:
-            if isinstance(inputs, Mapping) and ROWS_KEY in inputs:  # an override of `get_batch_samples` left ours out
-                self._lpg_row_tracker.take_rows([inputs])
             self._lpg_row_tracker.follow(inputs)
 
     def _lpg_record_rows(self, logits: Tensor, labels: Tensor) -> None:

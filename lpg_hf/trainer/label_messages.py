@@ -88,23 +88,22 @@ def explain_label_errors(disagreement: ValueError | None) -> Iterator[None]:
         raise ValueError(f"The loss failed with: {str(error).rstrip('.')}; {hint}") from error
 
 
-@contextmanager
-def explain_label_names(dataset: object) -> Iterator[None]:
+def explain_label_names(error: ValueError, dataset: object) -> None:
     """
-    Within it, the error of a batch that cannot be made says so if the labels are names.
+    Says what to do about a batch that cannot be made because the labels are names.
 
     Args:
+        error (`ValueError`): The error of the batch.
         dataset (`object`): The training set.
+
+    Raises:
+        ValueError: If the labels are names.
     """
-    try:
-        yield
-    except ValueError as error:
-        if not isinstance(dataset, datasets.Dataset):
-            raise
-        column = first_label_column(dataset)
-        name = None if column is None else dataset.select_columns(column).with_format(None)[0][column]
-        if not isinstance(name, str):
-            raise
+    if not isinstance(dataset, datasets.Dataset):
+        return
+    column = first_label_column(dataset)
+    name = None if column is None else dataset.select_columns(column).with_format(None)[0][column]
+    if isinstance(name, str):
         raise ValueError(
             f"{str(error).rstrip('.')}. Column {column!r} of `train_dataset` holds names, such as {name!r}. Number "
             f"them before you split the data, with `dataset.class_encode_column({column!r})`, or in your "

@@ -231,19 +231,23 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """Takes the micro-batches of a step from the loader, and counts their labeled samples."""
-        with explain_label_names(self.train_dataset):
+        try:
             batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._lpg_begin_step(batch_samples, num_items_in_batch)
+        except ValueError as error:
+            explain_label_names(error, self.train_dataset)
+            raise
+        if self._lpg_managed.is_needed:
+            self._lpg_begin_step(batch_samples, num_items_in_batch)
         return batch_samples, num_items_in_batch
 
     def _lpg_begin_step(self, batches: list, num_items_in_batch: Tensor | int | None) -> None:
-        if self._lpg_managed.is_needed and self._lpg_classifier.passed is not False:
+        if self._lpg_classifier.passed is not False:
             self._lpg_managed.begin_step(batches, num_items_in_batch, self.args.device)
 
     def _lpg_begin_micro_batch(self, inputs: Any) -> None:
         super()._lpg_begin_micro_batch(inputs)
-        if not self._lpg_managed.has_begun:  # an override of `get_batch_samples` left ours out
-            self._lpg_begin_step([], None)
+        if self._lpg_managed.is_needed and not self._lpg_managed.has_begun:
+            self._lpg_begin_step([], None)  # an override of `get_batch_samples` left ours out
 
     def _lpg_end_micro_batch(self) -> None:
         if not self._lpg_step_watch.is_reached and self._lpg_managed.has_methods:

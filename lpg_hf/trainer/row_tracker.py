@@ -76,6 +76,9 @@ class RowTracker:
     def follow(self, inputs: object) -> None:
         """Says to which micro-batch of [`RowTracker.take_rows`] the next visit belongs."""
         self._present = next(((rows, labels) for batch, rows, labels in self._step if batch is inputs), None)
+        if self._present is None and isinstance(inputs, MutableMapping) and ROWS_KEY in inputs:
+            self.take_rows([inputs])  # an override of `get_batch_samples` left ours out
+            self._present = self._step[0][1:]
 
     @property
     def is_following(self) -> bool:
