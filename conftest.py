@@ -1,4 +1,5 @@
 import gc
+import logging
 
 import datasets
 import pytest
@@ -14,6 +15,16 @@ def _freeze_imports():
     """`Trainer.train` collects garbage, most of the time of a tiny training; what is imported by now is none."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _restore_log_levels():
+    """The commands set the levels of some loggers, for the whole process."""
+    loggers = [logging.getLogger(name) for name in ("lpg_hf.commands", "lpg_hf.data", "lpg_hf.trainer")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
