@@ -45,6 +45,9 @@ class LogitBatch:
             `q_y - sum_j q_j^2` with `q = softmax(z + fitted_offset)`, in [-1, 1]; arbitrary for ignored samples. It is
             the probability of the label, less the one that the model itself expects. Its mean is 0 for a model that is
             calibrated on these labels, and above 0 for one that fits labels which it has seen before.
+        scale (`torch.Tensor` of shape `[N]` or `None`):
+            The factor on the gradient of each sample that another loss than cross-entropy and the methods in front
+            have; `None` for 1. A method that moves the target takes it, too. The loss sets it.
 
     Raises:
         ValueError: If a label is neither -100 nor a class. On a GPU, CUDA raises its own error instead.
@@ -71,6 +74,7 @@ class LogitBatch:
     ):
         self.logits = logits = logits.detach()
         self.labels = labels
+        self.scale: Tensor | None = None
         self.ignore_mask = labels == IGNORE_INDEX
         self.valid_mask = ~self.ignore_mask
         self.classes = labels.masked_fill(self.ignore_mask, 0)
@@ -114,6 +118,35 @@ class LogitBatch:
         if self._gradient_norm is None:
             self._gradient_norm = torch.linalg.vector_norm(self.gradient, dim=-1)
         return self._gradient_norm
+
+
+def relative_pull(gradient: Tensor, batch: LogitBatch) -> Tensor:
+    """
+    How much of the pull of cross-entropy at the label a gradient has, `max(g_y / (p_y - 1), 0)`.
+
+    Source: ours.
+
+    Args:
+        gradient (`torch.Tensor` of shape `[N, C]`): A gradient at the logits, in per-sample units.
+        batch ([`LogitBatch`]): The micro-batch.
+
+    Returns:
+        `torch.Tensor` of shape `[N]`: At least 0; 0 for ignored samples.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> batch = LogitBatch(torch.zeros(1, 3), torch.tensor([1]))
+    >>> relative_pull(batch.gradient / 10, batch)
+    tensor([0.1000])
+
+    ```
+    """
+    # The bounds keep it finite where cross-entropy pulls at nothing any more: so does the delta then.
+    limits = torch.finfo(gradient.dtype)
+    pull = gradient.gather(-1, batch.classes[:, None]) / batch.label_gradient.clamp(max=-limits.tiny)
+    return pull[:, 0].clamp(0, limits.max**0.5)
 
 
 def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:

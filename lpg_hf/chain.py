@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .batch import LogitBatch
+from .batch import LogitBatch, relative_pull
 from .perturbations import LogitPerturbation, SampleReweighting
 from .perturbations.checks import check_shape
 from .statistics import ClassStatistics
@@ -17,6 +17,7 @@ def run_chain(
     batch: LogitBatch,
     statistics: ClassStatistics,
     learns: bool,
+    is_cross_entropy: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
     """
     Hands a gradient from method to method.
@@ -27,6 +28,8 @@ def run_chain(
         batch ([`LogitBatch`]): The micro-batch.
         statistics ([`ClassStatistics`]): Of the optimizer step before.
         learns (`bool`): Whether methods with a state learn from these samples.
+        is_cross_entropy (`bool`, *optional*, defaults to `True`):
+            Whether the gradient is that of cross-entropy, be it with smoothed labels.
 
     Returns:
         `tuple[torch.Tensor, list[torch.Tensor]]`: The perturbed gradient in new memory, and the rows `[N]` that
@@ -37,6 +40,8 @@ def run_chain(
     norm: Tensor | None = base_norm
     rows = [base_norm]
     total_weight: Tensor | None = None
+    pull = None if is_cross_entropy else relative_pull(unperturbed, batch)
+    batch.scale = pull
     for method in methods:
         if learns:
             method.update(gradient, batch)
@@ -50,6 +55,7 @@ def run_chain(
             norm = gradient.norm(dim=-1) if norm is None else norm
             rows += [torch.addcmul(norm, norm, weight, value=-1).abs_(), weight]
             total_weight = weight if total_weight is None else total_weight * weight
+            batch.scale = total_weight if pull is None else pull * total_weight
             gradient = (gradient.mul_ if in_place else gradient.mul)(weight[:, None])
         else:
             gradient, delta_norm = method.add_delta(gradient, batch, statistics, in_place)

@@ -55,6 +55,7 @@ class LPGLoss(nn.Module):
         statistics ([`ClassStatistics`]): What training has seen of each class.
         perturbations (`torch.nn.ModuleList`): The methods of the chain, copies of the objects given.
         is_frozen (`bool`): Whether the loss perturbs without learning, see [`~LPGLoss.frozen`].
+        smooths_labels (`bool`): Whether `base_loss` is cross-entropy with smoothed labels, which may be set.
         graphs ([`LossGraphs`]): On a GPU, runs the loss as CUDA graphs if `graphs.is_enabled` is set to `True`.
 
     Raises:
@@ -106,6 +107,7 @@ class LPGLoss(nn.Module):
         self.base_loss = base_loss
         self.managed = managed
         self.is_frozen = False
+        self.smooths_labels = False
         self._telemetry = Telemetry(len(self.perturbations))
         self.graphs = LossGraphs()
 
@@ -259,7 +261,10 @@ class LPGLoss(nn.Module):
             `torch.Tensor` of shape `[N, C]`: The perturbed gradient.
         """
         self._match(batch.logits)
-        perturbed, rows = run_chain(self._methods, gradient, batch, self.statistics, learns=not self.is_frozen)
+        is_cross_entropy = gradient is batch.gradient or self.smooths_labels
+        perturbed, rows = run_chain(
+            self._methods, gradient, batch, self.statistics, not self.is_frozen, is_cross_entropy
+        )
         if not self.is_frozen:
             # One table for both: each of its operations takes longer than all of its numbers.
             of_classes = self.statistics.rows_of(batch, uncompensated_weight(self._methods))

@@ -23,11 +23,11 @@ def auto_chain(others: Sequence[Perturbation]) -> list[LogitPerturbation]:
     """
     chain: list[LogitPerturbation] = []
     if not any(isinstance(method, LogitAdjustment | ClassWeighting) for method in others):
+        chain.append(LogitAdjustment(learned=(0.05, 0.2), target="evaluation"))
         # After an adjustment of 100 : 1, 1 % of the target on a tail class would make it as likely as the head.
         for method in others:
             if isinstance(method, LabelSmoothing) and method.target == "uniform":
                 chain += [LabelSmoothing(-method.alpha), LabelSmoothing(method.alpha, target="prior")]
-        chain.append(LogitAdjustment(learned=(0.05, 0.2), target="evaluation"))
     if not any(isinstance(method, ClassRelativeDampening) for method in others):
         chain.append(ClassRelativeDampening())
     return chain

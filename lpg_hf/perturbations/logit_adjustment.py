@@ -80,35 +80,6 @@ def _delta(batch: LogitBatch, terms: Tensor) -> Tensor:
     return adjusted.mul_(scale).sub_(base)
 
 
-def relative_pull(gradient: Tensor, batch: LogitBatch) -> Tensor:
-    """
-    How much of the pull of cross-entropy at the label a gradient has, `max(g_y / (p_y - 1), 0)`.
-
-    Source: ours.
-
-    Args:
-        gradient (`torch.Tensor` of shape `[N, C]`): A gradient at the logits, in per-sample units.
-        batch ([`LogitBatch`]): The micro-batch.
-
-    Returns:
-        `torch.Tensor` of shape `[N]`: At least 0; 0 for ignored samples.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> batch = LogitBatch(torch.zeros(1, 3), torch.tensor([1]))
-    >>> relative_pull(batch.gradient / 10, batch)
-    tensor([0.1000])
-
-    ```
-    """
-    # The bounds keep it finite where cross-entropy pulls at nothing any more: so does the delta then.
-    limits = torch.finfo(gradient.dtype)
-    pull = gradient.gather(-1, batch.classes[:, None]) / batch.label_gradient.clamp(max=-limits.tiny)
-    return pull[:, 0].clamp(0, limits.max**0.5)
-
-
 def relative_offset(offset: Tensor) -> Tensor:
     """Offsets relative to the largest. The bound of -69 keeps sums of `p exp(b)` from underflow."""
     return (offset - offset.max()).clamp(min=-69.0)
@@ -121,16 +92,16 @@ class LogitAdjustment(LogitPerturbation):
     Class weights do much for a model that has hardly learned the tail yet, and offsets do little. Later it is the
     other way round. With `learned`, weights make a share of the correction that falls from 1 to 0 on the way.
 
-    Behind another method, or on another loss, the delta is as large as the gradient's pull at the label
-    ([`relative_pull`]). A sample that pulls at nothing, such as one beyond the margin of a hinge loss, stays where it
-    is.
+    The delta scales with the weights of the methods in front, and on another loss than cross-entropy with the pull of
+    that loss at the label ([`relative_pull`]). A sample that pulls at nothing, such as one beyond the margin of a
+    hinge loss, stays where it is.
 
     A class without samples gets the prior of the rarest class that has some (ours: with a prior of zero the model
     would never learn to leave that class out).
 
     Level: sample.
-    Formula: `delta = s (softmax(z + b) - softmax(z))` with `b = tau (log pi - log pi_out)` and
-    `s = max(g_y / (p_y - 1), 0)`, which is 1 for cross-entropy.
+    Formula: `delta = s (softmax(z + b) - softmax(z))` with `b = tau (log pi - log pi_out)`, and s the product of the
+    weights in front; 1 without any.
     Helps: long tails, when rare classes matter.
     Hurts: accuracy on test data that is more imbalanced than `pi_out`.
     Cost: O(NC).
@@ -206,9 +177,7 @@ class LogitAdjustment(LogitPerturbation):
         else:
             offset, share = self._relative_offset(statistics), self.weight_share(statistics)
             delta = logit_adjustment_delta(batch, offset, statistics.prior, share)
-        if gradient is batch.gradient:  # that of cross-entropy
-            return delta
-        return delta.mul_(relative_pull(gradient, batch)[:, None])
+        return delta if batch.scale is None else delta.mul_(batch.scale[:, None])
 
     def log_correction(self, statistics: ClassStatistics) -> Tensor:
         prior = statistics.prior_terms

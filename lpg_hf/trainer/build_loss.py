@@ -55,6 +55,7 @@ def build_loss(
     for method in logit_methods(methods):
         method.use_label_names(class_indices)
     loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, shares, managed=True)
+    loss.smooths_labels = trainer.label_smoother is not None and trainer.compute_loss_func is None
     if loss_corrects:
         loss.statistics.add_correction(ClassWeighting().log_correction)
     # Another base loss is differentiated by autograd on the way, which a compiled loss cannot do. Where compilation

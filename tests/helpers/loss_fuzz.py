@@ -199,13 +199,13 @@ def expected_gradient(
         float(torch.finfo(torch.promote_types(DTYPES.get(case.kind, torch.float32), torch.float32)).eps),
     )
     chain = [part for entry in case.chain for part in _methods(entry, case.chain)]
-    sizes = np.abs(gradient).max(1)
+    sizes, scale = np.abs(gradient).max(1), np.ones((len(y), 1))
     for name, options in chain:
         before = gradient.copy()
         if name == "logit_noise":
             return None
         if name == "logit_adjustment":
-            gradient += reference.relative_pull(gradient, z, y) * _adjustment(z, y, prior, **options)
+            gradient += scale * _adjustment(z, y, prior, **options)
         elif name in ("lpg", "lpl"):
             epsilon = options.pop("epsilon", {"lpg": 0.1, "lpl": 1.0}[name])
             signs, bounds = reference.frequency_signs_and_bounds(prior, epsilon)
@@ -217,7 +217,8 @@ def expected_gradient(
                 gradient += _lpl(z, y, signs, bounds, smallest)
         elif name == "logit_clipping":
             length = np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-300)
-            gradient *= np.minimum(options["max_norm"] / length, 1.0)
+            factor = np.minimum(options["max_norm"] / length, 1.0)
+            gradient, scale = gradient * factor, scale * factor
         elif name == "label_smoothing":
             target = np.array(prior) if options["target"] == "prior" else np.full(num_classes, 1 / num_classes)
             for i, label in enumerate(y):
@@ -225,7 +226,8 @@ def expected_gradient(
                     gradient[i] += options["alpha"] * (np.eye(num_classes)[label] - target)
                     sizes[i] = max(sizes[i], abs(options["alpha"]))
         else:
-            gradient *= _weights(name, options, z, y, prior, counts)[:, None]
+            factor = _weights(name, options, z, y, prior, counts)[:, None]
+            gradient, scale = gradient * factor, scale * factor
         if name not in ("logit_clipping", "class_weighting", "focal_loss", "generalized_cross_entropy"):  # these add
             sizes = np.maximum(sizes, np.abs(gradient - before).max(1))
         else:
@@ -239,7 +241,7 @@ def _methods(entry: str, chain: tuple[str, ...]) -> list[tuple[str, dict]]:
     if entry == "auto":
         smoothing = [("label_smoothing", {"alpha": -0.1, "target": "uniform"})] if len(chain) > 1 else []
         prior = [("label_smoothing", {"alpha": 0.1, "target": "prior"})] if len(chain) > 1 else []
-        return [*smoothing, *prior, adjustment]
+        return [adjustment, *smoothing, *prior]
     return {
         "lpg": [("lpg", {})],
         "lpg(epsilon=0.3)": [("lpg", {"epsilon": 0.3})],

@@ -49,7 +49,7 @@ def test_auto_expands_inside_a_longer_chain():
         # Its own adjustment and a uniform target do not go together.
         (
             "label_smoothing(alpha=0.3)",
-            ["label_smoothing(alpha=-0.3)", "label_smoothing(alpha=0.3, target='prior')", ADJUSTMENT, DAMPENING],
+            [ADJUSTMENT, "label_smoothing(alpha=-0.3)", "label_smoothing(alpha=0.3, target='prior')", DAMPENING],
         ),
         ("label_smoothing(target='prior')", [ADJUSTMENT, DAMPENING]),
         ("class_relative_dampening(power=3.5)", [ADJUSTMENT]),

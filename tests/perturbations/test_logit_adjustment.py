@@ -29,7 +29,7 @@ from original_form import OriginalForm, cross_entropy, original_form_tests
 from torch.nn import functional as F
 
 from lpg_hf import LPGLoss
-from lpg_hf.batch import IGNORE_INDEX, LogitBatch
+from lpg_hf.batch import IGNORE_INDEX, LogitBatch, relative_pull
 from lpg_hf.class_shares import prior_terms
 from lpg_hf.perturbations import LogitAdjustment
 from lpg_hf.perturbations.logit_adjustment import logit_adjustment_delta
@@ -225,35 +225,61 @@ def test_weights_give_way_as_the_classes_present_are_learned(counts, level, lear
 # Behind another method, or on another loss
 
 
-@few_examples
-@given(batch=drawn_batches(), scale=st.sampled_from([0.0, 0.01, 1.0, 30.0]))
-def test_on_a_multiple_of_the_gradient_of_cross_entropy_the_delta_is_that_multiple(batch, scale):
-    """As of focal loss, generalized cross-entropy, or a loss in other units."""
-    statistics = ClassStatistics(batch.num_classes, range(1, batch.num_classes + 1)).double()
-    gradient = scale * batch.batch.gradient
-    delta = LogitAdjustment().delta(gradient, batch.batch, statistics)
-    assert_equal(delta, scale * LogitAdjustment().delta(batch.batch.gradient, batch.batch, statistics), 1e-11)
-
-
 @pytest.mark.parametrize("counts", [COUNTS, WITH_ABSENT])
-def test_on_any_gradient_the_delta_is_as_large_as_its_pull_at_the_label(counts):
-    statistics, batch = make_statistics(counts), make_batch()
+def test_the_pull_of_a_gradient_equals_the_reference(counts):
+    batch = make_batch()
     gradient = torch.randn(batch.gradient.shape, generator=torch.Generator().manual_seed(3)).double()
     gradient[batch.ignore_mask] = 0
-    delta = LogitAdjustment().delta(gradient, batch, statistics)
-    logits, labels = batch.logits.numpy(), batch.labels.tolist()
-    expected = reference.logit_adjustment_delta(logits, labels, [count / sum(counts) for count in counts])
-    pull = reference.relative_pull(gradient.numpy(), logits, labels)
+    pull = reference.relative_pull(gradient.numpy(), batch.logits.numpy(), batch.labels.tolist())
     assert 0 < (pull == 0).sum() < len(pull)
-    assert_equal(delta, pull * expected, 1e-11)
+    assert_equal(relative_pull(gradient, batch)[:, None], pull, 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_where_cross_entropy_pulls_at_nothing_any_more_the_delta_is_finite(dtype):
     for margin in (10.0, 60.0, 200.0, 1e4):
         batch = extreme_batch(margin, dtype)
-        delta = LogitAdjustment().delta(-torch.ones_like(batch.logits), batch, ClassStatistics(5, COUNTS).to(dtype))
+        batch.scale = relative_pull(-torch.ones_like(batch.logits), batch)
+        delta = LogitAdjustment().delta(batch.gradient, batch, ClassStatistics(5, COUNTS).to(dtype))
         assert delta.isfinite().all() and (margin < 1e4 or (delta[:5] == 0).all())
+
+
+def gradient_of(chain, base_loss=None):
+    batch = make_batch()
+    logits = batch.logits.clone().requires_grad_()
+    LPGLoss(5, chain, COUNTS, base_loss)(logits, batch.labels, num_items_in_batch=1).backward()
+    return logits.grad
+
+
+@pytest.mark.parametrize(
+    "weighting", ["focal_loss", "generalized_cross_entropy", "class_weighting(weights='effective')"]
+)
+@pytest.mark.parametrize("adjustment", ["auto", "logit_adjustment"])
+def test_weights_in_front_of_an_adjustment_are_weights_behind_it(weighting, adjustment):
+    if (weighting, adjustment) != ("class_weighting(weights='effective')", "auto"):  # where `auto` adjusts nothing
+        torch.testing.assert_close(
+            gradient_of([weighting, adjustment]), gradient_of([adjustment, weighting]), rtol=0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("additive", ["label_smoothing(alpha=0.2)", "logit_noise(sigma=0.3, seed=4)"])
+@pytest.mark.parametrize("adjustment", ["auto", "logit_adjustment"])
+def test_what_only_adds_to_the_gradient_does_not_scale_an_adjustment(additive, adjustment):
+    """Label smoothing moves the target, and noise has no direction: neither says how much a sample pulls."""
+    in_front, behind = gradient_of([additive, adjustment]), gradient_of([adjustment, additive])
+    torch.testing.assert_close(in_front, behind, rtol=0, atol=1e-12)
+    if adjustment == "logit_adjustment":
+        added = gradient_of([additive]) - gradient_of([])
+        torch.testing.assert_close(in_front - gradient_of([adjustment]), added, rtol=0, atol=1e-12)
+
+
+def test_a_loss_in_other_units_is_adjusted_in_them():
+    def hundredfold(logits, labels):
+        return 100 * F.cross_entropy(logits, labels, reduction="none")
+
+    torch.testing.assert_close(
+        gradient_of("logit_adjustment", hundredfold), 100 * gradient_of("logit_adjustment"), rtol=0, atol=1e-9
+    )
 
 
 OTHER_LOSSES = {

@@ -257,7 +257,7 @@ def test_plug_ins_stand_behind_their_loss_but_for_the_factor_of_the_focal_one():
     assert repr(first) == "label_smoothing()"
     turned = ["label_smoothing(alpha=-0.1)", "label_smoothing(target='prior')"]
     adjustment, dampening = map(repr, METHODS["auto"].perturbations("", [30, 30]))
-    assert list(map(repr, rest)) == [*turned, adjustment, dampening]
+    assert list(map(repr, rest)) == [adjustment, *turned, dampening]
 
 
 def test_variants_change_one_thing():
