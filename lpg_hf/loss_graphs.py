@@ -37,8 +37,8 @@ class LossGraphs:
     Args:
         is_enabled (`bool`, *optional*, defaults to `False`):
             Whether graphs are used; also an attribute. Off until they have run on a card: so far their tests record
-            the calls on a CPU. A capture that failed sets it to `False`, and a line is logged. So does a graph whose
-            first replay does not give what the function gives.
+            the calls on a CPU. A capture that failed sets it to `False`, and a line is logged. The same happens where
+            the first replay of a graph gives other numbers than the function.
     """
 
     def __init__(self, is_enabled: bool = False) -> None:

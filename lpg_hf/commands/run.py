@@ -21,7 +21,7 @@ from ..trainer.complete_checkpoints import is_complete, last_complete_checkpoint
 from .arguments import Arguments
 from .load_data import TEST, TRAIN, VALIDATION
 from .lora import save_merged
-from .run_files import check_finished_labels, save_command, save_issues
+from .run_files import check_finished_labels, forget_command, save_command, save_issues
 from .task import ClassificationTask, class_names, make_model, make_trainer, prepare
 
 
@@ -90,6 +90,8 @@ def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict
     set_up_logging()
     prepared = prepare(task, arguments)
     checkpoint = checkpoint_to_resume(arguments, prepared.splits[TRAIN]) if args.do_train else None
+    if args.do_train and checkpoint is None:
+        forget_command(arguments.output_dir)
     set_seed(args.seed)
     trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))
 

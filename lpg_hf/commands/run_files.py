@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate import PartialState
 from accelerate.logging import get_logger
 
 from ..data import write_issues
@@ -29,6 +30,12 @@ def save_command(trainer: LPGTrainer, kind: str, argv: list[str]) -> None:
         path = Path(str(trainer.args.output_dir), COMMAND_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(command, indent=2) + "\n", encoding="utf-8")
+
+
+def forget_command(folder: str) -> None:
+    """Removes what a finished training has left about itself, when another one begins in its place."""
+    if PartialState().is_main_process:
+        Path(folder, COMMAND_FILE).unlink(missing_ok=True)
 
 
 def labels_digest(train: datasets.Dataset) -> str:

@@ -37,7 +37,7 @@ class _MicroBatch(NamedTuple):
 
     def has(self, labels: Tensor) -> bool:
         """Whether these are its labels as they were."""
-        return labels is self.labels and labels._version == self.version
+        return labels is self.labels and not labels.is_inference() and labels._version == self.version
 
 
 class StepItems:
@@ -102,7 +102,8 @@ class StepItems:
 def _micro_batch(batch: object, num_labeled: Tensor | None) -> _MicroBatch:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     labels = labels if isinstance(labels, Tensor) else None
-    return _MicroBatch(batch, labels, -1 if labels is None else labels._version, num_labeled)
+    version = -1 if labels is None or labels.is_inference() else labels._version
+    return _MicroBatch(batch, labels, version, num_labeled)
 
 
 def is_one_per_sample(labels: Tensor) -> bool:

@@ -193,13 +193,13 @@ class ClassifierCheck:
                 "`compute_loss`"
             )
 
-    def refuse_unused(self) -> None:
-        """Ends the check, unless the model was refused, because nobody used the loss that was perturbed."""
-        if self.passed:
-            self.refuse(
-                "a `compute_loss` or `training_step` that calls LPGTrainer's takes another loss than the one that it "
-                "gets"
-            )
+    def warn_unused(self) -> None:
+        """Warns that nobody used the loss that was perturbed. An override may do so later, after a warm-up."""
+        logger.warning(
+            "No gradient came to the loss of LPGTrainer in an optimizer step: a `compute_loss` or `training_step` "
+            "that calls LPGTrainer's takes another loss than the one that it gets. As long as it does, nothing is "
+            "perturbed. Add to the loss that `super().compute_loss` returns, or pass yours as `compute_loss_func`."
+        )
 
     def logits(self, outputs: Mapping | tuple | Tensor) -> Any:
         """The logits among the outputs of the model, usually a tensor; `None` if there are none."""

@@ -253,8 +253,8 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         if not self._lpg_step_watch.is_reached and self._lpg_managed.has_methods:
             self._lpg_classifier.refuse_override()
         if self.accelerator.sync_gradients:
-            if self._lpg_step_watch.is_used is False and self._lpg_managed.has_methods:
-                self._lpg_classifier.refuse_unused()
+            if self._lpg_step_watch.is_newly_unused() and self._lpg_managed.has_methods:
+                self._lpg_classifier.warn_unused()
             self._lpg_managed.end_step(learns=self._lpg_perturbs_logits)
             if not self._lpg_step_watch.was_own:
                 self._lpg_parameter_methods.warn_without_sam(type(self))

@@ -36,6 +36,7 @@ class StepWatch:
         self.is_used: bool | None = None
         self.inputs: object = None
         self._num_seen = 0
+        self._is_told = False
 
     def begin(self, inputs: object) -> None:
         """Begins the step of a micro-batch."""
@@ -43,13 +44,18 @@ class StepWatch:
         self.inputs, self._num_seen = inputs, 0
 
     def follow_use(self, loss: Tensor) -> None:
-        """Notes whether a gradient comes to a loss that is handed out, until one has: an override may leave it out."""
+        """Notes whether a gradient comes to the losses that are handed out: an override may leave them out."""
         if not self.is_used and loss.requires_grad:
             self.is_used = False
             loss.register_hook(self._note_use)
 
     def _note_use(self, gradient: Tensor) -> None:
         self.is_used = True
+
+    def is_newly_unused(self) -> bool:
+        """Whether no gradient has come to the losses so far; `True` once."""
+        is_new, self._is_told = self.is_used is False and not self._is_told, self._is_told or self.is_used is False
+        return is_new
 
     def is_first_look(self, num_samples: int) -> bool:
         """

@@ -307,9 +307,20 @@ def test_whoever_takes_the_outputs_alone_is_told_once(accumulation, tmp_path, ca
     assert torch.equal(weights_of(ours), weights_of(plain))
     (message,) = warnings_of(caplog)
     assert "takes another loss" in message and "`compute_loss_func`" in message
-    assert not any("lpg/weight" in log for log in ours.state.log_history)
-    with pytest.raises(ValueError, match=r"takes another loss.*Asked for"):
-        run(with_sample_weights(LPGTrainer), exact_bert(), tmp_path, args=args, perturbations=CHAIN)
+
+
+def test_an_override_that_takes_the_loss_after_a_warm_up_is_perturbed_from_then_on(tmp_path, caplog):
+    class WarmsUp(LPGTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if self.state.global_step < 2:
+                loss = F.cross_entropy(outputs.logits, inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    ours, expected = (run(WarmsUp, exact_bert(), tmp_path, perturbations=chain) for chain in (CHAIN, []))
+    assert distance(ours, expected) > 1e-3
+    (message,) = warnings_of(caplog)
+    assert "As long as it does, nothing is perturbed" in message
 
 
 # Two tasks

@@ -6,7 +6,7 @@ import json
 import pytest
 from command_data import QUIET, text_model, text_rows, words, write_csv
 
-from lpg_hf.commands import run
+from lpg_hf.commands import run, run_files
 from lpg_hf.commands.main import main
 from lpg_hf.commands.train import train
 
@@ -88,6 +88,22 @@ def test_a_finished_training_is_not_taken_for_one_on_fixed_labels(training, tmp_
     train("text", [*argv, *fixes])  # whose labels are now those of the folder
     with pytest.raises(ValueError, match="finished training on other labels"):
         train("text", argv)
+
+
+def test_a_training_that_begins_anew_is_not_taken_for_the_finished_one_before_it(training, tmp_path, monkeypatch):
+    """Killed and called again, it must go on from its own checkpoints."""
+    argv, _ = training
+    argv = [*argv, "--output_dir", str(tmp_path / "out")]
+    train("text", argv)
+    assert (tmp_path / "out" / run_files.COMMAND_FILE).exists()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train("text", [*argv, "--label_noise", "0.2", "--overwrite_output_dir"])
+    assert not (tmp_path / "out" / run_files.COMMAND_FILE).exists()
 
 
 def test_fixes_of_other_rows_are_refused(training, tmp_path):
