@@ -277,9 +277,8 @@ def test_a_loss_in_other_units_is_adjusted_in_them():
     def hundredfold(logits, labels):
         return 100 * F.cross_entropy(logits, labels, reduction="none")
 
-    torch.testing.assert_close(
-        gradient_of("logit_adjustment", hundredfold), 100 * gradient_of("logit_adjustment"), rtol=0, atol=1e-9
-    )
+    for chain in (["logit_adjustment"], ["focal_loss", "logit_adjustment"]):
+        torch.testing.assert_close(gradient_of(chain, hundredfold), 100 * gradient_of(chain), rtol=0, atol=1e-9)
 
 
 OTHER_LOSSES = {
