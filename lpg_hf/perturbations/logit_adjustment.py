@@ -100,8 +100,8 @@ class LogitAdjustment(LogitPerturbation):
     would never learn to leave that class out).
 
     Level: sample.
-    Formula: `delta = s (softmax(z + b) - softmax(z))` with `b = tau (log pi - log pi_out)`, and s the product of the
-    weights in front; 1 without any.
+    Formula: `delta = s (softmax(z + b) - softmax(z))` with `b = tau (log pi - log pi_out)`. On cross-entropy without
+    weights in front, s is 1.
     Helps: long tails, when rare classes matter.
     Hurts: accuracy on test data that is more imbalanced than `pi_out`.
     Cost: O(NC).

@@ -54,7 +54,8 @@ class StepWatch:
 
     def is_newly_unused(self) -> bool:
         """Whether no gradient has come to the losses so far; `True` once."""
-        is_new, self._is_told = self.is_used is False and not self._is_told, self._is_told or self.is_used is False
+        is_new = self.is_used is False and not self._is_told
+        self._is_told = self._is_told or is_new
         return is_new
 
     def is_first_look(self, num_samples: int) -> bool:
