@@ -1,5 +1,6 @@
 """ReportsMixin: the report and the model card of a training."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,40 @@ from .summary import summarize_for_report, summarize_training
 logger = get_logger(__name__)
 
 
+# A push to the Hub uploads all of `output_dir` but checkpoints and what begins with an underscore.
+REPORT, HIDDEN_REPORT = "report", "_report"
+PAGE = "report.html"
+
+
 def report_folder(args: TrainingArguments) -> Path:
+    """Where the report goes. It holds texts or pictures of training rows, which are not for the Hub."""
+    return Path(str(args.output_dir), HIDDEN_REPORT if args.push_to_hub else REPORT)
+
+
+def hide_report(output_dir: str | Path) -> None:
     """
-    Where the report goes. It holds texts or pictures of training rows, and a push to the Hub uploads all of
-    `output_dir` but checkpoints and what begins with an underscore.
+    Renames the report of a training that was not meant for the Hub, before its folder is uploaded after all.
+
+    A hidden report that is there already is kept, as `_report.old1`. A folder without a page is none of a report.
     """
-    return Path(str(args.output_dir), "_report" if args.push_to_hub else "report")
+    report, hidden = Path(output_dir, REPORT), Path(output_dir, HIDDEN_REPORT)
+    if not (report / PAGE).is_file():
+        return
+    if hidden.exists():
+        numbered = (hidden.with_name(f"{HIDDEN_REPORT}.old{number}") for number in itertools.count(1))
+        hidden.rename(next(path for path in numbered if not path.exists()))
+    report.rename(hidden)
+    logger.warning(f"{report} shows texts or pictures of training rows. It is {hidden} now, which is not uploaded.")
 
 
 class ReportsMixin(Trainer):
-    """Adds `report` to a [`~transformers.Trainer`], and a section on the perturbations to its model card."""
+    """
+    Adds `report` to a [`~transformers.Trainer`], and a section on the perturbations to its model card. A push to the
+    Hub leaves the report out.
+    """
+
+    # Whether `push_to_hub` was called: an upload may still be reading the folder.
+    _lpg_has_pushed = False
 
     def _lpg_built_loss(self) -> LPGLoss | None:
         """The perturbed loss, if it is built."""
@@ -54,7 +79,9 @@ class ReportsMixin(Trainer):
         Args:
             output_dir (`str` or `Path`, *optional*):
                 The folder of the files. Defaults to `report` in `output_dir`. With `push_to_hub` it is `_report`,
-                which is not uploaded: the report shows texts or pictures of training rows.
+                which is not uploaded: the report shows texts or pictures of training rows. Where
+                `trainer.push_to_hub()` finds a `report`, it renames it to `_report`, with a warning. All else in
+                `output_dir` is uploaded, also a report in another folder.
 
         Returns:
             `str`: Path of the page, `report.html`.
@@ -69,10 +96,24 @@ class ReportsMixin(Trainer):
         check_installed()
         methods = self._lpg_active_methods()
         summary = summarize_for_report(self, self._lpg_built_loss(), methods, self._lpg_norms(), self._lpg_ranked_rows)
-        folder = report_folder(self.args) if output_dir is None else Path(output_dir)
+        default = Path(str(self.args.output_dir), HIDDEN_REPORT) if self._lpg_has_pushed else report_folder(self.args)
+        folder = default if output_dir is None else Path(output_dir)
         if self.is_world_process_zero():
             write_report(summary, folder, self.train_dataset, self.processing_class)
-        return str(folder / "report.html")
+        return str(folder / PAGE)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Pushes to the Hub as the Trainer does, without the report: it shows texts or pictures of training rows."""
+        self._lpg_has_pushed = True
+        if self.is_world_process_zero():
+            hide_report(str(self.args.output_dir))
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # In a training that pushes, the folder may have the report of an earlier one. There is no public hook.
+        if self.is_world_process_zero():
+            hide_report(str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
