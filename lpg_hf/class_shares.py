@@ -1,7 +1,7 @@
 """Class shares: their checks, what follows from them alone, and when counted ones may be used."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,15 @@ from torch import Tensor
 # Samples, in total and per class, after which a prior that is being counted is used before the epoch has ended.
 MIN_COUNTED_SAMPLES = 1000
 MIN_COUNTED_PER_CLASS = 20
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """A mapping, or a Series of pandas: the order of its values says nothing of the classes that they belong to."""
+
+    def keys(self) -> Any: ...
+
+    def items(self) -> Any: ...
 
 
 class PriorTerms(NamedTuple):
@@ -76,8 +85,26 @@ def min_counted_samples(num_labels: int) -> int:
     return max(MIN_COUNTED_SAMPLES, MIN_COUNTED_PER_CLASS * num_labels)
 
 
+def check_order(name: str, values: object, num_labels: int) -> None:
+    """
+    Refuses values whose order is that of their keys, as `value_counts()` of pandas sorts by size.
+
+    Raises:
+        ValueError: If they have keys. A Series whose index counts from 0 is in the order of the classes.
+    """
+    if not isinstance(values, Keyed):
+        return
+    if isinstance(values, Mapping) or list(values.keys()) != list(range(len(values.keys()))):
+        each = name.rpartition("_")[2]
+        raise ValueError(
+            f"`{name}` must be a list in the order of the classes; found a {type(values).__name__}. Pass "
+            f"`[{each}[label] for label in range({num_labels})]`."
+        )
+
+
 def check_shares(name: str, shares: Sequence[float], num_labels: int) -> Tensor:
     """Class shares as a tensor that sums to 1, `[C]`."""
+    check_order(name, shares, num_labels)
     try:
         values = torch.as_tensor(shares, dtype=torch.float32)
     except (TypeError, ValueError):  # names, or lists of unequal length
@@ -92,11 +119,7 @@ def check_shares(name: str, shares: Sequence[float], num_labels: int) -> Tensor:
 
 
 def check_class_counts(class_counts: Sequence[int], num_labels: int) -> Tensor:
-    if isinstance(class_counts, Mapping):
-        raise ValueError(
-            f"`class_counts` must be a list in the order of the classes; found a {type(class_counts).__name__}. Pass "
-            f"`[counts[label] for label in range({num_labels})]`."
-        )
+    check_order("class_counts", class_counts, num_labels)
     counts = torch.as_tensor(class_counts)
     if counts.shape != (num_labels,):
         raise ValueError(

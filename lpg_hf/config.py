@@ -1,12 +1,12 @@
 """LPGConfig: TrainingArguments and the settings of the perturbations."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
 from .perturbations import LPG, Perturbation, build_chain
+from .share_texts import eval_shares_text
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LPGConfig(TrainingArguments):
         eval_shares (`str`, *optional*, defaults to `"eval_dataset"`):
             The class shares of the data that the model will meet: `"eval_dataset"`, `"train"`, `"uniform"`, or one
             number per class with commas between them: in the order of the class indices (`"0.9,0.1"`), or with their
-            names (`"ham=0.9,spam=0.1"`). A list, or a mapping by name, becomes such a string.
+            names (`"ham=0.9,spam=0.1"`). A list or an array, and a mapping by name or by index, become such a string.
         track_rows (`bool`, *optional*, defaults to `True`):
             Whether training records how it sees each row, 24 bytes on the host, for [`LPGTrainer.label_issues`].
         lpg_strategy (`str`, *optional*, defaults to `"frequency"`):
@@ -54,7 +54,8 @@ class LPGConfig(TrainingArguments):
             Whether class means are taken over all processes, which sends the logit gradients of every process.
 
     Raises:
-        ValueError: If a method is unknown, an argument is out of range, or an `lpg_*` field is set but unused.
+        ValueError: If a method is unknown, an argument is out of range, `eval_shares` are no shares, or an `lpg_*`
+            field is set but unused.
 
     Example:
 
@@ -130,10 +131,7 @@ class LPGConfig(TrainingArguments):
         super().__post_init__()
         if isinstance(self.perturbations, str):
             self.perturbations = [self.perturbations]
-        if isinstance(self.eval_shares, Mapping):
-            self.eval_shares = json.dumps(dict(self.eval_shares))
-        elif not isinstance(self.eval_shares, str):
-            self.eval_shares = ",".join(map(str, self.eval_shares))
+        self.eval_shares = eval_shares_text(self.eval_shares)
         if not all(isinstance(entry, str) for entry in self.perturbations):
             raise ValueError(
                 f"`perturbations` of a config must be strings, which JSON and the command line can hold; found "

@@ -3,12 +3,14 @@
 import json
 import re
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter, _ArgumentGroup
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from ..config import LPGConfig
 from .arguments import (
@@ -53,19 +55,42 @@ OLDER_NAMES = {
     "hub_model_id": "--push_to_hub_model_id",
 }
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-TRUTH_VALUE = "tag:yaml.org,2002:bool"
+TRUTH_VALUE, TEXT, NOTHING = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """Takes yes and no for words, which they are in `save_strategy: no`. As truth values, both words do as well."""
+    """Takes the names in a mapping as they are written: `on`, `off` and `1.50` may be the names of classes."""
 
+    # In an argument that is a mapping, yes and no are words, as they are in `save_strategy: no`.
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != TRUTH_VALUE]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        check_names(node)
+        self.flatten_mapping(node)
+        for name, _ in node.value:
+            name.tag = TEXT
+        return super().construct_mapping(node, deep)
+
 
 ConfigLoader.add_implicit_resolver(TRUTH_VALUE, re.compile("(?i:true|false|on|off)$"), list("tTfFoO"))
+
+
+def check_names(mapping: yaml.MappingNode) -> None:
+    """
+    Raises:
+        ValueError: If a name is there twice, of which YAML would take the last.
+    """
+    counts = Counter(str(name.value) for name, _ in mapping.value)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice. Leave one of them.")
+
+
+def truth_value(text: str) -> bool:
+    """What transformers takes for yes or no, and the on and off of YAML."""
+    return string_to_bool({"on": "true", "off": "false"}.get(text.lower(), text))
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -105,6 +130,7 @@ class ArgumentParser(HfArgumentParser):
             formatter_class=HelpFormatter,
             **kwargs,
         )
+        self.register("type", string_to_bool, truth_value)
 
     def add_argument_group(self, *args: Any, **kwargs: Any) -> _ArgumentGroup:
         title = args[0] if args else kwargs["title"]
@@ -192,15 +218,27 @@ def read_config(path: str) -> list[str]:
         ValueError: If it does not hold names with values.
     """
     try:
-        config = yaml.load(Path(path).read_text(encoding="utf-8"), ConfigLoader)  # JSON is YAML
+        loader = ConfigLoader(Path(path).read_text(encoding="utf-8"))  # JSON is YAML
+        config = loader.get_single_node()
+        if not isinstance(config, yaml.MappingNode):
+            found = "nothing" if config is None else f"a {config.id}"
+            raise ValueError(f"it holds {found}, but must hold arguments: lines of `name: value`.")
+        check_names(config)
+        loader.flatten_mapping(config)
+        argv: list[str] = []
+        for name, value in config.value:
+            values = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            typed = [as_typed(loader, each) for each in values if each.tag != NOTHING]
+            argv += [f"--{name.value}", *typed] if typed else []
+        return argv
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML or JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, but must hold arguments: lines of `name: value`.")
-    argv: list[str] = []
-    for name, value in config.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        argv += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    return argv
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def as_typed(loader: ConfigLoader, value: yaml.Node) -> str:
+    """The value as it would be typed: what is written there, such as `2026_11`, and a mapping as JSON."""
+    if isinstance(value, yaml.ScalarNode):
+        return value.value
+    return json.dumps(loader.construct_object(value, deep=True), default=str)

@@ -1,57 +1,15 @@
 """The class shares of the data that the model will meet, from what the user says of them."""
 
-import json
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..class_shares import check_shares
 from ..data.training_labels import class_counts_or_none
+from ..share_texts import TRAIN, UNIFORM, EvalShares, NamedShares
 
-
-EVAL_DATASET, TRAIN, UNIFORM = "eval_dataset", "train", "uniform"
-
-NamedShares = Mapping[str, float] | Mapping[int, float]
-EvalShares = str | Sequence[float] | NamedShares
 
 MAX_SHOWN_NAMES = 20
-
-
-def read_eval_shares(text: str) -> EvalShares:
-    """
-    Reads the form that command line and JSON use: a word, or shares with commas between them, with the names of their
-    classes or without. Names that have commas themselves need a JSON object.
-
-    Raises:
-        ValueError: If it is none of these.
-
-    Example:
-
-    ```python
-    >>> read_eval_shares("uniform"), read_eval_shares("0.9, 0.1")
-    ('uniform', [0.9, 0.1])
-    >>> read_eval_shares("ham=0.9, spam=0.1") == read_eval_shares('{"ham": 0.9, "spam": 0.1}')
-    True
-
-    ```
-    """
-    if text in (EVAL_DATASET, TRAIN, UNIFORM):
-        return text
-    try:
-        if text.startswith("{"):
-            pairs = json.loads(text, object_pairs_hook=list)
-        elif "=" in text:
-            pairs = [(name.strip(), share) for name, _, share in (part.rpartition("=") for part in text.split(","))]
-        else:
-            return [float(part) for part in text.split(",")]
-        shares = {name: float(share) for name, share in pairs}
-        if "" in shares or len(shares) < len(pairs):
-            raise ValueError("a number without a name, or a name twice")
-        return shares
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"`eval_shares` is {text!r}. Use 'eval_dataset', 'train', 'uniform', or one number per class with commas "
-            "between them: 0.9,0.1 in the order of the classes, or ham=0.9,spam=0.1 with each name once. If names "
-            """have commas, write '{"a, b": 0.9, "c": 0.1}'."""
-        ) from None
+LONGEST_NAME = 60
 
 
 def find_eval_shares(
@@ -121,17 +79,27 @@ def in_order(shares: NamedShares, num_labels: int, class_indices: Mapping[str, i
     missing = [index for index in range(num_labels) if index not in indices]
     if unknown or missing or len(indices) > num_labels:
         names = {index: name for name, index in class_indices.items()}
-        classes = _shown([names.get(index, index) for index in range(num_labels)])
-        wrong = [f"{_shown(unknown)} is no class"] if unknown else []
-        wrong += [f"{_shown([names.get(index, index) for index in missing])} has no share"] if missing else []
+        classes = [names.get(index, index) for index in range(num_labels)]
+        wrong = [f"{_shown(unknown)} is no class{_guess(unknown, class_indices)}"] if unknown else []
+        wrong += [f"{_shown([classes[index] for index in missing])} has no share"] if missing else []
         raise ValueError(
             f"`eval_shares` must have each class once; {', and '.join(wrong) or 'a class has two names there'}. The "
-            f"classes are, in their order: {classes}."
+            f"classes are, in their order: {_shown(classes)}. Give one share to each of them, by name or by index "
+            f"(0 to {num_labels - 1})."
         )
     by_index = dict(zip(indices, shares.values(), strict=True))
     return [by_index[index] for index in range(num_labels)]
 
 
+def _guess(unknown: Sequence[object], names: Iterable[str]) -> str:
+    """The known names that are most like the first unknown ones, for a message."""
+    by_letters = {name.strip().casefold(): name for name in names}
+    words = [key.strip().casefold() for key in unknown[:MAX_SHOWN_NAMES] if isinstance(key, str)]
+    found = [by_letters[match] for word in words for match in difflib.get_close_matches(word, by_letters, n=1)]
+    return f" (did you mean {_shown(list(dict.fromkeys(found)))}?)" if found else ""
+
+
 def _shown(values: Sequence[object]) -> str:
     more = f", ... ({len(values)} in all)" if len(values) > MAX_SHOWN_NAMES else ""
-    return ", ".join(map(repr, values[:MAX_SHOWN_NAMES])) + more
+    texts = [repr(value) for value in values[:MAX_SHOWN_NAMES]]
+    return ", ".join(text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}…" for text in texts) + more

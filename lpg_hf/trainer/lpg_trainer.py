@@ -23,10 +23,10 @@ from ..config import LPGConfig
 from ..loss import LPGLoss
 from ..perturbations import ClassRelativeDampening, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver
+from ..share_texts import EvalShares
 from .checkpoint_mixin import CheckpointMixin
 from .class_shift import ClassShiftMixin
 from .classifier import ClassifierCheck
-from .eval_shares import EvalShares
 from .label_issues import LabelIssuesMixin, RowTracker
 from .label_messages import explain_label_errors, explain_label_names
 from .managed_loss import ManagedLoss
@@ -89,7 +89,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         eval_shares (`str`, `Sequence[float]` or `Mapping`, *optional*, defaults to `"eval_dataset"`):
             The class shares of the data that the model will meet: `"eval_dataset"` takes those of its labels, and
             those of the training set where there are none to read; `"train"`, `"uniform"`, or one number per class,
-            as a list or by label name or index.
+            as a list or array, or by label name or index (a mapping, or a Series of pandas).
 
     Raises:
         ValueError: If a perturbation is unknown or an argument is out of range. When the training starts, also if the

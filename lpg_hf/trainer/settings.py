@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from ..config import LPGConfig
 from ..perturbations import LogitPerturbation, Perturbation, build_chain
-from .eval_shares import EVAL_DATASET, EvalShares, read_eval_shares
+from ..share_texts import EVAL_DATASET, EvalShares, plain_shares, read_eval_shares
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Settings:
         shares = self.eval_shares
         if shares is None:
             shares = args.eval_shares if isinstance(args, LPGConfig) else EVAL_DATASET
-        return read_eval_shares(shares) if isinstance(shares, str) else shares
+        plain = plain_shares(shares)
+        return read_eval_shares(plain) if isinstance(plain, str) else plain
 
 
 def is_requested_at_logits(entry: str | Perturbation) -> bool:

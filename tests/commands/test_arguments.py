@@ -141,6 +141,9 @@ def test_a_config_file_is_the_command_line(suffix, tmp_path):
     [
         ("eval_shares: {ham: 0.9, 'a, b=c': 0.1}", '{"ham": 0.9, "a, b=c": 0.1}'),
         ("eval_shares: {1: 0.9, 2: 0.1}", '{"1": 0.9, "2": 0.1}'),
+        ("eval_shares: {on: .5, off: 1.50, Yes: 2, true: 4}", '{"on": 0.5, "off": 1.5, "Yes": 2, "true": 4}'),
+        ("eval_shares: {1.50: 1, ~: 2, 2026-01-01: 3}", '{"1.50": 1, "~": 2, "2026-01-01": 3}'),
+        ("eval_shares: {<<: {on: 1, off: 2}, off: 3}", '{"on": 1, "off": 3}'),
         ("eval_shares: [0.9, 0.1]", "0.9,0.1"),
         ("eval_shares: uniform", "uniform"),
     ],
@@ -149,6 +152,33 @@ def test_a_config_file_may_hold_shares_as_a_mapping_or_a_list(lines, expected, t
     path = tmp_path / "config.yaml"
     path.write_text(f"output_dir: o\n{lines}\n")
     assert parse_arguments(TextArguments, "lpg-hf", "", [str(path)]).training.eval_shares == expected
+
+
+def test_a_config_file_says_what_would_be_typed(tmp_path):
+    """YAML would take these for a truth value, a number without its underscore, minutes, and an octal number."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "output_dir: 2026_11\nlabel_column_name: on\ntext_column_names: [off, ~, 12:30]\nmax_seq_length: 1_0\n"
+        "remove_columns: 010\nhub_model_id: null\nreport: off\nuse_cpu: On\n"
+        "lr_scheduler_kwargs: {num_cycles: 1e+0, power: -2}\n"
+    )
+    arguments = parse_arguments(TextArguments, "lpg-hf", "", [str(path)])
+    assert arguments.output_dir == "2026_11" and arguments.training.hub_model_id is None
+    data = arguments.data
+    assert (data.label_column_name, data.text_column_names) == ("on", ["off", "12:30"])
+    assert (data.max_seq_length, data.remove_columns) == (10, "010")
+    assert (arguments.report.report, arguments.training.use_cpu) == (False, True)
+    assert arguments.training.lr_scheduler_kwargs == {"num_cycles": "1e+0", "power": -2}
+
+
+@pytest.mark.parametrize("line", ["seed: 2", "eval_shares: {a: 1, a: 2}"])
+def test_a_config_file_that_says_something_twice(line, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output_dir: o\nseed: 1\n{line}\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(TextArguments, "lpg-hf", "", [str(path)])
+    twice = "seed" if "seed" in line else "a"
+    assert f"{path} cannot be used: {twice!r} is there twice. Leave one of them." in capsys.readouterr().err
 
 
 def test_names_of_arguments_before_transformers_5():

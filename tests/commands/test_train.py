@@ -155,7 +155,10 @@ def test_shares_by_name_are_those_in_the_order_that_is_shown(texts, tmp_path, ca
     by_name, in_order, reverse = trained("red=7", "green=2", "blue=1"), trained("1", "2", "7"), trained("7", "2", "1")
     assert "of each of 3 classes: blue, green, red." in caplog.text
     assert torch.equal(by_name, in_order) and not torch.equal(by_name, reverse)
-    with pytest.raises(ValueError, match=r"'read' is no class, and 'red' has no share.*: 'blue', 'green', 'red'\."):
+    with pytest.raises(
+        ValueError,
+        match=r"'read' is no class \(did you mean 'red'\?\), and 'red' has no share.*: 'blue', 'green', 'red'\.",
+    ):
         trained("read=7", "green=2", "blue=1")
 
 

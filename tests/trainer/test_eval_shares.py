@@ -4,6 +4,8 @@ import json
 import logging
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
@@ -13,8 +15,9 @@ from text_cases import bert, plain_args, text_dataset
 from tiny import NUM_LABELS, flat_parameters
 from transformers import HfArgumentParser
 
-from lpg_hf import LPGConfig, LPGTrainer
-from lpg_hf.trainer.eval_shares import find_eval_shares, read_eval_shares
+from lpg_hf import LPGConfig, LPGLoss, LPGTrainer
+from lpg_hf.share_texts import eval_shares_text, read_eval_shares
+from lpg_hf.trainer.eval_shares import find_eval_shares
 
 
 TRAIN = [0] * 4 + [1, 1, 2, 3]
@@ -190,7 +193,10 @@ def test_the_order_of_named_shares_does_not_matter(order, shares):
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        ({"spma": 0.9, "a, b": 0.1, "c=d": 1, "ham": 1}, "'spma' is no class, and 'spam' has no share"),
+        (
+            {"spma": 0.9, "a, b": 0.1, "c=d": 1, "ham": 1},
+            "'spma' is no class (did you mean 'spam'?), and 'spam' has no share",
+        ),
         ({"spam": 0.9, "a, b": 0.1}, "'c=d', 'ham' has no share"),
         ({"spam": 1, "a, b": 1, "c=d": 1, "ham": 1, 4: 1, -1: 1}, "4, -1 is no class"),
         ({"spam": 1, "a, b": 1, "c=d": 1, "ham": 1, 3: 1}, "a class has two names there"),
@@ -198,9 +204,104 @@ def test_the_order_of_named_shares_does_not_matter(order, shares):
 )
 def test_names_that_are_not_those_of_all_classes(shares, message, tmp_path):
     trainer = named_trainer(tmp_path, eval_shares=shares)
-    classes = re.escape("The classes are, in their order: 'a, b', 'c=d', 'ham', 'spam'.")
-    with pytest.raises(ValueError, match=rf"`eval_shares` must have each class once; {message}\. {classes}$"):
+    classes = "The classes are, in their order: 'a, b', 'c=d', 'ham', 'spam'."
+    cure = "Give one share to each of them, by name or by index (0 to 3)."
+    whole = re.escape(f"`eval_shares` must have each class once; {message}. {classes} {cure}")
+    with pytest.raises(ValueError, match=f"^{whole}$"):
         trainer.train()
+
+
+def test_the_message_about_many_long_names_stays_short():
+    names = [f"Class {number} " + 1000 * "x" for number in range(1000)]
+    indices = {name: index for index, name in enumerate(names)}
+    shares = {name.upper() if number == 999 else name: 1.0 for number, name in enumerate(names)}
+    with pytest.raises(ValueError, match=r"'CLASS 999 X+… is no class \(did you mean 'Class 999 x+…\?\)") as error:
+        find_eval_shares(shares, None, 1000, indices)
+    assert len(str(error.value)) < 2000 and "... (1000 in all)" in str(error.value)
+
+
+# Of other types
+
+FRACTIONS = [0.5, 0.125, 0.125, 0.25]
+OF_OTHER_TYPES = {
+    "an array": np.array(FRACTIONS, dtype=np.float32),
+    "a tensor": torch.tensor(FRACTIONS),
+    "tensors": [torch.tensor(share) for share in FRACTIONS],
+    "a Series": pd.Series(FRACTIONS),
+    "a Series by name": pd.Series(dict(sorted(zip(NAMES, FRACTIONS, strict=True), key=lambda pair: pair[1]))),
+    "a Series by index": pd.Series({3: 0.25, 1: 0.125, 0: 0.5, 2: 0.125}),
+    "indices": {3: 0.25, 1: 0.125, 0: 0.5, 2: 0.125},
+    "indices of numpy": dict(zip(np.arange(4), FRACTIONS, strict=True)),
+    "numbers of numpy by name": dict(zip(NAMES, np.array(FRACTIONS, dtype=np.float32), strict=True)),
+    "tensors by name": dict(zip(NAMES, torch.tensor(FRACTIONS), strict=True)),
+}
+
+
+@pytest.mark.parametrize("shares", OF_OTHER_TYPES.values(), ids=OF_OTHER_TYPES)
+@pytest.mark.parametrize("is_in_config", [False, True])
+def test_shares_of_other_types(shares, is_in_config, tmp_path):
+    options = {"args": LPGConfig(str(tmp_path), eval_shares=shares)} if is_in_config else {"eval_shares": shares}
+    assert shares_of(named_trainer(tmp_path, **options)) == FRACTIONS
+    if is_in_config:
+        config = options["args"]
+        saved = json.loads(config.to_json_string())["eval_shares"]
+        assert saved == config.to_dict()["eval_shares"] == config.eval_shares
+        (again,) = HfArgumentParser(LPGConfig).parse_dict({"output_dir": str(tmp_path), "eval_shares": saved})
+        assert again.eval_shares == saved
+        assert shares_of(named_trainer(tmp_path, args=again)) == FRACTIONS
+        torch.save(config, tmp_path / "training_args.bin")
+        assert torch.load(tmp_path / "training_args.bin", weights_only=False).eval_shares == saved
+
+
+@given(st.lists(st.floats(0, 1e9) | st.integers(0, 10**9), min_size=1))
+def test_a_text_holds_every_number_as_it_is(shares):
+    assert read_eval_shares(eval_shares_text(shares)) == shares
+    assert read_eval_shares(eval_shares_text(dict(enumerate(shares)))) == shares
+    named = {f"{{a=, {index}": share for index, share in enumerate(shares)}
+    assert read_eval_shares(eval_shares_text(named)) == named
+
+
+@pytest.mark.parametrize(
+    ("shares", "problem"),
+    [
+        ({True: 0.5, False: 0.5}, "has the key True.* A class that is called on, off, .* needs quotes in YAML"),
+        ({0.5: 1}, r"has the key 0\.5"),
+        ({"a": None, "b": 1}, "has the share None, which is no number"),
+        (["a", 0.5], "has the share 'a', which is no number"),
+        (np.array([[0.5], [0.5]]), r"has the share array\(\[0\.5\]\), which is no number"),
+        ([[0.5], [0.5, 0.5]], r"has the share \[0\.5\], which is no number"),
+        (np.array(0.5), "has no number per class"),
+        (None, "has no number per class"),
+        ({}, "has no number per class"),
+        (pd.Series([0.5, 0.5, 0.1], ["a", "b", "a"]), "has a class twice"),
+        ([None] * 10**6, r"has the share None.*"),
+    ],
+)
+def test_what_is_no_shares_raises_early(shares, problem, tmp_path):
+    with pytest.raises(ValueError, match=r"^`eval_shares` is .*, which " + problem) as error:
+        LPGConfig(str(tmp_path), eval_shares=shares)
+    assert "Use 'eval_dataset', 'train', 'uniform', or one number per class: [0.9, 0.1]" in str(error.value)
+    assert len(str(error.value)) < 600
+    if shares is not None:
+        with pytest.raises(ValueError, match=re.escape(str(error.value))):
+            make_trainer(tmp_path, eval_shares=shares)
+
+
+def test_indices_in_a_config_that_are_not_those_of_all_classes(tmp_path):
+    for shares in ({1: 0.5, 2: 0.5}, {"ham": 0.5, 0: 0.5}):
+        with pytest.raises(ValueError, match=r"has not the class indices 0 to 1\..* by numbers, put these in quotes"):
+            LPGConfig(str(tmp_path), eval_shares=shares)
+
+
+@pytest.mark.parametrize("values", [pd.Series([1, 2, 2, 2]).value_counts(), pd.Series([3, 1], ["ham", "spam"])])
+def test_counts_in_an_order_of_their_own_are_refused(values):
+    """`value_counts` sorts by size: the counts would be those of other classes."""
+    with pytest.raises(ValueError, match=r"^`class_counts` must be a list in the order.*Series.*counts\[label\] for"):
+        LPGLoss(num_labels=2, class_counts=values)
+    with pytest.raises(ValueError, match=r"^`eval_shares` must be a list in the order .*Series.*shares\[label\] for"):
+        LPGLoss(num_labels=2, class_counts=[1, 3], eval_shares=values)
+    counts = pd.Series([0, 1, 1, 1]).value_counts().sort_index()
+    assert LPGLoss(num_labels=2, class_counts=counts).statistics.class_counts.tolist() == [1, 3]
 
 
 # Configuration
