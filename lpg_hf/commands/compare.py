@@ -17,7 +17,6 @@ is the plain Trainer, the second what you pass as `--perturbations`, `auto` if n
 already is not trained again. The table is kept in `comparison.md` of the output folder.
 """
 
-import json
 import shlex
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -25,8 +24,9 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
+from ..whole_files import read_json_object, replacing
 from .parser import expand_config
-from .run_files import read_command, without_secrets
+from .run_files import REWRITTEN, read_command, without_secrets
 from .train import KINDS, train
 
 
@@ -63,7 +63,7 @@ def results_of(kind: str, perturbations: list[str], seed: int, folder: Path, arg
                 f"{folder} was trained with other arguments: {found['kind']} {shlex.join(found['arguments'])}. Choose "
                 "another --output_dir."
             )
-    return json.loads(results.read_text(encoding="utf-8"))
+    return read_json_object(results, f"Delete {folder} to train it anew.")
 
 
 def pairs_table(results: dict[str, list[Results]]) -> str:
@@ -95,7 +95,7 @@ def read_results(folder: str) -> Results:
             f"There is no {RESULTS_FILE} in {folder}. Pass the --output_dir of a run with --do_eval, or a kind of "
             f"data ({', '.join(KINDS)}) and the arguments of a training."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json_object(path, REWRITTEN)
 
 
 def shared_metrics(runs: list[Results]) -> list[str]:
@@ -127,7 +127,8 @@ def compare_pairs(kind: str, own: Namespace, arguments: list[str]) -> None:
             results[name].append(results_of(kind, perturbations, seed, folder, arguments))
     text = pairs_table(results)
     if PartialState().is_main_process:
-        (own.output_dir / "comparison.md").write_text(text + "\n", encoding="utf-8")
+        with replacing(own.output_dir / "comparison.md") as new:
+            new.write_text(text + "\n", encoding="utf-8")
         print(f"\nValidation data, in %, mean ± standard error over {len(own.seeds)} seeds\n\n{text}")
 
 

@@ -61,8 +61,9 @@ def finished_checkpoint(folder: str) -> str:
         ValueError: If it has not come to its end, or left none.
     """
     state = Path(folder, TRAINER_STATE_NAME)
-    if not state.exists():
-        raise ValueError(f"The training in {folder} is not finished. The command that started it resumes it.")
+    if not is_complete(folder):
+        problem = f"{state} is no whole file." if state.exists() else f"The training in {folder} is not finished."
+        raise ValueError(f"{problem} The command that started it resumes it.")
     step = TrainerState.load_from_json(str(state)).global_step
     checkpoint = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
     if not is_complete(checkpoint):

@@ -1,6 +1,5 @@
 """One run of `lpg-hf train`: from its arguments to a trained, evaluated and saved model."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,14 @@ from transformers import Trainer, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
+from ..safe_text import encodable, spreadsheet_cell
 from ..trainer import LPGTrainer
 from ..trainer.complete_checkpoints import is_complete, last_complete_checkpoint
+from ..whole_files import read_json_object, replacing, write_json_object
 from .arguments import Arguments
 from .load_data import TEST, TRAIN, VALIDATION
 from .lora import save_merged
-from .run_files import check_finished_labels, forget_command, save_command, save_issues
+from .run_files import begin_training, check_same_labels, save_command, save_issues
 from .task import ClassificationTask, class_names, make_model, make_trainer, prepare
 
 
@@ -43,35 +44,53 @@ def checkpoint_to_resume(arguments: Arguments, train_dataset: Dataset) -> str | 
     The checkpoint that was asked for, else the newest complete one in the output folder; `None` without any.
 
     Raises:
-        ValueError: If there is none that was asked for, or the folder has a finished training on other labels.
+        ValueError: If there is none that was asked for, or it comes from a training on other labels.
     """
     args = arguments.training
     asked = args.resume_from_checkpoint
     if arguments.folder_use.overwrite_output_dir and asked is None:
         return None
-    if str(asked).lower() == "true":
-        checkpoint = last_complete_checkpoint(arguments.output_dir)
-        if checkpoint is None:
-            raise ValueError(
-                f"There is no complete checkpoint in {args.output_dir}. Train without `resume_from_checkpoint`."
-            )
-        return checkpoint
     if asked is not None:
-        if not is_complete(asked):
-            raise ValueError(
-                f"`--resume_from_checkpoint` is {asked!r}, which is no checkpoint that was saved to its end. Pass "
-                f"another {PREFIX_CHECKPOINT_DIR}-NUMBER folder, or `true` for the newest whole one in --output_dir."
-            )
-        return asked
+        found = checkpoint_asked_for(arguments, asked)
+        cure = (
+            "Leave --resume_from_checkpoint out, and choose another --output_dir. To begin with the weights of the "
+            f"checkpoint, pass --model_name_or_path {found}."
+        )
+        check_same_labels(Path(found).parent, train_dataset, cure)
+        return found
     if not any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         return None
     try:
         checkpoint = last_complete_checkpoint(arguments.output_dir)
     except ValueError:
         return None
-    check_finished_labels(arguments.output_dir, train_dataset)
+    check_same_labels(
+        arguments.output_dir, train_dataset, "Choose another --output_dir, or pass --overwrite_output_dir."
+    )
     logger.info(f"Resuming from {checkpoint}. To start anew, choose another --output_dir, or remove its checkpoints.")
     return checkpoint
+
+
+def checkpoint_asked_for(arguments: Arguments, asked: str) -> str:
+    """
+    The folder that `--resume_from_checkpoint` names, or with `true` the newest complete one.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if asked.lower() == "true":
+        newest = last_complete_checkpoint(arguments.output_dir)
+        if newest is None:
+            raise ValueError(
+                f"There is no complete checkpoint in {arguments.output_dir}. Train without `resume_from_checkpoint`."
+            )
+        return newest
+    if not is_complete(asked):
+        raise ValueError(
+            f"`--resume_from_checkpoint` is {asked!r}, which is no checkpoint that was saved to its end. Pass "
+            f"another {PREFIX_CHECKPOINT_DIR}-NUMBER folder, or `true` for the newest whole one in --output_dir."
+        )
+    return asked
 
 
 def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict[str, float]:
@@ -90,8 +109,8 @@ def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict
     set_up_logging()
     prepared = prepare(task, arguments)
     checkpoint = checkpoint_to_resume(arguments, prepared.splits[TRAIN]) if args.do_train else None
-    if args.do_train and checkpoint is None:
-        forget_command(arguments.output_dir)
+    if args.do_train and (checkpoint is None or not is_within(checkpoint, arguments.output_dir)):
+        begin_training(arguments.output_dir, prepared.splits[TRAIN])
     set_seed(args.seed)
     trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))
 
@@ -125,6 +144,10 @@ def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict
     return results
 
 
+def is_within(checkpoint: str, folder: str) -> bool:
+    return Path(checkpoint).resolve().parent == Path(folder).resolve()
+
+
 def on_hub(name: str | None) -> str | None:
     """The name of a model or of a data set for the model card. The path of a folder means nothing on the hub."""
     return None if name is None or Path(name).exists() else name
@@ -152,8 +175,8 @@ def train(trainer: LPGTrainer, train_dataset: Dataset, checkpoint: str | None) -
 
 
 def read_train_results(folder: str) -> dict[str, float]:
-    path = Path(folder) / "train_results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path = Path(folder, "train_results.json")
+    return read_json_object(path, "Delete it.") if path.exists() else {}
 
 
 def step_of(checkpoint: str | None) -> int | None:
@@ -164,8 +187,20 @@ def step_of(checkpoint: str | None) -> int | None:
 
 
 def log_and_save(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+    """As `save_metrics` of the Trainer, whose files a process that is killed leaves cut off."""
     trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(str(trainer.args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_object(folder / f"{split}_results.json", metrics, indent=4, sort_keys=True)
+    path, earlier = folder / "all_results.json", {}
+    if path.exists():
+        try:
+            earlier = read_json_object(path, "It is written anew, with the results of this command alone.")
+        except ValueError as error:
+            logger.warning(error)
+    write_json_object(path, earlier | metrics, indent=4, sort_keys=True)
 
 
 def write_predictions(trainer: LPGTrainer, names: list[str], prediction: PredictionOutput, path: Path) -> None:
@@ -174,7 +209,9 @@ def write_predictions(trainer: LPGTrainer, names: list[str], prediction: Predict
         # Some models return more than logits.
         is_tuple = isinstance(prediction.predictions, tuple)
         logits = np.asarray(prediction.predictions[0] if is_tuple else prediction.predictions, dtype=np.float64)
+        cells = [spreadsheet_cell(encodable(name)) for name in names]
         # The first two columns are those of the examples of transformers.
-        table = pd.DataFrame({"index": range(len(logits)), "prediction": [names[i] for i in logits.argmax(-1)]})
+        table = pd.DataFrame({"index": range(len(logits)), "prediction": [cells[i] for i in logits.argmax(-1)]})
         table["probability"] = softmax(logits, axis=-1).max(-1)
-        table.to_csv(path, index=False, float_format="%.4f")
+        with replacing(path) as new:
+            table.to_csv(new, index=False, float_format="%.4f")

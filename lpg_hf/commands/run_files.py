@@ -1,7 +1,6 @@
-"""What a training leaves in its output folder for the other commands: how it was started, and its label issues."""
+"""What a training leaves in its output folder for other commands: how it was started, its labels, its label issues."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,35 @@ from accelerate.logging import get_logger
 from ..data import write_issues
 from ..data.labels import read_labels
 from ..trainer import LPGTrainer
+from ..whole_files import read_json_object, write_json_object
 
 
 logger = get_logger(__name__)
 
+REWRITTEN = "The command of this training writes it anew: run it again. Where it is finished, it trains nothing."
+
 # `push_to_hub` leaves out what begins with an underscore: texts and paths of the training data stay on this machine.
 COMMAND_FILE = "_lpg/command.json"
+LABELS_FILE = "_lpg/labels.json"
 ISSUES_FILE = "_lpg/label_issues.csv"
 
 
 def save_command(trainer: LPGTrainer, kind: str, argv: list[str]) -> None:
-    """Writes how a training was started, and where, without secrets."""
+    """Writes how a training that has come to its end was started, and where, without secrets."""
     if trainer.is_world_process_zero():
         command = {"kind": kind, "arguments": without_secrets(argv), "folder": os.getcwd()}
-        command["labels"] = labels_digest(trainer.train_dataset)
         path = Path(str(trainer.args.output_dir), COMMAND_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(command, indent=2) + "\n", encoding="utf-8")
+        write_json_object(path, command)
 
 
-def forget_command(folder: str) -> None:
-    """Removes what a finished training has left about itself, when another one begins in its place."""
+def begin_training(folder: str, train: datasets.Dataset) -> None:
+    """Removes what a finished training has left about itself, and writes which labels the next one has."""
     if PartialState().is_main_process:
         Path(folder, COMMAND_FILE).unlink(missing_ok=True)
+        path = Path(folder, LABELS_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_object(path, {"labels": labels_digest(train)})
 
 
 def labels_digest(train: datasets.Dataset) -> str:
@@ -43,26 +48,31 @@ def labels_digest(train: datasets.Dataset) -> str:
     return hashlib.sha256(read_labels(train, "labels").tobytes()).hexdigest()
 
 
-def check_finished_labels(folder: str, train: datasets.Dataset) -> None:
+def check_same_labels(folder: str | Path, train: datasets.Dataset, cure: str) -> None:
     """
-    Compares the training labels with those of the training that has come to its end in a folder.
+    Compares the training labels with those of the training in a folder, before its checkpoint is taken.
 
-    Without this, new fixes would seem to act: no step would be left, and the old results would be shown again.
+    Without this, new fixes would seem to act. Of a finished training no step would be left, and the old results would
+    be shown again. Of another, some steps would have one half of its labels, and some the other.
 
     Args:
-        folder (`str`): The `--output_dir`.
-        train ([`datasets.Dataset`]): The training rows.
+        folder (`str` or `Path`): The `--output_dir` of the training that has left the checkpoint.
+        train (`datasets.Dataset`): The training rows.
+        cure (`str`): A sentence that says what to do if the labels are others.
 
     Raises:
-        ValueError: If there is such a training, and its labels were others.
+        ValueError: If there is a training of `lpg-hf train`, and its labels were others.
     """
-    path = Path(folder, COMMAND_FILE)
-    finished = json.loads(path.read_text(encoding="utf-8")).get("labels") if path.exists() else None
-    if finished is not None and finished != labels_digest(train):
+    path = Path(folder, LABELS_FILE)
+    if not path.exists():
+        return
+    entries = read_json_object(
+        path, "Delete it to go on from the checkpoints next to it with the labels of this command."
+    )
+    if entries.get("labels") != labels_digest(train):
         raise ValueError(
-            f"{folder} has a finished training on other labels (other rows, --fixes, --label_noise, --imbalance_ratio "
-            "or --seed). This command would go on from it. Choose another --output_dir, or pass "
-            "--overwrite_output_dir."
+            f"{folder} has a training on other labels (other rows, --fixes, --label_noise, --imbalance_ratio or "
+            f"--seed). This command would go on from it. {cure}"
         )
 
 
@@ -95,6 +105,7 @@ def read_command(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: If no training of `lpg-hf train` was.
+        ValueError: If the file is damaged.
     """
     path = Path(folder, COMMAND_FILE)
     if not path.exists():
@@ -102,7 +113,10 @@ def read_command(folder: str | Path) -> dict[str, Any]:
             f"There is no {COMMAND_FILE} in {folder}, which `lpg-hf train` writes. Pass the --output_dir of a "
             "training with it; in a script of your own call `trainer.report()`."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    command = read_json_object(path, REWRITTEN)
+    if missing := [name for name in ("kind", "arguments", "folder") if name not in command]:
+        raise ValueError(f"{path} has no {missing[0]!r}. {REWRITTEN}")
+    return command
 
 
 def save_issues(trainer: LPGTrainer) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..safe_text import encodable, restored_cell, shown, spreadsheet_cell
+from ..whole_files import replacing
 from .class_cells import ClassCells
 from .row_texts import row_texts
 
@@ -125,7 +126,7 @@ def write_issues(issues: Dataset, path: str | Path, train_dataset: object = None
 
 def write_table(table: IssueTable, path: str | Path) -> None:
     """Writes the file of [`write_issues`]."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         file.write(BYTE_ORDER_MARK)
         writer = csv.writer(file)
         writer.writerow(map(spreadsheet_cell, table.header))

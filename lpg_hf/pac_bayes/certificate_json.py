@@ -8,10 +8,14 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import replacing
+
 
 def write_json(content: dict[str, Any], path: str | Path) -> None:
     """Writes the fields of a dataclass."""
-    Path(path).write_text(json.dumps(_to_json(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(_to_json(content), indent=2, allow_nan=False)
+    with replacing(path) as new:
+        new.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(kind: type, path: str | Path) -> Any:

@@ -9,6 +9,7 @@ from command_data import QUIET, text_model, text_rows, words, write_csv
 from lpg_hf.commands import run, run_files
 from lpg_hf.commands.main import main
 from lpg_hf.commands.train import train
+from lpg_hf.trainer import LPGTrainer
 
 
 pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
@@ -79,14 +80,14 @@ def test_a_finished_training_is_not_taken_for_one_on_fixed_labels(training, tmp_
     lines[0]["fix"] = lines[0]["suggested_label_name"]
     fixes = ["--fixes", str(write_csv(tmp_path / "fixes.csv", lines))]
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"out has a finished training on other labels.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"out has a training on other labels.*--overwrite_output_dir"):
         train("text", [*argv, *fixes])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     assert train("text", argv)["train_loss"] == results["train_loss"]  # the same labels
     train("text", [*argv, *fixes, "--overwrite_output_dir"])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
     train("text", [*argv, *fixes])  # whose labels are now those of the folder
-    with pytest.raises(ValueError, match="finished training on other labels"):
+    with pytest.raises(ValueError, match="has a training on other labels"):
         train("text", argv)
 
 
@@ -104,6 +105,59 @@ def test_a_training_that_begins_anew_is_not_taken_for_the_finished_one_before_it
     with pytest.raises(KeyboardInterrupt):
         train("text", [*argv, "--label_noise", "0.2", "--overwrite_output_dir"])
     assert not (tmp_path / "out" / run_files.COMMAND_FILE).exists()
+
+
+def test_a_checkpoint_that_is_asked_for_is_not_taken_for_other_labels(training, tmp_path, caplog):
+    """Neither by its path nor as the newest, and not from another folder: no step would be left."""
+    argv, root = training
+    out = tmp_path / "out"
+    argv = [*argv, "--save_strategy", "epoch", "--output_dir"]
+    results = train("text", [*argv, str(out)])
+    *_, last = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    lines = read(root / "issues.csv")
+    lines[0]["fix"] = lines[0]["suggested_label_name"]
+    fixes = ["--fixes", str(write_csv(tmp_path / "fixes.csv", lines))]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    cure = rf"Leave --resume_from_checkpoint out, .* pass --model_name_or_path {last}\.$"
+    for folder, checkpoint in ((out, str(last)), (out, "true"), (tmp_path / "other", str(last))):
+        resume = [str(folder), "--resume_from_checkpoint", checkpoint]
+        for more in ([], ["--overwrite_output_dir"]):
+            with pytest.raises(ValueError, match=rf"^{out} has a training on other labels.* {cure}"):
+                train("text", [*argv, *resume, *fixes, *more])
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # The same labels, and the cure.
+    assert (
+        train("text", [*argv, str(out), "--resume_from_checkpoint", str(last)])["train_loss"] == results["train_loss"]
+    )
+    with caplog.at_level("INFO"):
+        train("text", [*argv, str(tmp_path / "other"), *fixes, "--model_name_or_path", str(last)])
+    assert "1 labels changed" in caplog.text
+    # From another folder: what its finished training has left is not that of the one that goes on there.
+    train("text", [*argv, str(tmp_path / "other"), "--resume_from_checkpoint", str(last), "--overwrite_output_dir"])
+    digests = [(folder / run_files.LABELS_FILE).read_text() for folder in (out, tmp_path / "other")]
+    assert digests[0] == digests[1]
+
+
+def test_a_training_that_was_killed_does_not_go_on_with_other_labels(training, tmp_path, monkeypatch):
+    """Some of its steps would have one half of the labels, and some the other."""
+    argv, root = training
+    argv = [*argv, "--save_strategy", "epoch", "--output_dir", str(tmp_path / "out")]
+    lines = read(root / "issues.csv")
+    lines[0]["fix"] = lines[0]["suggested_label_name"]
+    fixes = ["--fixes", str(write_csv(tmp_path / "fixes.csv", lines))]
+    save = LPGTrainer._save_checkpoint
+
+    def killed(trainer, *args):
+        save(trainer, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LPGTrainer, "_save_checkpoint", killed)
+        train("text", argv)
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
+    with pytest.raises(ValueError, match="out has a training on other labels"):
+        train("text", [*argv, *fixes])
+    assert train("text", argv)["epoch"] == 3
 
 
 def test_fixes_of_other_rows_are_refused(training, tmp_path):
