@@ -51,6 +51,7 @@ def encode_labels(
         found = label_names(dataset, column, values)
         if names is None:
             names = found
+            warn_of_similar(names)
         elif unknown := [name for name in found if name not in names]:
             raise ValueError(
                 f"The {split} data has labels in column {column!r} that the {source} has not: {shorten(unknown)}. The "
@@ -69,11 +70,27 @@ def encode_labels(
     return encoded, names
 
 
+def warn_of_similar(names: list[str]) -> None:
+    """Warns of classes that a person would take for one, as data that was put together by hand has them."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    if groups := [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
+        logger.warning(
+            f"Names of classes differ in capitals or blanks alone: {shorten(groups)}. Each is a class of its own. If "
+            "they mean the same, write them alike."
+        )
+
+
 def has_labels(dataset: Dataset, column: str) -> bool:
     """Test sets of the hub have no label column, or one without a class (-1) in any row."""
     if column not in dataset.column_names:
         return False
-    return any(value not in (None, IGNORE_INDEX, -1) for value in dataset[column][:])
+    return any(value not in (None, IGNORE_INDEX, -1) and not is_blank(value) for value in dataset[column][:])
+
+
+def is_blank(value: object) -> bool:
+    return isinstance(value, str) and not value.strip()
 
 
 def label_values(dataset: Dataset, split: str, column: str) -> list[str]:
@@ -81,7 +98,7 @@ def label_values(dataset: Dataset, split: str, column: str) -> list[str]:
     feature = dataset.features[column]
     values = dataset[column][:]
     no_label = (None, IGNORE_INDEX, -1) if isinstance(feature, ClassLabel) else (None, IGNORE_INDEX)
-    if unlabelled := [row for row, value in enumerate(values) if value in no_label]:
+    if unlabelled := [row for row, value in enumerate(values) if value in no_label or is_blank(value)]:
         raise ValueError(
             f"Column {column!r} of the {split} data has no label in {len(unlabelled)} of {len(values)} rows (rows "
             f"{shorten(unlabelled)}). Remove these rows. {EMPTY_CELLS}"
@@ -100,10 +117,10 @@ def label_values(dataset: Dataset, split: str, column: str) -> list[str]:
             "with a fraction are regression. If they are classes, write them as integers or names. For regression use "
             "run_classification.py of transformers."
         )
-    if not isinstance(feature, Value):
+    if not isinstance(feature, Value) or "binary" in feature.dtype:
         raise ValueError(
             f"Column {column!r} of the {split} data holds {feature}, but labels must be names or integers, one per "
-            "row. Pass another --label_column_name."
+            "row. Pass another --label_column_name, or write all labels as names."
         )
     return [str(value) for value in values]
 

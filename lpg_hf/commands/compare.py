@@ -25,9 +25,9 @@ import numpy as np
 from accelerate import PartialState
 
 from ..whole_files import read_json_object, replacing
-from .parser import expand_config
+from .parser import expand_config, parse_arguments
 from .run_files import REWRITTEN, read_command, without_secrets
-from .train import KINDS, train
+from .train import KINDS, load_task, train
 
 
 METRICS = {
@@ -54,6 +54,10 @@ def results_of(kind: str, perturbations: list[str], seed: int, folder: Path, arg
     argv = ["--do_train", "--do_eval", "--save_strategy", "no", "--report_to", "none", *arguments]
     argv += ["--seed", str(seed), "--output_dir", str(folder), "--perturbations", *perturbations]
     if not results.exists():
+        asked = parse_arguments(load_task(kind).data_class, f"lpg-hf compare {kind}", "", argv).training
+        if not (asked.do_train and asked.do_eval):
+            missing = "--do_eval" if asked.do_train else "--do_train"
+            raise ValueError(f"`{missing}` is false, which leaves nothing to compare. Leave it out.")
         train(kind, argv)
         PartialState().wait_for_everyone()
     else:
@@ -133,7 +137,7 @@ def compare_pairs(kind: str, own: Namespace, arguments: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    options = ArgumentParser(add_help=False, allow_abbrev=False)
+    options = ArgumentParser("lpg-hf compare", add_help=False, allow_abbrev=False)
     pairs = options.add_argument_group("training pairs")
     pairs.add_argument("--output_dir", type=Path, help="required: folder of the trainings and of the table")
     pairs.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one pair for each (default: 0 1 2)")
@@ -155,6 +159,8 @@ def main(argv: list[str]) -> None:
         own, arguments = options.parse_known_args(expand_config(argv[1:]))
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if len(set(own.seeds)) < len(own.seeds):
+        parser.error(f"--seeds is {own.seeds}, which has a seed twice: it would count as two trainings. Leave one")
     if own.output_dir is None:
         parser.error(f"pass --output_dir, the folder of the trainings. To compare finished ones, write ./{argv[0]}.")
     compare_pairs(argv[0], own, arguments)

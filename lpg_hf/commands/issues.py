@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..safe_text import one_line
+from .writable import why_not_writable
 
 
 # Columns of the file that a terminal has room for, those of them that it has, and how wide each may be.
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> None:
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         wrong = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
         parser.error(f"--export is {path}, which {wrong}")
+    if path is not None and (problem := why_not_writable(path.parent)):
+        parser.error(f"--export is {path}, {problem}")
     from ..trainer import export_issues
     from .run_files import folder_of_issues
 

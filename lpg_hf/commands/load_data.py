@@ -26,6 +26,9 @@ EMPTY_CELLS = (
     "name, or save the data as JSON lines."
 )
 SHOWN = 5
+OTHER_DELIMITERS = (";", "\t", "|")
+# In the error of `load_dataset` for files without rows.
+NO_ROWS = "corresponds to no data"
 
 
 @contextmanager
@@ -175,12 +178,14 @@ def load_file(name: str, cache_dir: str | None = None) -> Dataset:
             f"{name} cannot be read as {LOADERS[suffix]} ({error.__cause__ or error}). Correct the file."
         ) from error
     except ValueError as error:
-        raise_without_rows(error, f"{name} has no rows, only a line of column names. Add rows.")
+        if NO_ROWS in str(error):
+            raise ValueError(f"{name} has no rows, only a line of column names. Add rows.") from error
+        raise ValueError(f"{name} cannot be read as {LOADERS[suffix]} ({error}). Correct the file.") from error
 
 
 def raise_without_rows(error: ValueError, message: str) -> NoReturn:
     """Instead of an error of `load_dataset` that there is no data; any other is raised as it is."""
-    if "corresponds to no data" not in str(error):
+    if NO_ROWS not in str(error):
         raise error
     raise ValueError(message) from error
 
@@ -224,10 +229,18 @@ def check_column(dataset: Dataset, split: str, argument: str, name: str) -> None
         ValueError: If there is no such column; lists those there.
     """
     if name not in dataset.column_names:
+        columns = dataset.column_names
+        is_one_line = len(columns) == 1 and any(delimiter in columns[0] for delimiter in OTHER_DELIMITERS)
+        cure = "Write the file with commas between its columns." if is_one_line else "Pass one of these."
         raise ValueError(
-            f"`--{argument}` is {name!r}, but the {split} data has the columns {', '.join(dataset.column_names)}. "
-            "Pass one of these."
+            f"`--{argument}` is {name!r}, but the {split} data has the columns {', '.join(map(quoted, columns))}. "
+            f"{cure}"
         )
+
+
+def quoted(name: str) -> str:
+    """A name, in quotes where it ends with a blank or has one that nobody sees."""
+    return name if name == " ".join(name.split()) else repr(name)
 
 
 def check_input_column(splits: DatasetDict, data: DataArguments, argument: str, name: str) -> None:

@@ -25,6 +25,7 @@ from .arguments import (
     StressArguments,
 )
 from .closest import closest
+from .training_checks import check_training_arguments
 
 
 ESSENTIAL_HEADING = "what to do"
@@ -195,13 +196,17 @@ def parse_arguments(data_class: type[DataArguments], prog: str, description: str
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
+        arguments = Arguments(*parsed)
+        check_training_arguments(arguments.training)
     except ValueError as error:  # of transformers, too, whose arguments must fit each other
         parser.error(str(error))
+    if unknown and unknown[0].endswith(CONFIG_SUFFIXES):
+        parser.error(f"unknown argument {unknown[0]}. A config file comes first, in front of all arguments")
     if unknown:
         # Each has a name with hyphens, too.
         names = [name for name in parser._option_string_actions if "-" not in name.removeprefix("--")]
         parser.error(closest("argument", unknown[0], names))
-    return Arguments(*parsed)
+    return arguments
 
 
 def expand_config(argv: list[str]) -> list[str]:
@@ -229,7 +234,10 @@ def read_config(path: str) -> list[str]:
         for name, value in config.value:
             values = value.value if isinstance(value, yaml.SequenceNode) else [value]
             typed = [as_typed(loader, each) for each in values if each.tag != NOTHING]
-            argv += [f"--{name.value}", *typed] if typed else []
+            if len(typed) == 1 and typed[0].startswith("-"):  # else it would be taken for an argument
+                argv.append(f"--{name.value}={typed[0]}")
+            elif typed:
+                argv += [f"--{name.value}", *typed]
         return argv
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML or JSON: {error}") from error

@@ -16,6 +16,7 @@ from .run import set_up_logging
 from .run_files import read_command
 from .task import make_model, make_trainer, prepare
 from .train import load_task
+from .writable import check_writable
 
 
 def write_report(folder: str, report_dir: str | None = None) -> str:
@@ -86,4 +87,6 @@ def main(argv: list[str]) -> None:
         "--report_dir", help="folder of the report (default: OUT/report, or OUT/_report with --push_to_hub)"
     )
     arguments = parser.parse_args(argv)
+    if arguments.report_dir is not None:
+        check_writable("--report_dir", arguments.report_dir)
     print(f"Report: {write_report(arguments.folder, arguments.report_dir)}")

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -18,6 +17,8 @@ from .load_data import TEST, TRAIN, VALIDATION, load_splits, shorten
 from .lora import add_lora, with_merged_model
 from .model import check_head, load_config, load_model, load_processor
 from .rows import choose_rows
+from .training_checks import check_best_metric
+from .writable import check_writable
 
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,7 @@ def check_what_to_do(arguments: Arguments) -> None:
         ValueError: If it is nothing, a report of no training, or what output folder or evaluation do not allow.
     """
     args = arguments.training
-    if Path(arguments.output_dir).is_file():
-        raise ValueError(f"`--output_dir` is {arguments.output_dir!r}, which is a file. Pass a folder.")
+    check_writable("--output_dir", arguments.output_dir)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("There is nothing to do: pass --do_train, --do_eval or --do_predict.")
     if arguments.report.report and not args.do_train:
@@ -195,11 +195,14 @@ def make_model(task: ClassificationTask, arguments: Arguments, prepared: Prepare
 def make_trainer(task: ClassificationTask, arguments: Arguments, prepared: Prepared, **kwargs: Any) -> LPGTrainer:
     """A trainer on what was prepared; `kwargs` have the model, or `model_init` that makes it."""
     arguments.training.remove_unused_columns &= not task.needs_all_columns
+    num_labels = len(class_names(prepared.config))
+    compute_metrics = make_metrics(arguments, prepared.class_counts, num_labels)
+    check_best_metric(arguments.training, compute_metrics, num_labels)
     return LPGTrainer(
         args=arguments.training,
         train_dataset=prepared.splits.get(TRAIN),
         eval_dataset=prepared.splits.get(VALIDATION),
         processing_class=prepared.processor,
-        compute_metrics=make_metrics(arguments, prepared.class_counts, len(class_names(prepared.config))),
+        compute_metrics=compute_metrics,
         **kwargs,
     )

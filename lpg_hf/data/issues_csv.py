@@ -136,10 +136,12 @@ def write_table(table: IssueTable, path: str | Path) -> None:
 def check_replaceable(path: str | Path) -> None:
     """
     Raises:
-        ValueError: If there is a file, and it has fixes, or is none of label issues.
+        ValueError: If there is a file, and it has fixes, or is none of label issues. If there is something else.
     """
     if not Path(path).exists():
         return
+    if not Path(path).is_file():  # reading a pipe or a terminal would wait for somebody who writes
+        raise ValueError(f"{path} is no file. Choose another path.")
     try:
         has_fixes = any(line.get(FIX, "").strip() for line in read_table(path))
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Help, config files and bad input of `lpg-hf train`."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from scipy import stats
 
 from lpg_hf.commands import audio, image
 from lpg_hf.commands.arguments import OUR_HEADING, TRAINING_HEADING
+from lpg_hf.commands.main import main
 from lpg_hf.commands.parser import ESSENTIAL_HEADING, parse_arguments
 from lpg_hf.commands.text import TextArguments
 from lpg_hf.commands.train import train as run_train
@@ -160,13 +162,13 @@ def test_a_config_file_says_what_would_be_typed(tmp_path):
     path.write_text(
         "output_dir: 2026_11\nlabel_column_name: on\ntext_column_names: [off, ~, 12:30]\nmax_seq_length: 1_0\n"
         "remove_columns: 010\nhub_model_id: null\nreport: off\nuse_cpu: On\n"
-        "lr_scheduler_kwargs: {num_cycles: 1e+0, power: -2}\n"
+        "lr_scheduler_kwargs: {num_cycles: 1e+0, power: -2}\ntext_column_delimiter: -x-\n"
     )
     arguments = parse_arguments(TextArguments, "lpg-hf", "", [str(path)])
     assert arguments.output_dir == "2026_11" and arguments.training.hub_model_id is None
     data = arguments.data
     assert (data.label_column_name, data.text_column_names) == ("on", ["off", "12:30"])
-    assert (data.max_seq_length, data.remove_columns) == (10, "010")
+    assert (data.max_seq_length, data.remove_columns, data.text_column_delimiter) == (10, "010", "-x-")
     assert (arguments.report.report, arguments.training.use_cpu) == (False, True)
     assert arguments.training.lr_scheduler_kwargs == {"num_cycles": "1e+0", "power": -2}
 
@@ -252,10 +254,67 @@ def test_arguments_that_do_not_fit_the_data(more, message, models, train_csv, tm
         run_text(models, tmp_path, *more, train=train_csv)
 
 
-def test_an_output_folder_that_is_a_file(models, train_csv, tmp_path):
+def test_folders_that_cannot_be_written(models, train_csv, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").touch()
-    with pytest.raises(ValueError, match=r"`--output_dir` is '.*out', which is a file"):
+    with pytest.raises(ValueError, match=r"`--output_dir` is '.*out', which is a file\. Pass a folder"):
         run_text(models, tmp_path, train=train_csv)
+    argv = words("--model_name_or_path", models["text"], "--train_file", train_csv, "--do_train", *QUIET)
+    with pytest.raises(ValueError, match=rf"`--output_dir` is '.*sub', but {tmp_path / 'out'} is a file\. Pass anoth"):
+        run_train("text", [*argv, "--output_dir", str(tmp_path / "out" / "a" / "sub")])
+    with pytest.raises(ValueError, match=r"`--output_dir` is '', which is no name\. Pass a folder"):
+        run_train("text", [*argv, "--output_dir", ""])
+    with pytest.raises(SystemExit, match=r"`--report_dir` is '.*out', which is a file\. Pass a folder"):
+        main(["report", str(tmp_path), "--report_dir", str(tmp_path / "out")])
+    # Whoever runs the tests may be allowed everything.
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=rf"`--output_dir` is '.*sub', but nothing can be written into {tmp_path}\."):
+        run_train("text", [*argv, "--output_dir", str(tmp_path / "new" / "sub")])
+    with pytest.raises(SystemExit):
+        main(["issues", str(tmp_path), "--export", str(tmp_path / "issues.csv")])
+    assert f"issues.csv, but nothing can be written into {tmp_path}. Pass another folder" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "train.csv"}
+
+
+def test_a_best_metric_that_no_evaluation_has(models, train_csv, tmp_path):
+    """The Trainer would say so at the first evaluation, perhaps after hours."""
+    argv = ["--do_eval", "--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end"]
+    argv += ["--num_train_epochs", 1, "--metric_for_best_model"]
+    message = (
+        r"`--metric_for_best_model` is 'eval_balanced_acc': unknown metric balanced_acc\. Did you mean "
+        r"balanced_accuracy\? An evaluation has accuracy, .*loss"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_text(models, tmp_path, *argv, "eval_balanced_acc", train=train_csv)
+    for name in ("eval_macro_f1", "loss", "f1"):
+        more = ["--metric_name", "f1"] if name == "f1" else []
+        run_text(models, tmp_path / name, *argv, name, *more, train=train_csv)
+
+
+def test_a_config_file_that_does_not_come_first(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("seed: 1")
+    with pytest.raises(SystemExit):
+        run_train("text", words("--output_dir", tmp_path / "out", tmp_path / "a.yaml"))
+    assert "a.yaml. A config file comes first, in front of all arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("text;label", r"has the columns text;label\. Write the file with commas between its columns"),
+        ("text\tlabel", r"has the columns 'text\\tlabel'\. Write the file with commas"),
+        ("text , Label", r"has the columns 'text ', ' Label'\. Pass one of these"),
+    ],
+)
+def test_names_of_columns_that_are_hard_to_see(header, message, models, tmp_path):
+    (tmp_path / "train.csv").write_text(f"{header}\n" + header.replace("text", "a rose") + "\n")
+    with pytest.raises(ValueError, match=rf"`--text_column_names` is 'text', but the train data {message}"):
+        run_text(models, tmp_path, train=tmp_path / "train.csv")
+
+
+def test_a_file_that_is_not_what_its_name_says(models, tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"`--train_file`: .*train\.parquet cannot be read as parquet \(.+\)\. Corr"):
+        run_text(models, tmp_path, train=tmp_path / "train.parquet")
 
 
 def test_more_validation_rows_than_training_rows(models, train_csv, tmp_path):
@@ -275,6 +334,15 @@ def test_more_validation_rows_than_training_rows(models, train_csv, tmp_path):
         (["--label_noise", 1.5], r"`--label_noise` is 1\.5, but must be in \[0, 1\)"),
         (["--label_noise", "nan"], r"`--label_noise` is nan"),
         (["--imbalance_ratio", 0.5], r"`--imbalance_ratio` is 0\.5, but must be a finite number of at least 1"),
+        (["--per_device_train_batch_size", 0], r"`--per_device_train_batch_size` is 0, but must be at least 1"),
+        (["--per_device_eval_batch_size", -1], r"`--per_device_eval_batch_size` is -1, but must be at least 1"),
+        (["--gradient_accumulation_steps", 0], r"`--gradient_accumulation_steps` is 0, but must be at least 1"),
+        (["--seed", 2**32], r"`--seed` is 4294967296, but must be in 0 to 4294967295"),
+        (["--data_seed", -1], r"`--data_seed` is -1, but must be in 0 to"),
+        (["--learning_rate", "nan"], r"`--learning_rate` is nan, but must be a finite number of at least 0"),
+        (["--learning_rate", "-0.001"], r"`--learning_rate` is -0\.001, but must be"),
+        (["--report_to", "wandbb"], r"`--report_to`: wandbb is not supported.* Pass none to report to nothing"),
+        (["--eval_shares", "a=x"], r"`eval_shares` is 'a=x'\. Use 'eval_dataset'"),
         (["--perturbations", "lgp"], r"Unknown perturbation 'lgp'"),
         (["--use_fast_tokenizer", "false"], r"transformers 5 has no slow ones"),
         (["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "epoch"], r"strategy to match"),
@@ -386,6 +454,31 @@ def test_empty_texts(models, tmp_path):
     path = write_csv(tmp_path / "train.csv", rows)
     with pytest.raises(ValueError, match=r"Column 'text' of the train data has 2 empty texts \(rows 4, 7, counted"):
         run_text(models, tmp_path, train=path)
+
+
+def test_labels_that_are_blank_or_bytes(models, train_csv, tmp_path):
+    for blank in ("", "  "):
+        rows = [row | {"label": blank if row["label"] == "red" else row["label"]} for row in text_rows(12)]
+        Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
+        with pytest.raises(ValueError, match=r"no label in 4 of 12 rows \(rows 0, 3, 6, 9\)\. Remove these rows"):
+            run_text(models, tmp_path, train=tmp_path / "train.jsonl")
+    rows = [row | {"label": row["label"].encode()} for row in text_rows(12)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"holds Value\('binary'\), but labels must be names or integers, one per"):
+        run_text(models, tmp_path, train=tmp_path / "train.parquet")
+    # Test data need no labels.
+    Dataset.from_list([row | {"label": ""} for row in text_rows(3)]).to_json(tmp_path / "test.jsonl")
+    run_text(models, tmp_path, "--do_predict", "--test_file", tmp_path / "test.jsonl", train=train_csv)
+    assert len((tmp_path / "out" / "predictions.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_names_that_a_person_would_take_for_one(models, tmp_path, caplog):
+    names = {"red": "red", "green": "Red ", "blue": "blue"}
+    rows = [row | {"label": names[row["label"]]} for row in text_rows(12)]
+    Dataset.from_list(rows).to_json(tmp_path / "train.jsonl")
+    run_text(models, tmp_path, train=tmp_path / "train.jsonl")
+    assert "differ in capitals or blanks alone: 'Red ' and 'red'. Each is a class of its own" in caplog.text
+    assert set(json.loads((tmp_path / "out" / "config.json").read_text())["label2id"]) == set(names.values())
 
 
 def test_a_class_whose_name_is_an_empty_cell(models, tmp_path):

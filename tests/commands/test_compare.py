@@ -14,6 +14,20 @@ from lpg_hf.commands import compare
 pytestmark = pytest.mark.usefixtures("fresh_datasets_cache")
 
 
+@pytest.mark.parametrize("argument", ["--do_eval", "--do_train"])
+def test_a_comparison_of_nothing(argument, tmp_path):
+    argv = words("text", "--output_dir", tmp_path / "out", *QUIET, argument, "false")
+    with pytest.raises(ValueError, match=rf"`{argument}` is false, which leaves nothing to compare\. Leave it out"):
+        compare.main(argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_twice_is_no_second_training(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        compare.main(words("text", "--output_dir", tmp_path / "out", "--seeds", 0, 1, 0))
+    assert exit_.value.code == 2 and "--seeds is [0, 1, 0], which has a seed twice" in capsys.readouterr().err
+
+
 def test_comparison_reports_the_mean_of_the_pairs(tmp_path, capsys):
     model, train_csv = text_model(tmp_path / "model"), write_csv(tmp_path / "train.csv", text_rows(12))
     argv = ["text", "--seeds", 0, 1, "--output_dir", tmp_path / "out", "--num_train_epochs", 2, *QUIET]

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 import random
 
 import numpy as np
@@ -339,6 +340,9 @@ def test_a_file_with_fixes_is_not_replaced(path, tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
     with pytest.raises(ValueError, match="exists and holds no label issues"):
         write_issues(issues, tmp_path / "train.csv")
+    os.mkfifo(tmp_path / "pipe")  # to read it would wait for ever
+    with pytest.raises(ValueError, match=r"pipe is no file\. Choose another path"):
+        write_issues(issues, tmp_path / "pipe")
 
 
 @settings(max_examples=150, deadline=None)
