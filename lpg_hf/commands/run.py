@@ -22,7 +22,7 @@ from ..whole_files import read_json_object, replacing, write_json_object
 from .arguments import Arguments
 from .load_data import TEST, TRAIN, VALIDATION
 from .lora import save_merged
-from .run_files import begin_training, check_same_labels, save_command, save_issues
+from .run_files import LabelsCallback, check_same_labels, forget_command, save_command, save_issues
 from .task import ClassificationTask, class_names, make_model, make_trainer, prepare
 
 
@@ -56,17 +56,15 @@ def checkpoint_to_resume(arguments: Arguments, train_dataset: Dataset) -> str | 
             "Leave --resume_from_checkpoint out, and choose another --output_dir. To begin with the weights of the "
             f"checkpoint, pass --model_name_or_path {found}."
         )
-        check_same_labels(Path(found).parent, train_dataset, cure)
+        check_same_labels(found, train_dataset, cure)
         return found
-    if not any(Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-        return None
     try:
         checkpoint = last_complete_checkpoint(arguments.output_dir)
-    except ValueError:
+    except ValueError:  # all are incomplete
         return None
-    check_same_labels(
-        arguments.output_dir, train_dataset, "Choose another --output_dir, or pass --overwrite_output_dir."
-    )
+    if checkpoint is None:
+        return None
+    check_same_labels(checkpoint, train_dataset, "Choose another --output_dir, or pass --overwrite_output_dir.")
     logger.info(f"Resuming from {checkpoint}. To start anew, choose another --output_dir, or remove its checkpoints.")
     return checkpoint
 
@@ -110,12 +108,13 @@ def run(task: ClassificationTask, arguments: Arguments, argv: list[str]) -> dict
     prepared = prepare(task, arguments)
     checkpoint = checkpoint_to_resume(arguments, prepared.splits[TRAIN]) if args.do_train else None
     if args.do_train and (checkpoint is None or not is_within(checkpoint, arguments.output_dir)):
-        begin_training(arguments.output_dir, prepared.splits[TRAIN])
+        forget_command(arguments.output_dir)
     set_seed(args.seed)
     trainer = make_trainer(task, arguments, prepared, model=make_model(task, arguments, prepared))
 
     results: dict[str, float] = {}
     if args.do_train:
+        trainer.add_callback(LabelsCallback(prepared.splits[TRAIN]))
         results |= train(trainer, prepared.splits[TRAIN], checkpoint)
         save_command(trainer, task.kind, argv)
         save_issues(trainer)

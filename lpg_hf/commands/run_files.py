@@ -1,4 +1,4 @@
-"""What a training leaves in its output folder for other commands: how it was started, its labels, its label issues."""
+"""What a training leaves in its output folder for the other commands: how it was started, labels, label issues."""
 
 import hashlib
 import os
@@ -8,6 +8,8 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import write_issues
 from ..data.labels import read_labels
@@ -21,7 +23,7 @@ REWRITTEN = "The command of this training writes it anew: run it again. Where it
 
 # `push_to_hub` leaves out what begins with an underscore: texts and paths of the training data stay on this machine.
 COMMAND_FILE = "_lpg/command.json"
-LABELS_FILE = "_lpg/labels.json"
+LABELS_FILE = "lpg_labels.json"
 ISSUES_FILE = "_lpg/label_issues.csv"
 
 
@@ -34,13 +36,27 @@ def save_command(trainer: LPGTrainer, kind: str, argv: list[str]) -> None:
         write_json_object(path, command)
 
 
-def begin_training(folder: str, train: datasets.Dataset) -> None:
-    """Removes what a finished training has left about itself, and writes which labels the next one has."""
+def forget_command(folder: str) -> None:
+    """Removes what a finished training has left about itself, when another one begins in its place."""
     if PartialState().is_main_process:
         Path(folder, COMMAND_FILE).unlink(missing_ok=True)
-        path = Path(folder, LABELS_FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_object(path, {"labels": labels_digest(train)})
+
+
+class LabelsCallback(TrainerCallback):
+    """
+    Writes into each checkpoint which labels it was trained on.
+
+    Args:
+        train (`datasets.Dataset`): The training rows.
+    """
+
+    def __init__(self, train: datasets.Dataset) -> None:
+        self.digest = labels_digest(train)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            write_json_object(folder / LABELS_FILE, {"labels": self.digest})
 
 
 def labels_digest(train: datasets.Dataset) -> str:
@@ -48,31 +64,29 @@ def labels_digest(train: datasets.Dataset) -> str:
     return hashlib.sha256(read_labels(train, "labels").tobytes()).hexdigest()
 
 
-def check_same_labels(folder: str | Path, train: datasets.Dataset, cure: str) -> None:
+def check_same_labels(checkpoint: str, train: datasets.Dataset, cure: str) -> None:
     """
-    Compares the training labels with those of the training in a folder, before its checkpoint is taken.
+    Compares the training labels with those of a checkpoint, before it is resumed.
 
     Without this, new fixes would seem to act. Of a finished training no step would be left, and the old results would
-    be shown again. Of another, some steps would have one half of its labels, and some the other.
+    be shown again. Of another, some steps would have the labels before, and some those after the fixes.
 
     Args:
-        folder (`str` or `Path`): The `--output_dir` of the training that has left the checkpoint.
+        checkpoint (`str`): Its folder. One of another script does not say its labels, and passes.
         train (`datasets.Dataset`): The training rows.
         cure (`str`): A sentence that says what to do if the labels are others.
 
     Raises:
-        ValueError: If there is a training of `lpg-hf train`, and its labels were others.
+        ValueError: If the checkpoint comes from a training on other labels.
     """
-    path = Path(folder, LABELS_FILE)
+    path = Path(checkpoint, LABELS_FILE)
     if not path.exists():
         return
-    entries = read_json_object(
-        path, "Delete it to go on from the checkpoints next to it with the labels of this command."
-    )
+    entries = read_json_object(path, "Delete it to go on from this checkpoint all the same.")
     if entries.get("labels") != labels_digest(train):
         raise ValueError(
-            f"{folder} has a training on other labels (other rows, --fixes, --label_noise, --imbalance_ratio or "
-            f"--seed). This command would go on from it. {cure}"
+            f"{checkpoint} comes from a training on other labels (other rows, --fixes, --label_noise, "
+            f"--imbalance_ratio or --seed). This command would go on from it. {cure}"
         )
 
 

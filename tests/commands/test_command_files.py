@@ -103,7 +103,8 @@ def test_results_that_are_cut_off(training, out, caplog):
 
 
 def test_labels_that_are_cut_off(training, out):
-    path = cut_off(out / run_files.LABELS_FILE)
+    *_, checkpoint = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    path = cut_off(checkpoint / run_files.LABELS_FILE)
     with pytest.raises(SystemExit, match=rf"^lpg-hf: error: {path} is no whole JSON file: .* Delete it to go on"):
         main(["train", "text", *training[0], "--output_dir", str(out)])
 

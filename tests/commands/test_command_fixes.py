@@ -80,14 +80,14 @@ def test_a_finished_training_is_not_taken_for_one_on_fixed_labels(training, tmp_
     lines[0]["fix"] = lines[0]["suggested_label_name"]
     fixes = ["--fixes", str(write_csv(tmp_path / "fixes.csv", lines))]
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"out has a training on other labels.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"checkpoint-\d+ comes from a training on other labels.*--overwrite_out"):
         train("text", [*argv, *fixes])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     assert train("text", argv)["train_loss"] == results["train_loss"]  # the same labels
     train("text", [*argv, *fixes, "--overwrite_output_dir"])
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
     train("text", [*argv, *fixes])  # whose labels are now those of the folder
-    with pytest.raises(ValueError, match="has a training on other labels"):
+    with pytest.raises(ValueError, match="comes from a training on other labels"):
         train("text", argv)
 
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_is_asked_for_is_not_taken_for_other_labels(training, 
     for folder, checkpoint in ((out, str(last)), (out, "true"), (tmp_path / "other", str(last))):
         resume = [str(folder), "--resume_from_checkpoint", checkpoint]
         for more in ([], ["--overwrite_output_dir"]):
-            with pytest.raises(ValueError, match=rf"^{out} has a training on other labels.* {cure}"):
+            with pytest.raises(ValueError, match=rf"^{last} comes from a training on other labels.* {cure}"):
                 train("text", [*argv, *resume, *fixes, *more])
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     # The same labels, and the cure.
@@ -132,10 +132,25 @@ def test_a_checkpoint_that_is_asked_for_is_not_taken_for_other_labels(training, 
     with caplog.at_level("INFO"):
         train("text", [*argv, str(tmp_path / "other"), *fixes, "--model_name_or_path", str(last)])
     assert "1 labels changed" in caplog.text
-    # From another folder: what its finished training has left is not that of the one that goes on there.
-    train("text", [*argv, str(tmp_path / "other"), "--resume_from_checkpoint", str(last), "--overwrite_output_dir"])
-    digests = [(folder / run_files.LABELS_FILE).read_text() for folder in (out, tmp_path / "other")]
-    assert digests[0] == digests[1]
+
+
+def test_an_abandoned_training_is_not_taken_for_the_one_that_overwrites_it(training, tmp_path, monkeypatch):
+    """Its checkpoints lie where they were, with the highest numbers."""
+    argv, root = training
+    argv = [*argv, "--save_strategy", "epoch", "--output_dir", str(tmp_path / "out")]
+    train("text", argv)
+    lines = read(root / "issues.csv")
+    lines[0]["fix"] = lines[0]["suggested_label_name"]
+    fixes = ["--fixes", str(write_csv(tmp_path / "fixes.csv", lines))]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LPGTrainer, "training_step", killed)
+        train("text", [*argv, *fixes, "--overwrite_output_dir"])
+    with pytest.raises(ValueError, match="comes from a training on other labels"):
+        train("text", [*argv, *fixes])
 
 
 def test_a_training_that_was_killed_does_not_go_on_with_other_labels(training, tmp_path, monkeypatch):
@@ -145,17 +160,18 @@ def test_a_training_that_was_killed_does_not_go_on_with_other_labels(training, t
     lines = read(root / "issues.csv")
     lines[0]["fix"] = lines[0]["suggested_label_name"]
     fixes = ["--fixes", str(write_csv(tmp_path / "fixes.csv", lines))]
-    save = LPGTrainer._save_checkpoint
+    step = LPGTrainer.training_step
 
-    def killed(trainer, *args):
-        save(trainer, *args)
-        raise KeyboardInterrupt
+    def killed_in_the_second_epoch(trainer, *args):
+        if trainer.state.epoch >= 1:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(LPGTrainer, "_save_checkpoint", killed)
+        patch.setattr(LPGTrainer, "training_step", killed_in_the_second_epoch)
         train("text", argv)
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
-    with pytest.raises(ValueError, match="out has a training on other labels"):
+    with pytest.raises(ValueError, match=r"checkpoint-\d+ comes from a training on other labels"):
         train("text", [*argv, *fixes])
     assert train("text", argv)["epoch"] == 3
 

@@ -64,11 +64,7 @@ def test_issues_are_shown_and_exported(folder, tmp_path, capsys):
 def test_nothing_of_the_training_is_written_for_others(folder):
     command = json.loads((folder / "out" / "_lpg" / "command.json").read_text())
     assert "hf_secret" not in str(command) and command["kind"] == "text" and command["folder"] == str(folder)
-    assert {path.name for path in (folder / "out" / "_lpg").iterdir()} == {
-        "command.json",
-        "label_issues.csv",
-        "labels.json",
-    }
+    assert {path.name for path in (folder / "out" / "_lpg").iterdir()} == {"command.json", "label_issues.csv"}
 
 
 def test_the_model_card_has_no_paths_of_this_machine(folder):
