@@ -19,6 +19,7 @@ import io
 import math
 from dataclasses import dataclass, field
 from glob import escape
+from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, Image, load_dataset
@@ -29,7 +30,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 
 from ..data.pixels import as_rgb
 from .arguments import FolderArguments
-from .load_data import FOLDER_CURE, TRAIN, raise_without_rows
+from .load_data import FOLDER_CURE, TRAIN, raise_without_rows, shorten
 from .media_files import cast_to_files, check_files
 from .task import ClassificationTask
 
@@ -58,6 +59,12 @@ class ImageClassification(ClassificationTask):
     default_model = "google/vit-base-patch16-224-in21k"
 
     def load_folder(self, folder: str, cache_dir: str | None) -> Dataset:
+        # `datasets` would leave their classes out without a word.
+        if links := sorted(path.name for path in Path(folder).rglob("*") if path.is_symlink() and path.is_dir()):
+            raise ValueError(
+                f"{folder} has links to folders, which are not followed: {shorten(links)}. Put the folders themselves "
+                "there, or pass a CSV file with the paths of the images and their labels."
+            )
         try:
             return load_dataset("imagefolder", data_dir=escape(folder), split="train", cache_dir=cache_dir)
         except ValueError as error:

@@ -199,7 +199,8 @@ def check_folder(folder: str) -> None:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Check the path.")
-    if not any(path.is_file() for path in root.rglob("*")):
+    # The second pattern follows links to the folders of classes.
+    if not any(path.is_file() for pattern in ("**/*", "*/*") for path in root.glob(pattern)):
         raise FileNotFoundError(f"There are no files in {folder}. {FOLDER_CURE}")
     for metadata in metadata_files(folder):
         columns = load_file(str(metadata)).column_names

@@ -565,6 +565,26 @@ def test_folders_without_classes(kind, run, models, tmp_path):
         run(models, tmp_path, "--train_dir", folder)
 
 
+def test_folders_that_are_links(models, tmp_path):
+    """Images are read by `datasets`, which does not follow them; recordings are."""
+    write_images(tmp_path / "images", 6)
+    (tmp_path / "linked").mkdir()
+    for name in ("red", "blue"):
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "images" / name)
+        with pytest.raises(ValueError, match=r"`--train_dir`: .*has links to folders, .*: (blue, )?red\. Put"):
+            run_image(models, tmp_path, "--train_dir", tmp_path / "linked")
+        shutil.copytree(tmp_path / "images" / "green", tmp_path / "linked" / "green", dirs_exist_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    assert run_image(models, tmp_path, "--train_dir", tmp_path / "link")["train_samples"] == 6
+    for name in ("x", "y"):
+        (tmp_path / "waves" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / "waves" / name / "a.wav", np.zeros(8000), 16000)
+        (tmp_path / "sounds").mkdir(exist_ok=True)
+        (tmp_path / "sounds" / name).symlink_to(tmp_path / "waves" / name)
+    results = run_audio(models, tmp_path / "audio", "--train_dir", tmp_path / "sounds", "--ignore_mismatched_sizes")
+    assert results["train_samples"] == 2
+
+
 def test_images_in_one_folder(models, tmp_path):
     folder = write_images(tmp_path / "train", 6)
     for path in folder.glob("*/*.png"):
