@@ -232,11 +232,13 @@ def read_config(path: str) -> list[str]:
         loader.flatten_mapping(config)
         argv: list[str] = []
         for name, value in config.value:
+            if value.tag == NOTHING:
+                continue
             values = value.value if isinstance(value, yaml.SequenceNode) else [value]
             typed = [as_typed(loader, each) for each in values if each.tag != NOTHING]
             if len(typed) == 1 and typed[0].startswith("-"):  # else it would be taken for an argument
                 argv.append(f"--{name.value}={typed[0]}")
-            elif typed:
+            else:
                 argv += [f"--{name.value}", *typed]
         return argv
     except yaml.YAMLError as error:

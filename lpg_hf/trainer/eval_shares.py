@@ -10,6 +10,8 @@ from ..share_texts import TRAIN, UNIFORM, EvalShares, NamedShares
 
 MAX_SHOWN_NAMES = 20
 LONGEST_NAME = 60
+# Each is compared with the names of all classes.
+MAX_GUESSES = 3
 
 
 def find_eval_shares(
@@ -94,7 +96,7 @@ def in_order(shares: NamedShares, num_labels: int, class_indices: Mapping[str, i
 def _guess(unknown: Sequence[object], names: Iterable[str]) -> str:
     """The known names that are most like the first unknown ones, for a message."""
     by_letters = {name.strip().casefold(): name for name in names}
-    words = [key.strip().casefold() for key in unknown[:MAX_SHOWN_NAMES] if isinstance(key, str)]
+    words = [key.strip().casefold() for key in unknown[:MAX_GUESSES] if isinstance(key, str)]
     found = [by_letters[match] for word in words for match in difflib.get_close_matches(word, by_letters, n=1)]
     return f" (did you mean {_shown(list(dict.fromkeys(found)))}?)" if found else ""
 

@@ -173,6 +173,13 @@ def test_a_config_file_says_what_would_be_typed(tmp_path):
     assert arguments.training.lr_scheduler_kwargs == {"num_cycles": "1e+0", "power": -2}
 
 
+def test_an_empty_list_in_a_config_file_is_not_the_default(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("output_dir: o\nperturbations: []\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(TextArguments, "lpg-hf", "", [str(tmp_path / "config.yaml")])
+    assert "argument --perturbations: expected at least one argument" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", ["seed: 2", "eval_shares: {a: 1, a: 2}"])
 def test_a_config_file_that_says_something_twice(line, tmp_path, capsys):
     path = tmp_path / "config.yaml"
