@@ -135,7 +135,7 @@ class IndexedCollator:
         labels = batch.get("labels") if is_dict or isinstance(batch, MutableMapping) else None
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return batch
-        if labels.numel() != len(labels) or labels.is_floating_point() or labels.is_complex():
+        if labels.numel() != labels.shape[0] or labels.is_floating_point() or labels.is_complex():
             # Segmentation masks, tokens or mixed labels: nothing to compare, and much to convert.
             numbers = torch.full((len(labels),), self.num_rows + UNKNOWN)
         else:
