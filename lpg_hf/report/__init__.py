@@ -1,7 +1,6 @@
 """The report of a training: one HTML page with its figures inside, the figures as PNG and the numbers as CSV."""
 
 import logging
-import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..summary import TrainingSummary
+from ..weak_proxy import WeakProxy
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class ReportCallback(TrainerCallback):
 
     def __init__(self, trainer: Reporter, output_dir: str | Path | None = None) -> None:
         check_installed()
-        self.trainer: Reporter = weakref.proxy(trainer)  # which has this callback
+        self.trainer: Any = WeakProxy(trainer)  # which has this callback
         self.output_dir = output_dir
 
     def on_train_end(

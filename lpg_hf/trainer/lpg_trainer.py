@@ -1,6 +1,5 @@
 """LPGTrainer: where in a training step the perturbations act, and what is logged."""
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from ..loss import LPGLoss
 from ..perturbations import ClassRelativeDampening, Perturbation, build_chain
 from ..perturbations.observers import PerturbationObserver
 from ..share_texts import EvalShares
+from ..weak_proxy import WeakProxy
 from .checkpoint_mixin import CheckpointMixin
 from .class_shift import ClassShiftMixin
 from .classifier import ClassifierCheck
@@ -168,7 +168,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         counts, shares = settings.class_counts, settings.shares(args)
         # Its parts know the trainer without keeping it. As with `Trainer`, `del trainer` frees model and optimizer and
         # ends the workers of its loaders at once. In a cycle of references they would wait for Python's collector.
-        trainer: Any = weakref.proxy(self)
+        trainer: Any = WeakProxy(self)
         self._lpg_managed = ManagedLoss(trainer, chain, counts, shares, self._lpg_observers)
         requested = chain if any(is_requested_at_logits(entry) for entry in chain) else None
         self._lpg_classifier = ClassifierCheck(trainer, self._lpg_managed.has_methods, requested)
