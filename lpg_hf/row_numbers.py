@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .batch_labels import labels_of
 from .row_matching import ItemLabels, match_labels
 
 
@@ -108,6 +109,7 @@ class IndexedCollator:
     Args:
         collator (`Callable`): Turns a list of items into a batch.
         num_rows (`int`): Number of rows that have a number.
+        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
 
     Example:
 
@@ -120,9 +122,10 @@ class IndexedCollator:
     ```
     """
 
-    def __init__(self, collator: Callable[[Any], Any], num_rows: int):
+    def __init__(self, collator: Callable[[Any], Any], num_rows: int, label_names: Sequence[str] = ()):
         self.collator = collator
         self.num_rows = num_rows
+        self.label_names = label_names
         # The columns that held the labels in all batches up to now.
         self._columns: list[Hashable] | None = None
 
@@ -130,17 +133,17 @@ class IndexedCollator:
         ((rows, items),) = indexed
         before = ItemLabels(items, self._columns)
         batch = self.collator(items)
-        # Asked first, because it takes no call.
-        is_dict = type(batch) is dict
-        labels = batch.get("labels") if is_dict or isinstance(batch, MutableMapping) else None
-        if not isinstance(labels, Tensor) or labels.ndim == 0:
+        labels = labels_of(batch, self.label_names)
+        if not isinstance(labels, Tensor) or labels.ndim == 0 or not isinstance(batch, MutableMapping):
             return batch
         if labels.numel() != labels.shape[0] or labels.is_floating_point() or labels.is_complex():
             # Segmentation masks, tokens or mixed labels: nothing to compare, and much to convert.
             numbers = torch.full((len(labels),), self.num_rows + UNKNOWN)
         else:
             numbers = torch.tensor(self._row_numbers(rows, before, labels.flatten().tolist()), dtype=torch.int64)
-        batch = {**batch} if is_dict else copy.copy(batch)  # the collator may hand out an object that it keeps
+        batch = (
+            {**batch} if type(batch) is dict else copy.copy(batch)
+        )  # the collator may hand out an object that it keeps
         batch[ROWS_KEY] = numbers
         return batch
 
@@ -178,7 +181,7 @@ def mark_unverified(rows: Sequence[int]) -> list[int]:
     return [-1 - row for row in rows]
 
 
-def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:
+def number_rows(loader: DataLoader, num_rows: int, label_names: Sequence[str] = ()) -> DataLoader:
     """
     Copies a loader so that its batches carry their row numbers.
 
@@ -187,6 +190,7 @@ def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:
     Args:
         loader (`torch.utils.data.DataLoader`): A loader of batches, of torch or of accelerate.
         num_rows (`int`): Number of rows of the data set.
+        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
 
     Returns:
         `torch.utils.data.DataLoader`: A loader of the same type.
@@ -206,7 +210,7 @@ def number_rows(loader: DataLoader, num_rows: int) -> DataLoader:
     if base is not None:
         inner = vars(numbered)["base_dataloader"] = _shallow_copy(base)
     # A loader of torch refuses another data set. Its workers, if there are any yet, belong to the original.
-    collator = IndexedCollator(inner.collate_fn, num_rows)
+    collator = IndexedCollator(inner.collate_fn, num_rows, label_names)
     vars(inner).update(dataset=IndexedDataset(inner.dataset, num_rows), collate_fn=collator, _iterator=None)
     return numbered
 

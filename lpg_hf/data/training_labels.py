@@ -16,7 +16,7 @@ from .labels import LABEL_COLUMNS, class_counts, count_labels, first_label_colum
 LABEL_ATTRIBUTES = ("labels", "targets")
 
 
-def class_counts_or_none(dataset: object, num_labels: int) -> list[int] | None:
+def class_counts_or_none(dataset: object, num_labels: int, label_names: Sequence[str] = ()) -> list[int] | None:
     """
     Counts the rows of every class where [`labels_or_none`] finds the labels.
 
@@ -25,6 +25,9 @@ def class_counts_or_none(dataset: object, num_labels: int) -> list[int] | None:
             Any training set.
         num_labels (`int`):
             The number of classes.
+        label_names (`Sequence[str]`, *optional*):
+            The names of the labels in a batch, as the Trainer has them. A single one is the column of a
+            `datasets.Dataset` that has no label column of a usual name.
 
     Returns:
         `list[int]` or `None`: As [`class_counts`]; `None` if there are no labels to read. Labels outside of a
@@ -47,7 +50,7 @@ def class_counts_or_none(dataset: object, num_labels: int) -> list[int] | None:
     ```
     """
     if isinstance(dataset, datasets.Dataset) and len(dataset) > 0:
-        column = _integer_column(dataset)
+        column = _integer_column(dataset, label_names)
         try:
             if column is not None:
                 return class_counts(dataset, num_labels, column)
@@ -114,9 +117,11 @@ def labels_or_none(dataset: object) -> np.ndarray | None:
     return None
 
 
-def _integer_column(dataset: datasets.Dataset) -> str | None:
+def _integer_column(dataset: datasets.Dataset, label_names: Sequence[str] = ()) -> str | None:
     """The label column, if it has one integer per row, stored as `[N]` or `[N, 1]`."""
     column = first_label_column(dataset)
+    if column is None and len(label_names) == 1 and label_names[0] in dataset.column_names:
+        column = label_names[0]
     if column is None:
         return None
     feature = label_feature(dataset, column)

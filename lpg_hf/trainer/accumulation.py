@@ -1,6 +1,5 @@
 """Gradient accumulation: how the Trainer divides a loss, and how many labeled samples a step has."""
 
-from collections.abc import Mapping
 from itertools import starmap, zip_longest
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..batch import IGNORE_INDEX
+from ..batch_labels import labels_of
 from ..distributed import AsyncAllReduce
 
 
@@ -55,13 +55,14 @@ class StepItems:
 
     def begin(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
         """Begins a step. All processes must call it."""
-        args = self._trainer.args
+        args, names = self._trainer.args, self._trainer.label_names
         self._count = num_items_in_batch
         # The Trainer counts for some models and losses alone, and for DataParallel it counts a share.
         must_count = num_items_in_batch is None or args.n_gpu > 1
         has_parts = len(batches) > 1 or self._trainer.accelerator.num_processes > 1
-        labeled = [count_labeled(batch) for batch in batches] if must_count or has_parts else []
-        self._batches = list(starmap(_micro_batch, zip_longest(batches, labeled)))
+        labels = [labels_of(batch, names) for batch in batches]
+        labeled = list(map(count_labeled, batches, labels)) if must_count or has_parts else []
+        self._batches = list(starmap(_micro_batch, zip_longest(batches, labels, labeled)))
         if labeled and must_count:
             count = torch.stack([count.to(labeled[0].device) for count in labeled]).sum().to(device)
             across = args.average_tokens_across_devices
@@ -99,8 +100,7 @@ class StepItems:
         return torch.where(num_before > 0, num_items * num_left / num_before, num_items)
 
 
-def _micro_batch(batch: object, num_labeled: Tensor | None) -> _MicroBatch:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+def _micro_batch(batch: object, labels: object, num_labeled: Tensor | None) -> _MicroBatch:
     labels = labels if isinstance(labels, Tensor) else None
     version = -1 if labels is None or labels.is_inference() else labels._version
     return _MicroBatch(batch, labels, version, num_labeled)
@@ -111,9 +111,8 @@ def is_one_per_sample(labels: Tensor) -> bool:
     return labels.ndim > 0 and labels.numel() == len(labels) and not labels.is_floating_point()
 
 
-def count_labeled(batch: object) -> Tensor:
+def count_labeled(batch: object, labels: object) -> Tensor:
     """The labeled samples of a micro-batch, a scalar. Without one integer label per sample, all of them count."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and is_one_per_sample(labels):
         return (labels != IGNORE_INDEX).sum()
     return torch.tensor(find_batch_size(batch) or 0)

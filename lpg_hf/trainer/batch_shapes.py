@@ -41,6 +41,11 @@ def why_not_classifier(logits: object, labels: object, problem_type: str | None)
     """
     if problem_type not in (None, "single_label_classification"):
         return f"its `config.problem_type` is {problem_type!r}"
+    if labels is None:
+        return (
+            "its batches have no `labels` (where these have another name, pass it alone as `label_names` of the "
+            "`TrainingArguments`, without label smoothing or `compute_loss_func`)"
+        )
     if not isinstance(labels, Tensor) or labels.ndim == 0:
         return "its batches have no tensor of `labels`, one for each sample"
     if labels.is_floating_point() or labels.ndim > 2 or labels.numel() != len(labels):

@@ -51,7 +51,9 @@ def build_loss(
     methods = build_chain(chain, outside)
     model = trainer.accelerator.unwrap_model(trainer.model)
     class_indices = find_class_indices(num_labels, trainer.train_dataset, model)
-    shares, shares_source = find_eval_shares(eval_shares, trainer.eval_dataset, num_labels, class_indices)
+    shares, shares_source = find_eval_shares(
+        eval_shares, trainer.eval_dataset, num_labels, class_indices, trainer.label_names
+    )
     for method in logit_methods(methods):
         method.use_label_names(class_indices)
     loss = LPGLoss(num_labels, logit_methods(methods), class_counts, base_loss, shares, managed=True)

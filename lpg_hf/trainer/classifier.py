@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..batch_labels import labels_of
 from .batch_shapes import OddBatches, why_not_classifier, why_out_of_range
 from .given_loss import why_not_of_classes
 from .loss_scale import LossScale, can_tell_losses_apart, compare_with_cross_entropy
@@ -200,6 +201,10 @@ class ClassifierCheck:
             "that calls LPGTrainer's takes another loss than the one that it gets. As long as it does, nothing is "
             "perturbed. Add to the loss that `super().compute_loss` returns, or pass yours as `compute_loss_func`."
         )
+
+    def labels(self, inputs: object) -> Any:
+        """The labels of a batch, of any type. A loss that is given gets only what is called `labels`."""
+        return labels_of(inputs, () if self._loss_is_given else self._trainer.label_names)
 
     def logits(self, outputs: Mapping | tuple | Tensor) -> Any:
         """The logits among the outputs of the model, usually a tensor; `None` if there are none."""

@@ -15,7 +15,11 @@ MAX_GUESSES = 3
 
 
 def find_eval_shares(
-    requested: EvalShares, eval_dataset: object, num_labels: int, class_indices: Mapping[str, int]
+    requested: EvalShares,
+    eval_dataset: object,
+    num_labels: int,
+    class_indices: Mapping[str, int],
+    label_names: Sequence[str] = (),
 ) -> tuple[Sequence[float] | None, str]:
     """
     Finds the class shares of the evaluation.
@@ -28,6 +32,7 @@ def find_eval_shares(
         eval_dataset (`object`): The evaluation set, or several by name.
         num_labels (`int`): Number of classes.
         class_indices (`Mapping[str, int]`): The index of each name of a class.
+        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
 
     Returns:
         `tuple[Sequence[float] | None, str]`: The shares, up to a factor; `None` for those of the training set. And
@@ -61,7 +66,7 @@ def find_eval_shares(
         return None, "the training set, since there is no `eval_dataset`"
     first = next(iter(eval_dataset.values()), None) if isinstance(eval_dataset, Mapping) else eval_dataset
     try:
-        counts = class_counts_or_none(first, num_labels)
+        counts = class_counts_or_none(first, num_labels, label_names)
     except ValueError:  # labels out of range, which a transform may put right
         counts = None
     if counts is None:

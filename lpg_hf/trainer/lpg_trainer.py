@@ -175,7 +175,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         self._lpg_parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, args)
         for observer in self._lpg_observers:
             observer.start(self.accelerator)
-        self._lpg_step_watch = StepWatch()
+        self._lpg_step_watch = StepWatch(self.label_names)
         self._lpg_row_tracker = self._lpg_shifted_shares = None
         self._lpg_perturbation_log = PerturbationLog(isinstance(args, LPGConfig) and args.log_perturbations)
         self._lpg_saved_state = None  # until there is a loss to load it into
@@ -214,7 +214,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         if self._lpg_managed.has_methods and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
         self._lpg_prepare()
-        self._lpg_row_tracker = RowTracker(self.accelerator)
+        self._lpg_row_tracker = RowTracker(self.accelerator, self.label_names)
         with self._lpg_watched_steps():
             output = super()._inner_training_loop(*args, **kwargs)
         self._lpg_restore_without_a_step()
@@ -269,7 +269,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the loss of a micro-batch as the Trainer does. In a training step, its gradient is perturbed."""
         watch, managed = self._lpg_step_watch, self._lpg_managed
-        labels: Any = inputs.get("labels")
+        labels = self._lpg_classifier.labels(inputs)
         is_training = watch.is_running and torch.is_grad_enabled()
         # Whoever calls this without LPGTrainer's `training_step` gets a loss of Trainer's scale, and divides it alike.
         replaces_loss = is_training and (managed.has_methods or (managed.is_needed and watch.divisor is not None))

@@ -1,7 +1,7 @@
 """Compares the labels that training has recorded of its rows with those that the data set gives them."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch_labels import labels_of
+
 
 # Enough to find a collator that changes the order of one batch in a hundred.
 CHECKED_ROWS = 256
 
 
-def count_wrong_labels(dataset: Any, collator: Callable[[Any], Any], labels: Mapping[int, int]) -> tuple[int, int]:
+def count_wrong_labels(
+    dataset: Any, collator: Callable[[Any], Any], labels: Mapping[int, int], label_names: Sequence[str] = ()
+) -> tuple[int, int]:
     """
     Asks data set and collator for single rows, whose order nothing can change.
 
@@ -22,6 +26,7 @@ def count_wrong_labels(dataset: Any, collator: Callable[[Any], Any], labels: Map
         dataset: The data set of the training's loader.
         collator (`Callable`): The collator of the same loader.
         labels (`Mapping[int, int]`): The label that was recorded of each row.
+        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
 
     Returns:
         `tuple[int, int]`: Number of rows that show another label, and of all rows that show one. At most
@@ -31,18 +36,18 @@ def count_wrong_labels(dataset: Any, collator: Callable[[Any], Any], labels: Map
     num_wrong = num_seen = 0
     with _same_random_state():
         for row in rows:
-            label = _label_of(dataset, collator, row)
+            label = _label_of(dataset, collator, row, label_names)
             if label is not None:
                 num_seen += 1
                 num_wrong += label != labels[row]
     return num_wrong, num_seen
 
 
-def _label_of(dataset: Any, collator: Callable[[Any], Any], row: int) -> int | None:
+def _label_of(dataset: Any, collator: Callable[[Any], Any], row: int, label_names: Sequence[str]) -> int | None:
     try:
         read_many = getattr(dataset, "__getitems__", None)
         batch = collator(read_many([row]) if callable(read_many) else [dataset[row]])
-        label = batch["labels"]
+        label = labels_of(batch, label_names)
     except Exception:  # a collator may need more items than one: this row shows nothing
         return None
     is_label = isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point()

@@ -1,6 +1,6 @@
 """RowTracker: carries the numbers of the training rows from the batches into the records of their visits."""
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..batch_labels import labels_of
 from ..distributed import stack_processes
 from ..row_numbers import ROWS_KEY, UNKNOWN, has_rows, iterates_in_own_way, number_rows
 from ..row_records import DynamicsBuffer, TrainingDynamics
@@ -20,14 +21,16 @@ class RowTracker:
 
     Args:
         accelerator (`accelerate.Accelerator`): The accelerator of the training.
+        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
 
     Attributes:
         buffer ([`DynamicsBuffer`] or `None`): Receives the visits; `None` if the loader has no row numbers.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, label_names: Sequence[str] = ()):
         self.buffer: DynamicsBuffer | None = None
         self._accelerator = accelerator
+        self._label_names = label_names
         # The data set of the Trainer's loader: the training set, without the columns that the model does not take.
         self._dataset: object = None
         # Data set and collator of the last epoch.
@@ -60,7 +63,7 @@ class RowTracker:
         if self.buffer is None:
             return loader
         self._source = loader.dataset, loader.collate_fn
-        numbered = self._persistent or number_rows(loader, self.buffer.records.num_rows)
+        numbered = self._persistent or number_rows(loader, self.buffer.records.num_rows, self._label_names)
         self._persistent = numbered if loader.persistent_workers else None
         return numbered
 
@@ -68,7 +71,7 @@ class RowTracker:
         """Takes the row numbers out of the micro-batches of a step."""
         if self.buffer is not None:
             self._step = [
-                (batch, batch.pop(ROWS_KEY), batch["labels"])
+                (batch, batch.pop(ROWS_KEY), labels_of(batch, self._label_names))
                 for batch in batches
                 if isinstance(batch, MutableMapping) and ROWS_KEY in batch
             ]
@@ -150,4 +153,4 @@ class RowTracker:
         """
         if not records.has_unverified or self._source is None:
             return -1, -1
-        return count_wrong_labels(*self._source, records.labels_of_visited())
+        return count_wrong_labels(*self._source, records.labels_of_visited(), self._label_names)

@@ -1,6 +1,6 @@
 """StepWatch: knows whether a training step is running, and whether it is LPGTrainer's own or a user's."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
+from ..batch_labels import labels_of
 from .compilation import begin_model_step, replays_graphs
 
 
@@ -18,6 +19,9 @@ class StepWatch:
 
     A subclass may override `training_step` and call `compute_loss` itself, several times, and divide the loss itself.
     Callbacks may call `compute_loss` between two steps.
+
+    Args:
+        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
 
     Attributes:
         is_running (`bool`): Whether a micro-batch is being trained on.
@@ -30,7 +34,8 @@ class StepWatch:
         is_used (`bool` or `None`): Whether a gradient came to the first losses; `None` before there are any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, label_names: Sequence[str] = ()) -> None:
+        self._label_names = label_names
         self.is_running = self.is_reached = self.was_own = False
         self.divisor: int | None = None
         self.is_used: bool | None = None
@@ -72,7 +77,7 @@ class StepWatch:
         return is_first or self._num_seen <= self._num_samples()
 
     def _num_samples(self) -> int:
-        labels = self.inputs.get("labels") if isinstance(self.inputs, Mapping) else None
+        labels = labels_of(self.inputs, self._label_names)
         if isinstance(labels, Tensor) and labels.ndim > 0:
             return len(labels)
         return find_batch_size(self.inputs) or 0

@@ -59,7 +59,7 @@ def test_a_batch_without_labels_is_told_and_trains_as_with_trainer(tmp_path, cap
     batches = make_batches([HARD, NONE, HARD])
     together = perturbed(batches, tmp_path)
     (message,) = warnings_of(caplog)
-    assert "A batch of step 2 cannot be perturbed: its batches have no tensor of `labels`" in message
+    assert "A batch of step 2 cannot be perturbed: its batches have no `labels`" in message
     first = perturbed(batches[:1], tmp_path)
     second = train(Trainer, batches[1:2], tmp_path, state=first.model.state_dict())
     third = perturbed(batches[2:], tmp_path, state=second.model.state_dict())
