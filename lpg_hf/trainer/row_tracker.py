@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..batch import IGNORE_INDEX
 from ..batch_labels import labels_of
 from ..distributed import stack_processes
 from ..row_numbers import ROWS_KEY, UNKNOWN, has_rows, iterates_in_own_way, number_rows
@@ -114,13 +115,20 @@ class RowTracker:
             self.buffer.add(rows, judged, labels, None if weight is None else weight.clone())
 
     def _checked_rows(self, rows: Tensor, own_labels: Tensor, labels: Tensor) -> Tensor:
-        """The rows of a micro-batch; all unknown if an override has changed its labels."""
+        """
+        The rows of a micro-batch whose labels an override has replaced.
+
+        It may leave labels out, or give some to samples that had none. If it changes a label, the samples may be in
+        another order, and all rows are unknown.
+        """
         assert self.buffer is not None
         unknown = torch.full((labels.numel(),), self.buffer.records.num_rows + UNKNOWN, device=labels.device)
         if own_labels.shape != labels.shape:
             return unknown
-        is_same = (own_labels.to(labels.device) == labels).all()
-        return torch.where(is_same, rows.to(labels.device), unknown)
+        own_labels, labels = own_labels.to(labels.device).flatten(), labels.flatten()
+        is_same = own_labels == labels
+        has_order = (is_same | (own_labels == IGNORE_INDEX) | (labels == IGNORE_INDEX)).all()
+        return torch.where(is_same & has_order, rows.to(labels.device), unknown)
 
     def end_epoch(self) -> None:
         """Adds up all visits and lets go of the last batches."""
