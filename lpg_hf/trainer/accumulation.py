@@ -78,6 +78,14 @@ class StepItems:
             self._count = self._count.wait()
         return num_items_in_batch if self._count is None else self._count
 
+    def has(self, batch: object, labels: Tensor) -> bool:
+        """Whether the labels of a call are those that the loader gave its micro-batch."""
+        found = self._find(batch)
+        return found is not None and found.has(labels)
+
+    def _find(self, batch: object) -> _MicroBatch | None:
+        return next((each for each in self._batches if each.batch is batch), None)
+
     def of_call(self, num_items: Tensor | int | None, batch: object, labels: Tensor) -> Tensor | int | None:
         """
         Number of samples in the step as a call of `compute_loss` sees it, whose loss is the mean over its samples.
@@ -90,7 +98,7 @@ class StepItems:
             batch (`object`): The micro-batch as the loader made it.
             labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): The labels of the call.
         """
-        found = next((each for each in self._batches if each.batch is batch), None)
+        found = self._find(batch)
         if num_items is None or found is None or found.has(labels):
             return num_items
         num_left = (labels != IGNORE_INDEX).sum()

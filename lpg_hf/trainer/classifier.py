@@ -1,6 +1,6 @@
 """ClassifierCheck: is this a single-label classifier that is trained with cross-entropy?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..batch_labels import labels_of
 from .batch_shapes import OddBatches, why_not_classifier, why_out_of_range
 from .given_loss import why_not_of_classes
 from .loss_scale import LossScale, can_tell_losses_apart, compare_with_cross_entropy
+from .random_state import same_random_state
 
 
 logger = get_logger(__name__)
@@ -69,19 +70,33 @@ class ClassifierCheck:
         return self._trainer.accelerator.unwrap_model(self._trainer.model)
 
     @property
+    def _is_whole_step(self) -> bool:
+        """Whether a micro-batch is a step."""
+        return self._trainer.args.gradient_accumulation_steps == self._trainer.accelerator.num_processes == 1
+
+    @property
     def _loss_is_given(self) -> bool:
         """Whether the Trainer was told which loss to use. The model's own loss does not matter then."""
         return self._trainer.compute_loss_func is not None or self._trainer.label_smoother is not None
 
-    def scale(self, num_items_in_batch: Tensor | int | None) -> LossScale:
+    def scale(
+        self, outputs: Mapping | tuple, labels: Tensor, num_items_in_batch: Tensor | int | None, *, is_as_loaded: bool
+    ) -> LossScale:
         """
         How a loss of the model weights the samples, once the model has passed.
 
         Args:
+            outputs (`Mapping` or `tuple`): The outputs of the model.
+            labels (`torch.Tensor`): The labels of the batch.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 What `compute_loss` got. Without it, the loss is the mean over the micro-batch.
+            is_as_loaded (`bool`): Whether these are the labels that the loader gave the batch.
         """
-        return self._scales[0] if num_items_in_batch is not None else LossScale(is_per_step=False)
+        if num_items_in_batch is None:
+            return LossScale(is_per_step=False)
+        if not is_as_loaded and len(self._scales) > 1:
+            self._scales = self._scales_of_given_loss(outputs, labels, num_items_in_batch)
+        return self._scales[0]
 
     def declared_num_labels(self) -> int | None:
         """The number of classes, if the model's own loss takes it from its config."""
@@ -141,9 +156,7 @@ class ClassifierCheck:
             self._odd_batches.leave_undecided(reason or "its loss is not finite")
             return False
         self._scales = [scale for scale, fit in zip(self._scales, fits, strict=True) if fit]
-        accumulation_steps = self._trainer.args.gradient_accumulation_steps
-        is_whole_step = accumulation_steps == 1 and self._trainer.accelerator.num_processes == 1
-        self._is_final = not cannot_tell and (is_whole_step or len(self._scales) == 1 or self._loss_is_given)
+        self._is_final = not cannot_tell and (self._is_whole_step or len(self._scales) == 1 or self._loss_is_given)
         if is_first:
             self.passed, self.num_labels = True, num_labels
             self.dtype = torch.float64 if is_double else torch.float32
@@ -247,7 +260,9 @@ class ClassifierCheck:
         if reason is not None:
             return self._scales, reason
         if self._loss_is_given:
-            return self._scales_of_given_loss(outputs, labels, num_items), None
+            # Where the batch is the step, both counts are the same, and the user's loss is not called once more.
+            is_same = self._is_whole_step and len({scale.factor for scale in self._scales}) == 1
+            return self._scales if is_same else self._scales_of_given_loss(outputs, labels, num_items), None
         dtypes = {"no": None, "fp16": torch.float16}
         return compare_with_cross_entropy(
             loss.mean(),
@@ -266,9 +281,16 @@ class ClassifierCheck:
         function = self._trainer.compute_loss_func
         if function is None or num_items is None or len(self._scales) < 2:
             return self._scales
-        once, twice = (function(outputs, labels, num_items_in_batch=n * num_items).mean() for n in (1, 2))
+        once, twice = (self._call(function, outputs, labels, n * num_items) for n in (1, 2))
         halves = torch.allclose(2 * twice, once, rtol=1e-2) and not torch.allclose(twice, once, rtol=1e-2)
         return [scale for scale in self._scales if scale.is_per_step == halves]
+
+    def _call(
+        self, function: Callable[..., Any], outputs: Mapping | tuple, labels: Tensor | None, num_items: Tensor | int
+    ) -> Tensor:
+        # Both calls draw the same random numbers, and the training draws what it would have drawn without them.
+        with same_random_state(self._trainer.args.device):
+            return function(outputs, labels, num_items_in_batch=num_items).mean()
 
     def _possible_scales(self, num_items_in_batch: Tensor | int | None) -> list[LossScale]:
         """By what the loss that the Trainer returns may be divided and multiplied."""

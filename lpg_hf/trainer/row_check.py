@@ -1,15 +1,13 @@
 """Compares the labels that training has recorded of its rows with those that the data set gives them."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ..batch_labels import labels_of
+from .random_state import same_random_state
 
 
 # Enough to find a collator that changes the order of one batch in a hundred.
@@ -34,7 +32,7 @@ def count_wrong_labels(
     """
     rows = random.Random(0).sample(sorted(labels), min(CHECKED_ROWS, len(labels)))
     num_wrong = num_seen = 0
-    with _same_random_state():
+    with same_random_state():
         for row in rows:
             label = _label_of(dataset, collator, row, label_names)
             if label is not None:
@@ -52,15 +50,3 @@ def _label_of(dataset: Any, collator: Callable[[Any], Any], row: int, label_name
         return None
     is_label = isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point()
     return int(label) if is_label else None
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Within it, items may be augmented at random without a trace in what is drawn afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -1,11 +1,17 @@
 """Which losses of users are losses of classes."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from clients import distance, exact_bert, losses_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import Trainer
 
+from lpg_hf import LPGTrainer
 from lpg_hf.trainer.given_loss import why_not_of_classes
 
 
@@ -81,3 +87,69 @@ def test_samples_without_a_label_have_no_say():
     labels = torch.tensor([0, -100, -100, -100])
     loss = F.cross_entropy(logits, labels) + logits[1:, 0].sum()
     assert why_not_of_classes(loss, logits, labels, is_requested=False) is None
+
+
+# How often a loss is called
+
+
+class NoisyLoss:
+    """Draws from all generators, and counts its calls."""
+
+    def __init__(self, uses_count):
+        self.uses_count, self.num_calls = uses_count, 0
+
+    def __call__(self, outputs, labels, num_items_in_batch=None):
+        self.num_calls += 1
+        noise = torch.rand_like(outputs.logits) + random.random() + np.random.random()
+        values = F.cross_entropy(outputs.logits + noise, labels, reduction="none")
+        return values.sum() / num_items_in_batch if self.uses_count else values.mean()
+
+
+def run_noisy(trainer_class, path, uses_count, accumulation=1, **kwargs):
+    loss = NoisyLoss(uses_count)
+    args = {"gradient_accumulation_steps": accumulation}
+    return run(trainer_class, exact_bert(), path, args=args, compute_loss_func=loss, **kwargs), loss.num_calls
+
+
+@pytest.mark.parametrize("uses_count", [True, False])
+@pytest.mark.parametrize(("accumulation", "more_calls"), [(1, 0), (2, 2)])
+def test_a_loss_is_called_as_often_as_by_trainer_and_draws_the_same(uses_count, accumulation, more_calls, tmp_path):
+    """Under accumulation, two calls tell whether it divides by the count."""
+    plain, num_plain = run_noisy(Trainer, tmp_path, uses_count, accumulation)
+    ours, num_ours = run_noisy(
+        LPGTrainer, tmp_path, uses_count, accumulation, perturbations=["logit_clipping(max_norm=100.0)"]
+    )
+    assert num_ours - num_plain == more_calls
+    assert distance(ours, plain) < 1e-9
+    assert losses_of(ours) == pytest.approx(losses_of(plain), abs=1e-6)
+    clipped, _ = run_noisy(
+        LPGTrainer, tmp_path, uses_count, accumulation, perturbations=["logit_clipping(max_norm=0.3)"]
+    )
+    assert distance(clipped, plain) > 1e-3
+
+
+@pytest.mark.parametrize("uses_count", [True, False])
+def test_where_labels_are_left_out_the_delta_has_the_divisor_of_the_loss(uses_count, tmp_path):
+    """Without accumulation, too, the count is then another one than that of the labels that are left."""
+
+    class LeavesOut(LPGTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs | {"labels": masked(inputs["labels"])}, *args, **kwargs)
+
+    def masked(labels):
+        return labels.where(torch.arange(4) != 1, -100)
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        total = F.cross_entropy(outputs.logits, labels, reduction="sum")
+        return total / (num_items_in_batch if uses_count else (labels != -100).sum())
+
+    def weighted(outputs, labels, num_items_in_batch=None):
+        """What the method for class weights makes of it."""
+        weights = torch.tensor([0.5, 1.0, 1.5, 1.0], dtype=torch.float64)
+        labels = masked(labels)
+        values = F.cross_entropy(outputs.logits, labels, weights, reduction="sum")
+        return values / (num_items_in_batch if uses_count else (labels != -100).sum())
+
+    chain = ["class_weighting(weights=[0.5, 1.0, 1.5, 1.0])"]
+    ours = run(LeavesOut, exact_bert(), tmp_path, perturbations=chain, compute_loss_func=loss)
+    assert distance(ours, run(Trainer, exact_bert(), tmp_path, compute_loss_func=weighted)) < 1e-9
