@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import Trainer
 
-from lpg_hf import LPGTrainer
+from lpg_hf import LPGLoss, LPGTrainer
 from lpg_hf.trainer.given_loss import why_not_of_classes
 
 
@@ -92,6 +92,9 @@ def test_samples_without_a_label_have_no_say():
 # How often a loss is called
 
 
+CLIPPING = ["logit_clipping(max_norm=0.3)"]
+
+
 class NoisyLoss:
     """Draws from all generators, and counts its calls."""
 
@@ -122,9 +125,7 @@ def test_a_loss_is_called_as_often_as_by_trainer_and_draws_the_same(uses_count, 
     assert num_ours - num_plain == more_calls
     assert distance(ours, plain) < 1e-9
     assert losses_of(ours) == pytest.approx(losses_of(plain), abs=1e-6)
-    clipped, _ = run_noisy(
-        LPGTrainer, tmp_path, uses_count, accumulation, perturbations=["logit_clipping(max_norm=0.3)"]
-    )
+    clipped, _ = run_noisy(LPGTrainer, tmp_path, uses_count, accumulation, perturbations=CLIPPING)
     assert distance(clipped, plain) > 1e-3
 
 
@@ -143,13 +144,11 @@ def test_where_labels_are_left_out_the_delta_has_the_divisor_of_the_loss(uses_co
         total = F.cross_entropy(outputs.logits, labels, reduction="sum")
         return total / (num_items_in_batch if uses_count else (labels != -100).sum())
 
-    def weighted(outputs, labels, num_items_in_batch=None):
-        """What the method for class weights makes of it."""
-        weights = torch.tensor([0.5, 1.0, 1.5, 1.0], dtype=torch.float64)
-        labels = masked(labels)
-        values = F.cross_entropy(outputs.logits, labels, weights, reduction="sum")
-        return values / (num_items_in_batch if uses_count else (labels != -100).sum())
+    loss_fn = LPGLoss(4, CLIPPING)
 
-    chain = ["class_weighting(weights=[0.5, 1.0, 1.5, 1.0])"]
-    ours = run(LeavesOut, exact_bert(), tmp_path, perturbations=chain, compute_loss_func=loss)
-    assert distance(ours, run(Trainer, exact_bert(), tmp_path, compute_loss_func=weighted)) < 1e-9
+    def expected(outputs, labels, num_items_in_batch=None):
+        return loss_fn(outputs, masked(labels), num_items_in_batch if uses_count else None)
+
+    ours = run(LeavesOut, exact_bert(), tmp_path, perturbations=CLIPPING, compute_loss_func=loss)
+    assert distance(ours, run(Trainer, exact_bert(), tmp_path, compute_loss_func=expected)) < 1e-9
+    assert distance(ours, run(Trainer, exact_bert(), tmp_path)) > 1e-3
