@@ -289,7 +289,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
             if self._lpg_classifier.passed and self._lpg_classifier.fits(outputs, labels, reads_labels=is_doubtful):
                 is_as_loaded = managed.items.has(watch.inputs, labels)
                 scale = self._lpg_classifier.scale(outputs, labels, num_items_in_batch, is_as_loaded=is_as_loaded)
-                learns = watch.is_first_look(len(logits))
+                learns = watch.is_first_look(labels)
                 is_observed = not self._lpg_parameter_methods.is_ascending
                 items = num_items if scale.is_per_step else managed.items.of_call(num_items, watch.inputs, labels)
                 loss = managed.perturbed(loss, logits, labels, items, scale, watch.divisor, learns, is_observed)

@@ -41,12 +41,17 @@ class StepWatch:
         self.is_used: bool | None = None
         self.inputs: object = None
         self._num_seen = 0
+        self._seen: list[Tensor] = []
         self._is_told = False
 
     def begin(self, inputs: object) -> None:
         """Begins the step of a micro-batch."""
         self.is_running, self.is_reached, self.was_own = True, False, False
-        self.inputs, self._num_seen = inputs, 0
+        self.inputs, self._num_seen, self._seen = inputs, 0, []
+
+    def end(self) -> None:
+        """Ends the step, and lets go of its batch."""
+        self.is_running, self.inputs, self._seen = False, None, []
 
     def follow_use(self, loss: Tensor) -> None:
         """Notes whether a gradient comes to the losses that are handed out: an override may leave them out."""
@@ -63,17 +68,22 @@ class StepWatch:
         self._is_told = self._is_told or is_new
         return is_new
 
-    def is_first_look(self, num_samples: int) -> bool:
+    def is_first_look(self, labels: Tensor) -> bool:
         """
         Whether these samples of the micro-batch are seen for the first time. Statistics count each sample once.
 
-        SAM, R-Drop and adversarial training look at the whole micro-batch again. A step may also take it in pieces.
+        SAM, R-Drop and adversarial training look at the whole micro-batch again. A step may also take it in pieces and
+        look at each of them again, as `torch.utils.checkpoint` does in the backward pass.
 
         Args:
-            num_samples (`int`): Number of samples in this call of `compute_loss`.
+            labels (`torch.Tensor` of shape `[N]` or `[N, 1]`): The labels in this call of `compute_loss`.
         """
-        is_first = self._num_seen == 0
-        self._num_seen += num_samples
+        # They are kept until the step ends: nothing else can lie in their memory.
+        if any(labels.data_ptr() == seen.data_ptr() and labels.shape == seen.shape for seen in self._seen):
+            return False
+        is_first = not self._seen
+        self._seen.append(labels)
+        self._num_seen += len(labels)
         return is_first or self._num_seen <= self._num_samples()
 
     def _num_samples(self) -> int:
@@ -123,6 +133,6 @@ class StepWatchMixin(Trainer):
         try:
             loss = step(model, inputs, *args, **kwargs)
         finally:
-            self._lpg_step_watch.is_running, self._lpg_step_watch.inputs = False, None
+            self._lpg_step_watch.end()
         self._lpg_end_micro_batch()
         return loss

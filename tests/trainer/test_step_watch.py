@@ -15,6 +15,7 @@ from clients import (
     warnings_of,
 )
 from tiny import class_means
+from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator
 
 from lpg_hf import LPGTrainer
@@ -101,6 +102,45 @@ def test_statistics_count_every_piece_of_a_micro_batch(chain, tmp_path, caplog):
     if chain == OPEN_GATES:
         assert_dampened(expected)
     assert not warnings_of(caplog)
+
+
+class InPiecesTwice(LPGTrainer):
+    """Looks at each piece again, before the next one."""
+
+    recomputes = False
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        total = 0.0
+        for piece in (slice(0, 2), slice(2, None)):
+            part = {name: values[piece] for name, values in inputs.items()}
+
+            def look(tokens, part=part):
+                return self.compute_loss(model, part | {"input_ids": tokens}) / 2
+
+            if self.recomputes:
+                loss = checkpoint(look, part["input_ids"], use_reentrant=False)
+            else:
+                loss = (look(part["input_ids"]) + look(part["input_ids"])) / 2
+            self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return total
+
+
+class Recomputing(InPiecesTwice):
+    recomputes = True
+
+
+@pytest.mark.parametrize("cls", [InPiecesTwice, Recomputing])
+def test_statistics_count_a_piece_once_that_is_looked_at_again(cls, tmp_path):
+    """Both for R-Drop in pieces and where the loss of a piece is computed anew in the backward pass."""
+    expected = run(InPieces, confident_bert(), tmp_path, few_rows(), perturbations=OPEN_GATES)
+    again = run(cls, confident_bert(), tmp_path, few_rows(), perturbations=OPEN_GATES)
+    assert torch.equal(again.lpg_loss.statistics.seen_counts, expected.lpg_loss.statistics.seen_counts)
+    torch.testing.assert_close(class_means(again.lpg_loss), class_means(expected.lpg_loss), rtol=0, atol=1e-12)
+    assert distance(again, expected) < 1e-12
+    assert_dampened(expected)
 
 
 class WrittenAnew(Trainer):
