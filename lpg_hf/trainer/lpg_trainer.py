@@ -136,6 +136,12 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
     ):
         self._lpg_settings = Settings(perturbations, class_counts, eval_shares)
         build_chain(self._lpg_settings.chain(args))
+        # Another trainer may stand behind this one in the bases of a user's class, and know fewer arguments.
+        rarely_known: dict[str, Any] = {
+            "compute_loss_func": compute_loss_func,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
         super().__init__(
             model=model,
             args=args,
@@ -144,12 +150,10 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             model_init=model_init,
-            compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            **{name: value for name, value in rarely_known.items() if value is not None},
         )
         if isinstance(self.compute_loss_func, LPGLoss):
             raise ValueError(

@@ -239,3 +239,45 @@ def test_predictions_of_the_trained_model_are_trainers(tmp_path):
     theirs, predicted = plain.predict(rows), ours.predict(rows)
     assert np.array_equal(predicted.predictions, theirs.predictions)
     assert timeless([predicted.metrics]) == timeless([theirs.metrics])
+
+
+# A class with a second trainer behind LPGTrainer
+
+
+class OlderTrainer(Trainer):
+    """Written before the Trainer had all of its arguments."""
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        model_init=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        rate=3.0,
+    ):
+        kwargs = {name: value for name, value in locals().items() if name not in ("self", "rate", "__class__")}
+        super().__init__(**kwargs)
+        self.rate = rate
+
+    def create_optimizer(self, *args, **kwargs):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.rate * self.args.learning_rate)
+        return self.optimizer
+
+
+class Both(LPGTrainer, OlderTrainer):
+    pass
+
+
+def test_a_trainer_with_fewer_arguments_may_stand_behind(tmp_path):
+    plain, ours = run(OlderTrainer, exact_bert(), tmp_path), run(Both, exact_bert(), tmp_path, perturbations=[])
+    assert torch.equal(weights_of(ours), weights_of(plain))
+    faster = run(LPGTrainer, exact_bert(), tmp_path, args={"learning_rate": 3.0 * plain.args.learning_rate})
+    assert torch.equal(weights_of(run(Both, exact_bert(), tmp_path)), weights_of(faster))
+    with pytest.raises(TypeError, match="compute_loss_func"):
+        run(Both, exact_bert(), tmp_path, compute_loss_func=lambda *args, **kwargs: None)
