@@ -209,6 +209,7 @@ class LabelIssuesMixin(StepWatchMixin):
                 "`training_step` are overridden without a call of LPGTrainer's, or they pass on another batch than "
                 "they get."
             )
+        self._lpg_check_dataset()
         self._lpg_check_known(records)
         self._lpg_check_order(records)
         num_labels = self._lpg_num_labels() or records.largest_label + 1
@@ -219,6 +220,14 @@ class LabelIssuesMixin(StepWatchMixin):
             )
         names = find_class_names(num_labels, self.train_dataset, self.accelerator.unwrap_model(self.model))
         return records.ranked(names, with_weight=self._lpg_dampening() is not None)
+
+    def _lpg_check_dataset(self) -> None:
+        assert self._lpg_row_tracker is not None
+        if not self._lpg_row_tracker.has_numbered(self.train_dataset):
+            logger.warning(
+                "`train_dataset` is another object than in the training. The rows of `label_issues` are those of the "
+                "one that was trained on. Set it again, or train anew, before you look rows up or write a report."
+            )
 
     def _lpg_check_known(self, records: TrainingDynamics) -> None:
         known, unknown, reordered = records.num_samples

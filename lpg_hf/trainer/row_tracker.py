@@ -34,6 +34,8 @@ class RowTracker:
         self._label_names = label_names
         # The data set of the Trainer's loader: the training set, without the columns that the model does not take.
         self._dataset: object = None
+        # The training set whose rows are numbered.
+        self._train_dataset: object = None
         # Data set and collator of the last epoch.
         self._source: tuple[Any, Any] | None = None
         # The loader whose workers outlive an epoch.
@@ -57,7 +59,7 @@ class RowTracker:
             return
         if loader.dataset is train_dataset or loader.dataset is self._dataset:
             self.buffer = DynamicsBuffer(TrainingDynamics(num_rows=len(train_dataset)))
-            self._source = loader.dataset, loader.collate_fn
+            self._source, self._train_dataset = (loader.dataset, loader.collate_fn), train_dataset
 
     def numbered(self, loader: DataLoader) -> DataLoader:
         """The loader of an epoch, with row numbers if they are recorded: callbacks may change it between epochs."""
@@ -129,6 +131,10 @@ class RowTracker:
         is_same = own_labels == labels
         has_order = (is_same | (own_labels == IGNORE_INDEX) | (labels == IGNORE_INDEX)).all()
         return torch.where(is_same & has_order, rows.to(labels.device), unknown)
+
+    def has_numbered(self, train_dataset: object) -> bool:
+        """Whether the rows are those of this training set."""
+        return train_dataset is self._train_dataset
 
     def end_epoch(self) -> None:
         """Adds up all visits and lets go of the last batches."""

@@ -1,5 +1,6 @@
 """Every visit of every row is found again by its number, training never notices, and the ranking is what it says."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -269,6 +270,22 @@ def test_ignored_and_unseen_rows_are_left_out(tmp_path):
     assert sorted(issues["row"]) == [row for row in range(ROWS) if row not in (3, 5)]
     issues = train(tmp_path, max_steps=2, train_sampling_strategy="sequential").label_issues()
     assert sorted(issues["row"]) == list(range(16))
+
+
+def test_a_training_set_that_is_exchanged_after_the_training_is_told(tmp_path, caplog):
+    trainer, other, message = train(tmp_path), make_dataset(rows=8), "`train_dataset` is another object than"
+    own, issues = trainer.train_dataset, trainer.label_issues()[:]
+    assert copy.deepcopy(trainer).label_issues()[:] == issues
+    assert not caplog.records
+    trainer.train_dataset = other
+    assert trainer.label_issues()[:] == issues
+    assert caplog.text.count(message) == 1
+    trainer.train_dataset = own
+    trainer.label_issues()
+    trainer.train_dataset = other
+    trainer.train()
+    assert sorted(trainer.label_issues()["row"]) == list(range(8))
+    assert caplog.text.count(message) == 1
 
 
 def test_names_are_those_of_the_data_set_or_of_the_model(tmp_path):
