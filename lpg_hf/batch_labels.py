@@ -1,17 +1,18 @@
-"""Where a batch has its labels: under `labels`, or under the one name that the Trainer was told."""
+"""Where a batch has its labels: under `labels`, or under the one name that the user has given."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def labels_of(batch: object, label_names: Sequence[str] = ()) -> Any:
+def labels_of(batch: object, label_names: Sequence[str] | None = None) -> Any:
     """
     The labels of a batch, of any type.
 
     Args:
         batch: The batch. Only a mapping has labels.
         label_names (`Sequence[str]`, *optional*):
-            The `label_names` of the Trainer. Several names, as in question answering, are no name of class labels.
+            The `label_names` of the `TrainingArguments`. Several names, as in question answering, are no name of class
+            labels. Nor is a name that the Trainer guesses: any argument of the model with `label` in it may be one.
 
     Returns:
         What the batch has under `labels`, or else under the only name; `None` if it has neither.
@@ -28,4 +29,10 @@ def labels_of(batch: object, label_names: Sequence[str] = ()) -> Any:
     if not isinstance(batch, Mapping):
         return None
     labels = batch.get("labels")
-    return batch.get(label_names[0]) if labels is None and len(label_names) == 1 else labels
+    name = only_name(label_names)
+    return batch.get(name) if labels is None and name is not None else labels
+
+
+def only_name(label_names: Sequence[str] | None) -> str | None:
+    """The name that stands alone; `None` if there is none, or more than one."""
+    return label_names[0] if label_names is not None and len(label_names) == 1 else None

@@ -109,7 +109,7 @@ class IndexedCollator:
     Args:
         collator (`Callable`): Turns a list of items into a batch.
         num_rows (`int`): Number of rows that have a number.
-        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
+        label_names (`Sequence[str]`, *optional*): The `label_names` of the `TrainingArguments`.
 
     Example:
 
@@ -122,7 +122,7 @@ class IndexedCollator:
     ```
     """
 
-    def __init__(self, collator: Callable[[Any], Any], num_rows: int, label_names: Sequence[str] = ()):
+    def __init__(self, collator: Callable[[Any], Any], num_rows: int, label_names: Sequence[str] | None = None):
         self.collator = collator
         self.num_rows = num_rows
         self.label_names = label_names
@@ -181,7 +181,7 @@ def mark_unverified(rows: Sequence[int]) -> list[int]:
     return [-1 - row for row in rows]
 
 
-def number_rows(loader: DataLoader, num_rows: int, label_names: Sequence[str] = ()) -> DataLoader:
+def number_rows(loader: DataLoader, num_rows: int, label_names: Sequence[str] | None = None) -> DataLoader:
     """
     Copies a loader so that its batches carry their row numbers.
 
@@ -190,7 +190,7 @@ def number_rows(loader: DataLoader, num_rows: int, label_names: Sequence[str] = 
     Args:
         loader (`torch.utils.data.DataLoader`): A loader of batches, of torch or of accelerate.
         num_rows (`int`): Number of rows of the data set.
-        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
+        label_names (`Sequence[str]`, *optional*): The `label_names` of the `TrainingArguments`.
 
     Returns:
         `torch.utils.data.DataLoader`: A loader of the same type.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from ..batch import IGNORE_INDEX
+from ..batch_labels import only_name
 from .labels import LABEL_COLUMNS, class_counts, count_labels, first_label_column, label_feature, read_labels
 
 
@@ -16,7 +17,9 @@ from .labels import LABEL_COLUMNS, class_counts, count_labels, first_label_colum
 LABEL_ATTRIBUTES = ("labels", "targets")
 
 
-def class_counts_or_none(dataset: object, num_labels: int, label_names: Sequence[str] = ()) -> list[int] | None:
+def class_counts_or_none(
+    dataset: object, num_labels: int, label_names: Sequence[str] | None = None
+) -> list[int] | None:
     """
     Counts the rows of every class where [`labels_or_none`] finds the labels.
 
@@ -26,7 +29,7 @@ def class_counts_or_none(dataset: object, num_labels: int, label_names: Sequence
         num_labels (`int`):
             The number of classes.
         label_names (`Sequence[str]`, *optional*):
-            The names of the labels in a batch, as the Trainer has them. A single one is the column of a
+            The `label_names` of the `TrainingArguments`. A single one is the column of a
             `datasets.Dataset` that has no label column of a usual name.
 
     Returns:
@@ -117,11 +120,11 @@ def labels_or_none(dataset: object) -> np.ndarray | None:
     return None
 
 
-def _integer_column(dataset: datasets.Dataset, label_names: Sequence[str] = ()) -> str | None:
+def _integer_column(dataset: datasets.Dataset, label_names: Sequence[str] | None = None) -> str | None:
     """The label column, if it has one integer per row, stored as `[N]` or `[N, 1]`."""
     column = first_label_column(dataset)
-    if column is None and len(label_names) == 1 and label_names[0] in dataset.column_names:
-        column = label_names[0]
+    if column is None and only_name(label_names) in dataset.column_names:
+        column = only_name(label_names)
     if column is None:
         return None
     feature = label_feature(dataset, column)

@@ -55,12 +55,12 @@ class StepItems:
 
     def begin(self, batches: list, num_items_in_batch: Tensor | int | None, device: torch.device) -> None:
         """Begins a step. All processes must call it."""
-        args, names = self._trainer.args, self._trainer.label_names
+        args = self._trainer.args
         self._count = num_items_in_batch
         # The Trainer counts for some models and losses alone, and for DataParallel it counts a share.
         must_count = num_items_in_batch is None or args.n_gpu > 1
         has_parts = len(batches) > 1 or self._trainer.accelerator.num_processes > 1
-        labels = [labels_of(batch, names) for batch in batches]
+        labels = [labels_of(batch, args.label_names) for batch in batches]
         labeled = list(map(count_labeled, batches, labels)) if must_count or has_parts else []
         self._batches = list(starmap(_micro_batch, zip_longest(batches, labels, labeled)))
         if labeled and must_count:

@@ -52,7 +52,7 @@ def build_loss(
     model = trainer.accelerator.unwrap_model(trainer.model)
     class_indices = find_class_indices(num_labels, trainer.train_dataset, model)
     shares, shares_source = find_eval_shares(
-        eval_shares, trainer.eval_dataset, num_labels, class_indices, trainer.label_names
+        eval_shares, trainer.eval_dataset, num_labels, class_indices, trainer.args.label_names
     )
     for method in logit_methods(methods):
         method.use_label_names(class_indices)

@@ -19,7 +19,7 @@ def find_eval_shares(
     eval_dataset: object,
     num_labels: int,
     class_indices: Mapping[str, int],
-    label_names: Sequence[str] = (),
+    label_names: Sequence[str] | None = None,
 ) -> tuple[Sequence[float] | None, str]:
     """
     Finds the class shares of the evaluation.
@@ -32,7 +32,7 @@ def find_eval_shares(
         eval_dataset (`object`): The evaluation set, or several by name.
         num_labels (`int`): Number of classes.
         class_indices (`Mapping[str, int]`): The index of each name of a class.
-        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
+        label_names (`Sequence[str]`, *optional*): The `label_names` of the `TrainingArguments`.
 
     Returns:
         `tuple[Sequence[float] | None, str]`: The shares, up to a factor; `None` for those of the training set. And

@@ -155,17 +155,17 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
             optimizers=optimizers,
             **{name: value for name, value in rarely_known.items() if value is not None},
         )
-        if isinstance(self.compute_loss_func, LPGLoss):
-            raise ValueError(
-                "`compute_loss_func` is an LPGLoss. Give its methods to `LPGTrainer(perturbations=...)`, or keep it "
-                "and use the plain Trainer."
-            )
         self._lpg_prepare()
 
     # Set-up
 
     def _lpg_prepare(self) -> None:
         """Reads all settings anew: `hyperparameter_search` changes arguments and model between two trainings."""
+        if isinstance(self.compute_loss_func, LPGLoss):
+            raise ValueError(
+                "`compute_loss_func` is an LPGLoss. Give its methods to `LPGTrainer(perturbations=...)`, or keep it "
+                "and use the plain Trainer."
+            )
         settings, args = self._lpg_settings, self.args
         chain = settings.chain(args)
         self._lpg_observers = [c for c in self.callback_handler.callbacks if isinstance(c, PerturbationObserver)]
@@ -179,7 +179,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         self._lpg_parameter_methods = ParameterMethods(build_chain(chain), self.accelerator, args)
         for observer in self._lpg_observers:
             observer.start(self.accelerator)
-        self._lpg_step_watch = StepWatch(self.label_names)
+        self._lpg_step_watch = StepWatch(args.label_names)
         self._lpg_row_tracker = self._lpg_shifted_shares = None
         self._lpg_perturbation_log = PerturbationLog(isinstance(args, LPGConfig) and args.log_perturbations)
         self._lpg_saved_state = None  # until there is a loss to load it into
@@ -218,7 +218,7 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
         if self._lpg_managed.has_methods and isinstance(self.train_dataset, Sized) and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty: there is nothing to train on. Check its split and filters.")
         self._lpg_prepare()
-        self._lpg_row_tracker = RowTracker(self.accelerator, self.label_names)
+        self._lpg_row_tracker = RowTracker(self.accelerator, self.args.label_names)
         with self._lpg_watched_steps():
             output = super()._inner_training_loop(*args, **kwargs)
         self._lpg_restore_without_a_step()

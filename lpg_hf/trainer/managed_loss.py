@@ -105,7 +105,7 @@ class ManagedLoss:
         self.disagreement = None
         if counts is None and self.has_methods:
             try:
-                counts = counted = class_counts_or_none(trainer.train_dataset, num_labels, trainer.label_names)
+                counts = counted = class_counts_or_none(trainer.train_dataset, num_labels, trainer.args.label_names)
             except ValueError as error:  # a transform or a collator may put them right
                 self.disagreement = error
         has_custom_loss = trainer.compute_loss_func is not None and counts is not None and "auto" in self._chain

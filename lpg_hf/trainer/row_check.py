@@ -15,7 +15,7 @@ CHECKED_ROWS = 256
 
 
 def count_wrong_labels(
-    dataset: Any, collator: Callable[[Any], Any], labels: Mapping[int, int], label_names: Sequence[str] = ()
+    dataset: Any, collator: Callable[[Any], Any], labels: Mapping[int, int], label_names: Sequence[str] | None = None
 ) -> tuple[int, int]:
     """
     Asks data set and collator for single rows, whose order nothing can change.
@@ -24,7 +24,7 @@ def count_wrong_labels(
         dataset: The data set of the training's loader.
         collator (`Callable`): The collator of the same loader.
         labels (`Mapping[int, int]`): The label that was recorded of each row.
-        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
+        label_names (`Sequence[str]`, *optional*): The `label_names` of the `TrainingArguments`.
 
     Returns:
         `tuple[int, int]`: Number of rows that show another label, and of all rows that show one. At most
@@ -41,7 +41,7 @@ def count_wrong_labels(
     return num_wrong, num_seen
 
 
-def _label_of(dataset: Any, collator: Callable[[Any], Any], row: int, label_names: Sequence[str]) -> int | None:
+def _label_of(dataset: Any, collator: Callable[[Any], Any], row: int, label_names: Sequence[str] | None) -> int | None:
     try:
         read_many = getattr(dataset, "__getitems__", None)
         batch = collator(read_many([row]) if callable(read_many) else [dataset[row]])

@@ -22,13 +22,13 @@ class RowTracker:
 
     Args:
         accelerator (`accelerate.Accelerator`): The accelerator of the training.
-        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
+        label_names (`Sequence[str]`, *optional*): The `label_names` of the `TrainingArguments`.
 
     Attributes:
         buffer ([`DynamicsBuffer`] or `None`): Receives the visits; `None` if the loader has no row numbers.
     """
 
-    def __init__(self, accelerator: Accelerator, label_names: Sequence[str] = ()):
+    def __init__(self, accelerator: Accelerator, label_names: Sequence[str] | None = None):
         self.buffer: DynamicsBuffer | None = None
         self._accelerator = accelerator
         self._label_names = label_names

@@ -21,7 +21,7 @@ class StepWatch:
     Callbacks may call `compute_loss` between two steps.
 
     Args:
-        label_names (`Sequence[str]`, *optional*): The names of the labels in a batch, as the Trainer has them.
+        label_names (`Sequence[str]`, *optional*): The `label_names` of the `TrainingArguments`.
 
     Attributes:
         is_running (`bool`): Whether a micro-batch is being trained on.
@@ -34,7 +34,7 @@ class StepWatch:
         is_used (`bool` or `None`): Whether a gradient came to the first losses; `None` before there are any.
     """
 
-    def __init__(self, label_names: Sequence[str] = ()) -> None:
+    def __init__(self, label_names: Sequence[str] | None = None) -> None:
         self._label_names = label_names
         self.is_running = self.is_reached = self.was_own = False
         self.divisor: int | None = None

@@ -66,7 +66,7 @@ class Refuses(TorchDispatchMode):
 def test_labels_that_are_as_the_loader_made_them_are_not_counted_again(num_batches):
     """A count is a few kernels for each micro-batch on a GPU."""
     accelerator = SimpleNamespace(num_processes=1)
-    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1), accelerator=accelerator, label_names=[])
+    trainer = SimpleNamespace(args=SimpleNamespace(n_gpu=1, label_names=None), accelerator=accelerator)
     batches = [{"labels": torch.tensor([0, 1, -100, 1])} for _ in range(num_batches)]
     num_items, items = torch.tensor(3 * num_batches), StepItems(trainer)
     with nullcontext() if num_batches > 1 else Refuses():

@@ -95,6 +95,26 @@ def test_labels_that_no_name_tells_are_one_warning_with_a_cure(tmp_path, caplog)
     assert "pass it alone as `label_names`" in warning
 
 
+def test_a_name_that_nobody_gave_is_none_of_labels(tmp_path, caplog):
+    """Trainer takes every argument of the model with `label` in its name for one."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = exact_bert()
+
+        def forward(self, input_ids, classes, label_weights=None):
+            return self.bert(input_ids, labels=classes)
+
+    dataset = [{"input_ids": r["input_ids"], "classes": r["target"], "label_weights": 2} for r in rows()]
+    ours = run(LPGTrainer, Weighted(), tmp_path, dataset)
+    assert ours.label_names == ["label_weights"]
+    assert distance(ours, run(Trainer, Weighted(), tmp_path, dataset)) == 0
+    assert len(warnings_of(caplog)) == 1
+    with pytest.raises(ValueError, match="recorded no row"):
+        ours.label_issues()
+
+
 def test_a_usual_column_is_counted_first():
     dataset = rows().add_column("label", [0] * sum(COUNTS))
     assert class_counts_or_none(rows(), 4, ["target"]) == COUNTS

@@ -431,6 +431,10 @@ def test_compute_loss_func_is_perturbed_like_a_base_loss(sizes, tmp_path):
 def test_compute_loss_func_that_is_an_lpg_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`compute_loss_func` is an LPGLoss"):
         make_trainer(LPGTrainer, make_model("bert"), [], tmp_path, compute_loss_func=LPGLoss(NUM_LABELS))
+    trainer = make_trainer(LPGTrainer, make_model("bert"), split(make_batch("bert", 8), [8]), tmp_path)
+    trainer.compute_loss_func = LPGLoss(NUM_LABELS)
+    with pytest.raises(ValueError, match="`compute_loss_func` is an LPGLoss"):
+        trainer.train()
 
 
 # Class counts
