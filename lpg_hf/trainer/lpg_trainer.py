@@ -273,8 +273,9 @@ class LPGTrainer(LabelIssuesMixin, SAMStepMixin, ReportsMixin, ClassShiftMixin, 
     ) -> Tensor | tuple[Tensor, Any]:
         """Computes the loss of a micro-batch as the Trainer does. In a training step, its gradient is perturbed."""
         watch, managed = self._lpg_step_watch, self._lpg_managed
-        labels = self._lpg_classifier.labels(inputs)
         is_training = watch.is_running and torch.is_grad_enabled()
+        # Looked up first: the Trainer takes them out for a loss that is given.
+        labels: Any = self._lpg_classifier.labels(inputs) if is_training else None
         # Whoever calls this without LPGTrainer's `training_step` gets a loss of Trainer's scale, and divides it alike.
         replaces_loss = is_training and (managed.has_methods or (managed.is_needed and watch.divisor is not None))
         if not replaces_loss:

@@ -51,6 +51,16 @@ def test_a_deep_copy_of_a_trained_trainer_ranks_as_it_does_and_is_freed(chain, t
         gc.enable()
 
 
+def test_a_shallow_copy_outlives_its_original(tmp_path):
+    trainer = run(LPGTrainer, exact_bert(), tmp_path, eval_dataset=token_rows())
+    loss, issues = trainer.evaluate()["eval_loss"], trainer.label_issues()[:]
+    copied = copy.copy(trainer)
+    del trainer
+    assert copied.evaluate()["eval_loss"] == loss and copied.label_issues()[:] == issues
+    copied.train()
+    assert copied.lpg_loss.statistics.steps == 6
+
+
 def test_training_a_deep_copy_leaves_the_original_as_it_is(tmp_path):
     trainer = run(LPGTrainer, exact_bert(), tmp_path)
     before = class_means(trainer.lpg_loss).clone()
