@@ -141,9 +141,8 @@ class IndexedCollator:
             numbers = torch.full((len(labels),), self.num_rows + UNKNOWN)
         else:
             numbers = torch.tensor(self._row_numbers(rows, before, labels.flatten().tolist()), dtype=torch.int64)
-        batch = (
-            {**batch} if type(batch) is dict else copy.copy(batch)
-        )  # the collator may hand out an object that it keeps
+        # The collator may hand out an object that it keeps.
+        batch = {**batch} if type(batch) is dict else copy.copy(batch)
         batch[ROWS_KEY] = numbers
         return batch
 

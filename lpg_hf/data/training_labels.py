@@ -29,8 +29,8 @@ def class_counts_or_none(
         num_labels (`int`):
             The number of classes.
         label_names (`Sequence[str]`, *optional*):
-            The `label_names` of the `TrainingArguments`. A single one is the column of a
-            `datasets.Dataset` that has no label column of a usual name.
+            The `label_names` of the `TrainingArguments`. A single one is the column of a `datasets.Dataset` that has
+            no label column of a usual name.
 
     Returns:
         `list[int]` or `None`: As [`class_counts`]; `None` if there are no labels to read. Labels outside of a

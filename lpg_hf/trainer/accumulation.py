@@ -74,6 +74,9 @@ class StepItems:
 
     def count(self, num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
         """Number of labeled samples in the present step; `num_items_in_batch` outside of one."""
+        trainer = self._trainer
+        if trainer.compute_loss_func is not None and trainer.args.n_gpu <= 1:
+            return num_items_in_batch  # by which it divides, though an override may have counted anew
         if isinstance(self._count, AsyncAllReduce):
             self._count = self._count.wait()
         return num_items_in_batch if self._count is None else self._count

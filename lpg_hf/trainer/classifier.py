@@ -260,8 +260,9 @@ class ClassifierCheck:
         if reason is not None:
             return self._scales, reason
         if self._loss_is_given:
-            # Where the batch is the step, both counts are the same, and the user's loss is not called once more.
-            is_same = self._is_whole_step and len({scale.factor for scale in self._scales}) == 1
+            # Where the batch is the step, all scales divide by the same number: no need to call the user's loss again.
+            divisors = {float(scale.divisor(labels, num_items)) for scale in self._scales}
+            is_same = self._is_whole_step and len(divisors) == 1
             return self._scales if is_same else self._scales_of_given_loss(outputs, labels, num_items), None
         dtypes = {"no": None, "fp16": torch.float16}
         return compare_with_cross_entropy(

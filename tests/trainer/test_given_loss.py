@@ -152,3 +152,27 @@ def test_where_labels_are_left_out_the_delta_has_the_divisor_of_the_loss(uses_co
     ours = run(LeavesOut, exact_bert(), tmp_path, perturbations=CLIPPING, compute_loss_func=loss)
     assert distance(ours, run(Trainer, exact_bert(), tmp_path, compute_loss_func=expected)) < 1e-9
     assert distance(ours, run(Trainer, exact_bert(), tmp_path)) > 1e-3
+
+
+@pytest.mark.parametrize("uses_count", [True, False])
+def test_where_the_count_is_the_users_own_the_delta_has_the_divisor_of_the_loss(uses_count, tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        total = F.cross_entropy(outputs.logits, labels, reduction="sum")
+        return total / (num_items_in_batch if uses_count else len(labels))
+
+    def counting_anew(base):
+        class CountsAnew(base):
+            def get_batch_samples(self, *args, **kwargs):
+                batches, count = super().get_batch_samples(*args, **kwargs)
+                return batches, 3 * count
+
+        return CountsAnew
+
+    loss_fn = LPGLoss(4, CLIPPING)
+
+    def expected(outputs, labels, num_items_in_batch=None):
+        return loss_fn(outputs, labels, num_items_in_batch if uses_count else None)
+
+    ours = run(counting_anew(LPGTrainer), exact_bert(), tmp_path, perturbations=CLIPPING, compute_loss_func=loss)
+    plain = run(counting_anew(Trainer), exact_bert(), tmp_path, compute_loss_func=expected)
+    assert distance(ours, plain) < 1e-9
