@@ -26,11 +26,13 @@ def labels_of(batch: object, label_names: Sequence[str] | None = None) -> Any:
 
     ```
     """
-    if not isinstance(batch, Mapping):
+    # A dict is asked for first: that takes no call, and this is asked for several times in a step.
+    if type(batch) is not dict and not isinstance(batch, Mapping):
         return None
     labels = batch.get("labels")
-    name = only_name(label_names)
-    return batch.get(name) if labels is None and name is not None else labels
+    if labels is None and (name := only_name(label_names)) is not None:
+        labels = batch.get(name)
+    return labels
 
 
 def only_name(label_names: Sequence[str] | None) -> str | None:

@@ -134,7 +134,9 @@ class IndexedCollator:
         before = ItemLabels(items, self._columns)
         batch = self.collator(items)
         labels = labels_of(batch, self.label_names)
-        if not isinstance(labels, Tensor) or labels.ndim == 0 or not isinstance(batch, MutableMapping):
+        is_dict = type(batch) is dict
+        is_writable = is_dict or isinstance(batch, MutableMapping)
+        if not isinstance(labels, Tensor) or labels.ndim == 0 or not is_writable:
             return batch
         if labels.numel() != labels.shape[0] or labels.is_floating_point() or labels.is_complex():
             # Segmentation masks, tokens or mixed labels: nothing to compare, and much to convert.
@@ -142,7 +144,7 @@ class IndexedCollator:
         else:
             numbers = torch.tensor(self._row_numbers(rows, before, labels.flatten().tolist()), dtype=torch.int64)
         # The collator may hand out an object that it keeps.
-        batch = {**batch} if type(batch) is dict else copy.copy(batch)
+        batch = {**batch} if is_dict else copy.copy(batch)
         batch[ROWS_KEY] = numbers
         return batch
 

@@ -217,7 +217,10 @@ class ClassifierCheck:
 
     def labels(self, inputs: object) -> Any:
         """The labels of a batch, of any type. A loss that is given gets only what is called `labels`."""
-        return labels_of(inputs, None if self._loss_is_given else self._trainer.args.label_names)
+        labels = labels_of(inputs)
+        if labels is None and not self._loss_is_given:
+            labels = labels_of(inputs, self._trainer.args.label_names)
+        return labels
 
     def logits(self, outputs: Mapping | tuple | Tensor) -> Any:
         """The logits among the outputs of the model, usually a tensor; `None` if there are none."""

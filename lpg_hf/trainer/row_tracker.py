@@ -76,7 +76,7 @@ class RowTracker:
             self._step = [
                 (batch, batch.pop(ROWS_KEY), labels_of(batch, self._label_names))
                 for batch in batches
-                if isinstance(batch, MutableMapping) and ROWS_KEY in batch
+                if (type(batch) is dict or isinstance(batch, MutableMapping)) and ROWS_KEY in batch
             ]
 
     def follow(self, inputs: object) -> None:
