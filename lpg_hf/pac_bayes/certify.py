@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..class_names import find_class_names
 from ..weights_hash import weights_hash
@@ -33,6 +34,8 @@ from .scope import find_pretrained_model, parameters_in_scope
 from .stale_weights import check_noise_reaches_logits
 from .weight_noise import CERTIFICATION, SELECTION, WeightNoise
 
+
+logger = logging.get_logger(__name__)
 
 # Half octaves from 4 down to 1e-4. The union over the 31 scales costs 3.4 nats, more than a finer grid could save.
 DEFAULT_SIGMA_GRID = tuple(4 * 2 ** (-step / 2) for step in range(31))
@@ -153,6 +156,11 @@ def certify(
     sigma_grid = check_settings(sigma_grid, delta, num_draws, num_selection_draws)
     names = parameters_in_scope(model, scope)
     squared_distance = squared_distance_to_prior(model, prior, names)
+    if squared_distance == 0:
+        logger.warning(
+            "`prior` has the weights of `model`, so the bound pays for no training. It holds only if `model` has "
+            "never seen the rows of `dataset`. If it was trained on them, pass a copy from before that training."
+        )
     certified_hash = weights_hash(model)
     collator = FingerprintingCollator(model, data_collator)
     loader = make_loader(dataset, collator, batch_size)

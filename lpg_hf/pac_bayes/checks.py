@@ -64,10 +64,11 @@ def squared_distance_to_prior(model: nn.Module, prior: nn.Module, names: Sequenc
         `float`: Squared Euclidean distance over the noisy parameters.
 
     Raises:
-        ValueError: If the architectures differ, a tensor without noise differs, BatchNorm uses or follows its batches,
-            or the distance is not finite.
+        ValueError: If the architectures differ, a noisy parameter has one memory in both, a tensor without noise
+            differs, BatchNorm uses or follows its batches, or the distance is not finite.
     """
     _check_architecture(model, prior)
+    _check_own_memory(model, prior, names)
     _check_batch_norm(model)
     in_scope = set(names)
     prior_tensors = dict(_named_tensors(prior))
@@ -110,6 +111,22 @@ def _check_architecture(model: nn.Module, prior: nn.Module) -> None:
                 f"`prior` has another architecture than `model`; {name or 'the model itself'} is {layout.get(name)} "
                 f"in `model` and {prior_layout.get(name)} in `prior`. Use a copy of `model` before its training."
             )
+
+
+def _check_own_memory(model: nn.Module, prior: nn.Module, names: Sequence[str]) -> None:
+    parameters, prior_parameters = dict(model.named_parameters()), dict(prior.named_parameters())
+    shared = [name for name in names if _address(parameters[name]) == _address(prior_parameters[name])]
+    if shared:
+        shown = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+        raise ValueError(
+            f"{len(shared)} parameters of `prior` lie in the memory of those of `model` ({shown}), so training has "
+            "moved the prior, too, and the distance between them says nothing. Take `copy.deepcopy(model)` before "
+            "`model` is trained. For a model that has never seen the rows of `dataset`, a deep copy made now will do."
+        )
+
+
+def _address(parameter: Tensor) -> tuple[torch.device, int]:
+    return parameter.device, parameter.untyped_storage().data_ptr()
 
 
 def _check_batch_norm(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from ..data import CLEAN_LABEL_COLUMN, LABEL_COLUMNS
 from .fingerprints import half_precisions, stored_fingerprints
 from .loading import FingerprintingCollator, MapStyleDataset, Reading
-from .near_copies import find_near_copies
+from .near_copies import find_near_copies, find_near_copies_within
 
 
 logger = logging.get_logger(__name__)
@@ -29,6 +29,7 @@ def check_independent_rows(
 
     Returns:
         `int`, *optional*: Number of rows whose texts differ from one of the prior's in case and spacing alone.
+            `None` if there is no data set of the prior, or no text to compare.
 
     Raises:
         ValueError: If there is a copy, the two data sets have different input columns, or the prior's rows change
@@ -42,6 +43,7 @@ def check_independent_rows(
             "`split_for_certificate(dataset, columns=[...])` with the columns that the model reads, which keeps one "
             "row of each."
         )
+    _warn_of_near_copies_within(dataset)
     if prior_dataset is None:
         return None
     if not isinstance(prior_dataset, Sized):
@@ -127,13 +129,26 @@ def _count_shared_below_transforms(dataset: MapStyleDataset, prior_dataset: MapS
     return sum(fingerprint in stored for fingerprint in stored_fingerprints(prior_dataset, columns))
 
 
-def _count_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -> int:
+def _warn_of_near_copies_within(dataset: MapStyleDataset) -> None:
+    columns, rows = find_near_copies_within(dataset)
+    if rows:
+        logger.warning(
+            f"{len(rows)} rows of `dataset` have the texts of an earlier row, up to case and spacing, by the columns "
+            f"{', '.join(columns)} (rows {_shown(rows)}). If they are the same samples, they are not independent, and "
+            "count too often: leave them out."
+        )
+
+
+def _count_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -> int | None:
     columns, rows = find_near_copies(dataset, prior_dataset)
     if rows:
-        shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
         logger.warning(
             f"{len(rows)} rows of `dataset` have the texts of a row of `prior_dataset`, up to case and spacing, by "
-            f"the columns {', '.join(columns)} (rows {shown}). If they are the same samples, the prior has seen them: "
-            "leave them out."
+            f"the columns {', '.join(columns)} (rows {_shown(rows)}). If they are the same samples, the prior has "
+            "seen them: leave them out."
         )
-    return len(rows)
+    return len(rows) if columns else None
+
+
+def _shown(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")

@@ -55,6 +55,8 @@ class LoadedWeights:
         for name, weight in weights.items():
             # A hook may rename what is loaded.
             self._parameters[name].copy_(weight)
+        # Autocast keeps its casts of the parameters until its context ends, whatever is written to them meanwhile.
+        torch.clear_autocast_cache()
         self._model.eval()
 
 

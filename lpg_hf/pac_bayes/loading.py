@@ -72,6 +72,12 @@ class FingerprintingCollator:
             self.half_precisions |= half_precisions({name: row[name] for name in self.input_columns(row)})
         self.seen_columns = self.input_columns(rows[0])
         batch = self._collate(rows)
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.ndim > 0 and len(labels) > len(rows):
+            raise ValueError(
+                f"`data_collator` made {len(labels)} labels of {len(rows)} rows. Several views of one row are not "
+                "independent, and would count as so many rows. Certify with a collator that makes one entry of a row."
+            )
         self._reading.batches.append(row_fingerprint(batch))
         return batch
 

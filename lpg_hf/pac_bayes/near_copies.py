@@ -26,14 +26,40 @@ def find_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -
         `tuple[list[str], list[int]]`: Names of the text columns, and numbers of the rows of `dataset`.
     """
     names = [name for name in _string_columns(dataset) if name in _string_columns(prior_dataset)]
-    texts = _texts(dataset, names)
-    columns = [name for name in names if _is_text([value for value in texts[name] if value is not None])]
+    columns, rows = _normalized_texts(dataset, names)
     if not columns:
         return [], []
     prior_texts = _texts(prior_dataset, columns)
     known = set(zip(*(map(_normalize, prior_texts[name]) for name in columns), strict=True))
-    rows = zip(*(map(_normalize, texts[name]) for name in columns), strict=True)
     return columns, [number for number, row in enumerate(rows) if row in known and any(row)]
+
+
+def find_near_copies_within(dataset: MapStyleDataset) -> tuple[list[str], list[int]]:
+    """
+    Finds rows whose texts an earlier row of the same data set has, up to case, spacing, and the form of Unicode.
+
+    Args:
+        dataset: The certificate set.
+
+    Returns:
+        `tuple[list[str], list[int]]`: As for [`find_near_copies`], of all string columns.
+    """
+    columns, rows = _normalized_texts(dataset, _string_columns(dataset))
+    seen: set[tuple[str | None, ...]] = set()
+    found = []
+    for number, row in enumerate(rows):
+        if row in seen and any(row):
+            found.append(number)
+        seen.add(row)
+    return columns, found
+
+
+def _normalized_texts(
+    dataset: MapStyleDataset, names: Sequence[str]
+) -> tuple[list[str], list[tuple[str | None, ...]]]:
+    texts = _texts(dataset, names)
+    columns = [name for name in names if _is_text([value for value in texts[name] if value is not None])]
+    return columns, list(zip(*(map(_normalize, texts[name]) for name in columns), strict=True))
 
 
 def _string_columns(dataset: MapStyleDataset) -> list[str]:

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -24,10 +25,12 @@ def parameters_in_scope(model: nn.Module, scope: str) -> list[str]:
         `list[str]`: Names as in `model.named_parameters()`, at least one.
 
     Raises:
-        ValueError: If `scope` is unknown, or selects no parameter or a complex one.
+        ValueError: If `scope` is unknown, or selects no parameter or a complex one, or parameters of the model are
+            not here as a whole.
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope` must be one of {', '.join(SCOPES)}; found {scope!r}. Use 'trained' if in doubt.")
+    _check_whole(model)
     if scope == "trained":
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     elif scope == "lora":
@@ -55,6 +58,17 @@ def parameters_in_scope(model: nn.Module, scope: str) -> list[str]:
                 "real parameter, of which the forward pass takes `torch.view_as_complex`."
             )
     return names
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuses shards, whose noise and whose distance from the prior would be those of nothing."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) or parameter.is_meta or parameter.numel() == 0:
+            raise ValueError(
+                f"The parameter {name} is not here as a whole (shape {list(parameter.shape)} on {parameter.device}), "
+                "as with FSDP, DeepSpeed ZeRO-3 or offloading, so noise on it is not defined. Save the model, and "
+                "load it with `from_pretrained` without sharding."
+            )
 
 
 def find_pretrained_model(model: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 def run(rows, prior_rows=None, **changes):
     model = Model()
-    return certify(model, rows, prior=model, prior_dataset=prior_rows, **(FEW | changes))
+    return certify(model, rows, prior=Model(), prior_dataset=prior_rows, **(FEW | changes))
 
 
 def make_rows(seed=0, num_rows=20, scale=1.0):
@@ -72,7 +72,7 @@ def test_whole_numbers_are_the_same_in_every_dtype(kind):
     rows = [{"x": torch.tensor(entry, dtype=torch.float32), "labels": 0} for entry in bits[:16]]
     new = [{"x": torch.tensor(entry, dtype=kind), "labels": 0} for entry in bits[16:]]
     old = [{"x": torch.tensor(entry, dtype=kind), "labels": 1} for entry in bits[4:6]]
-    assert run(rows, new).num_near_copies == 0
+    assert run(rows, new).num_prior_rows == 16
     with pytest.raises(ValueError, match=r"2 rows of `prior_dataset`"):
         run(rows, new + old)
 
