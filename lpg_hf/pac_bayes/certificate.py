@@ -83,7 +83,8 @@ class Certificate:
         seed (`int`): Seed of the draws.
         selection (`tuple[ScaleChoice, ...]`): Scales that `sigma` was chosen from; empty for a grid of one.
         num_near_copies (`int` or `None`): Rows whose texts differ from a row of `prior_dataset` in case and spacing
-            alone; `None` if no `prior_dataset` was given, or if the data have no column of texts.
+            alone, or whose numbers are all but the same; `None` if no `prior_dataset` was given, or if the rows have
+            neither texts nor 16 fractional numbers.
         weights_hash (`str` or `None`): Hash of the weights that are certified, with which a model card compares the
             model's; `None` in certificates of older versions.
 
@@ -142,7 +143,7 @@ class Certificate:
         if self.kl == 0:
             prior += "; it has the weights of the model, which must not have seen the set either"
         if self.num_near_copies:
-            prior += f"; {self.num_near_copies} rows of the set have the texts of one of them, up to case and spacing"
+            prior += f"; {self.num_near_copies} rows of the set are near copies of one of them, in texts or numbers"
         return "\n".join(
             [
                 f"Error of the classifier with weights N(w, {self.sigma:.4g}^2 I) on {self.scope} parameters "

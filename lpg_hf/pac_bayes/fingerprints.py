@@ -77,10 +77,10 @@ def _file_content(file: Mapping | None) -> bytes | None:
 
 def _without_padding(row: Mapping[str, object]) -> Mapping[str, object]:
     """The positions that the mask of a row shows, of every value that has one entry for each."""
-    mask = _as_array(row.get("attention_mask"))
+    mask = as_array(row.get("attention_mask"))
     if mask is None or mask.ndim != 1 or mask.dtype.kind not in "fbiu" or mask.all():
         return row
-    arrays = {name: _as_array(value) for name, value in row.items()}
+    arrays = {name: as_array(value) for name, value in row.items()}
     is_shown = mask != 0
     return {
         name: array[is_shown] if array is not None and array.shape[:1] == is_shown.shape else row[name]
@@ -103,7 +103,7 @@ def _value_fingerprint(value: object, precision: torch.dtype) -> bytes:
 
 def _as_numbers(value: object, precision: torch.dtype) -> np.ndarray | None:
     """Numbers as int64, or float32 if they have fractions. `None` if the value is not an array of numbers."""
-    array = _as_array(value)
+    array = as_array(value)
     if array is None or array.dtype.kind not in "fbiu":
         return None
     if array.dtype.kind != "f":
@@ -118,7 +118,8 @@ def _as_numbers(value: object, precision: torch.dtype) -> np.ndarray | None:
     return np.where(np.isnan(floats), np.float32(np.nan), floats)
 
 
-def _as_array(value: object) -> np.ndarray | None:
+def as_array(value: object) -> np.ndarray | None:
+    """Numbers as an array on the host. `None` if the value is something else."""
     if isinstance(value, Tensor):
         # NumPy has no bfloat16, and float32 holds every bfloat16 exactly.
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
@@ -126,7 +127,7 @@ def _as_array(value: object) -> np.ndarray | None:
         return None
     try:
         if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
-            arrays = [_as_array(entry) for entry in value]
+            arrays = [as_array(entry) for entry in value]
             return None if any(array is None for array in arrays) else np.stack(arrays)  # type: ignore[arg-type]
         return np.asarray(value)
     except ValueError:  # nested lists of unequal length

@@ -9,6 +9,7 @@ from ..data import CLEAN_LABEL_COLUMN, LABEL_COLUMNS
 from .fingerprints import half_precisions, stored_fingerprints
 from .loading import FingerprintingCollator, MapStyleDataset, Reading
 from .near_copies import find_near_copies, find_near_copies_within
+from .sketches import Sketch, find_close
 
 
 logger = logging.get_logger(__name__)
@@ -28,8 +29,8 @@ def check_independent_rows(
         prior_dataset (*optional*): The rows that the prior was trained on.
 
     Returns:
-        `int`, *optional*: Number of rows whose texts differ from one of the prior's in case and spacing alone.
-            `None` if there is no data set of the prior, or no text to compare.
+        `int`, *optional*: Number of rows that are near copies of one of the prior's, by their texts or numbers. `None`
+            if there is no data set of the prior, or nothing to compare.
 
     Raises:
         ValueError: If there is a copy, the two data sets have different input columns, or the prior's rows change
@@ -43,7 +44,7 @@ def check_independent_rows(
             "`split_for_certificate(dataset, columns=[...])` with the columns that the model reads, which keeps one "
             "row of each."
         )
-    _warn_of_near_copies_within(dataset)
+    _warn_of_near_copies_within(collator, dataset)
     if prior_dataset is None:
         return None
     if not isinstance(prior_dataset, Sized):
@@ -59,13 +60,13 @@ def check_independent_rows(
             f"The rows of `prior_dataset` have the inputs {sorted(prior_columns)}, but the rows of `dataset` have "
             f"{sorted(collator.seen_columns)}, so they cannot be compared. Preprocess both for the model."
         )
-    num_shared = _count_shared_rows(collator, inputs, dataset, prior_dataset)
+    num_shared, prior_sketches = _count_shared_rows(collator, inputs, dataset, prior_dataset)
     if num_shared:
         raise ValueError(
             f"{num_shared} rows of `prior_dataset` have the inputs of a row of `dataset`, so the prior has seen rows "
             "of the certificate set. Split with `split_for_certificate`, which leaves copies out."
         )
-    return _count_near_copies(dataset, prior_dataset)
+    return _count_near_copies(collator, prior_sketches, dataset, prior_dataset)
 
 
 def check_same_reading(before: Reading, after: Reading) -> None:
@@ -94,13 +95,14 @@ def _check_same_rows(before: Sequence[str], after: Sequence[str], name: str) -> 
 
 def _count_shared_rows(
     collator: FingerprintingCollator, inputs: set[str], dataset: MapStyleDataset, prior_dataset: MapStyleDataset
-) -> int:
+) -> tuple[int, list[Sketch | None]]:
     numbers = range(len(prior_dataset))
     halves = set(collator.half_precisions)
-    first_reading = []
+    first_reading, sketches = [], []
     for number in numbers:
         row = prior_dataset[number]
         first_reading.append(collator.fingerprint_row(row))
+        sketches.append(collator.sketch_row(row))
         halves |= half_precisions({name: row[name] for name in collator.input_columns(row)})
     second_reading = [collator.fingerprint_row(prior_dataset[number]) for number in numbers]
     _check_same_rows([whole for _, whole in first_reading], [whole for _, whole in second_reading], "prior_dataset")
@@ -112,7 +114,7 @@ def _count_shared_rows(
             collator.fingerprint_inputs(prior_dataset[number], precision) in rounded for number in numbers
         )
         num_shared = max(num_shared, num_rounded)
-    return max(num_shared, _count_shared_below_transforms(dataset, prior_dataset))
+    return max(num_shared, _count_shared_below_transforms(dataset, prior_dataset)), sketches
 
 
 def _count_shared_below_transforms(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -> int:
@@ -129,25 +131,43 @@ def _count_shared_below_transforms(dataset: MapStyleDataset, prior_dataset: MapS
     return sum(fingerprint in stored for fingerprint in stored_fingerprints(prior_dataset, columns))
 
 
-def _warn_of_near_copies_within(dataset: MapStyleDataset) -> None:
+def _warn_of_near_copies_within(collator: FingerprintingCollator, dataset: MapStyleDataset) -> None:
+    cure = "If they are the same samples, they are not independent, and count too often: leave them out."
     columns, rows = find_near_copies_within(dataset)
     if rows:
         logger.warning(
             f"{len(rows)} rows of `dataset` have the texts of an earlier row, up to case and spacing, by the columns "
-            f"{', '.join(columns)} (rows {_shown(rows)}). If they are the same samples, they are not independent, and "
-            "count too often: leave them out."
+            f"{', '.join(columns)} (rows {_shown(rows)}). {cure}"
+        )
+    rows = find_close(collator.sketches)
+    if rows:
+        logger.warning(
+            f"{len(rows)} rows of `dataset` have all but the same numbers as an earlier row (rows {_shown(rows)}). "
+            f"{cure}"
         )
 
 
-def _count_near_copies(dataset: MapStyleDataset, prior_dataset: MapStyleDataset) -> int | None:
+def _count_near_copies(
+    collator: FingerprintingCollator,
+    prior_sketches: Sequence[Sketch | None],
+    dataset: MapStyleDataset,
+    prior_dataset: MapStyleDataset,
+) -> int | None:
+    cure = "If they are the same samples, the prior has seen them: leave them out."
     columns, rows = find_near_copies(dataset, prior_dataset)
     if rows:
         logger.warning(
             f"{len(rows)} rows of `dataset` have the texts of a row of `prior_dataset`, up to case and spacing, by "
-            f"the columns {', '.join(columns)} (rows {_shown(rows)}). If they are the same samples, the prior has "
-            "seen them: leave them out."
+            f"the columns {', '.join(columns)} (rows {_shown(rows)}). {cure}"
         )
-    return len(rows) if columns else None
+    close = find_close(collator.sketches, prior_sketches)
+    if close:
+        logger.warning(
+            f"{len(close)} rows of `dataset` have all but the same numbers as a row of `prior_dataset` (rows "
+            f"{_shown(close)}). {cure}"
+        )
+    has_numbers = any(sketch is not None for sketch in collator.sketches)
+    return len({*rows, *close}) if columns or has_numbers else None
 
 
 def _shown(rows: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from ..batch import IGNORE_INDEX, logits_of
 from ..data import LABEL_COLUMNS
 from .fingerprints import half_precisions, row_fingerprint
 from .scope import device_of, find_pretrained_model
+from .sketches import Sketch, Sketcher
 
 
 class MapStyleDataset(Protocol):
@@ -51,6 +52,7 @@ class FingerprintingCollator:
     Attributes:
         inputs (`list[str]`): Fingerprints of the rows since the last [`~FingerprintingCollator.take_reading`], without
             their labels.
+        sketches (`list[Sketch | None]`): Sketches of these rows.
         half_precisions (`set[torch.dtype]`): Half precisions that the rows came in.
         seen_columns (`set[str]`): Input columns of the rows.
     """
@@ -58,9 +60,11 @@ class FingerprintingCollator:
     def __init__(self, model: nn.Module, collator: Callable | None = None):
         columns = [*inspect.signature(find_pretrained_model(model).forward).parameters, *LABEL_COLUMNS]
         self.inputs: list[str] = []
+        self.sketches: list[Sketch | None] = []
         self.half_precisions: set[torch.dtype] = set()
         self.seen_columns: set[str] = set()
         self._reading = Reading([], [])
+        self._sketcher = Sketcher()
         self._columns = set(columns)
         self._collate = RemoveColumnsCollator(default_data_collator if collator is None else collator, columns)
 
@@ -69,6 +73,7 @@ class FingerprintingCollator:
             inputs, whole = self.fingerprint_row(row)
             self._reading.rows.append(whole)
             self.inputs.append(inputs)
+            self.sketches.append(self.sketch_row(row))
             self.half_precisions |= half_precisions({name: row[name] for name in self.input_columns(row)})
         self.seen_columns = self.input_columns(rows[0])
         batch = self._collate(rows)
@@ -94,9 +99,13 @@ class FingerprintingCollator:
         inputs = self.fingerprint_inputs(row)
         return inputs, inputs + row_fingerprint({name: row[name] for name in LABEL_COLUMNS if name in row})
 
+    def sketch_row(self, row: Mapping[str, object]) -> Sketch | None:
+        """Sketch of a row without its labels, see [`Sketcher`]."""
+        return self._sketcher.sketch({name: row[name] for name in self.input_columns(row)})
+
     def take_reading(self) -> Reading:
         """Returns what was read since the last call, and forgets it."""
-        reading, self._reading, self.inputs = self._reading, Reading([], []), []
+        reading, self._reading, self.inputs, self.sketches = self._reading, Reading([], []), [], []
         return reading
 
 
