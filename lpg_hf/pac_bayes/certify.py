@@ -21,6 +21,7 @@ from .certificate import Certificate, ErrorBound, ScaleChoice
 from .checks import (
     check_draws_suffice,
     check_label_noise,
+    check_processes_agree,
     check_settings,
     squared_distance_to_prior,
 )
@@ -172,6 +173,8 @@ def certify(
         class_counts, inputs = count_labels(model, loader)
         num_near_copies = check_independent_rows(collator, dataset, prior_dataset)
         reading = collator.take_reading()
+        settings = (scope, sigma_grid, num_draws, num_selection_draws, batch_size, seed)
+        check_processes_agree(certified_hash, weights_hash(prior), reading, settings)
         num_labels, num_samples = len(class_counts), int(class_counts.sum())
         check_draws_suffice(num_draws, num_labels, draw_level)
         check_label_noise(label_noise, num_labels)

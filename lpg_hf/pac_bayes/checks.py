@@ -1,10 +1,12 @@
 """Checks of everything that would make a certificate untrue, before it is computed."""
 
+import hashlib
 import math
 import operator
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -48,6 +50,25 @@ def check_label_noise(label_noise: float | None, num_labels: int) -> None:
         raise ValueError(
             f"`label_noise` must be a rate in [0, {highest:.4g}), which is (C-1)/C for C = {num_labels}; found "
             f"{label_noise}. Use a lower limit of the rate if it is not known."
+        )
+
+
+def check_processes_agree(*values: object) -> None:
+    """
+    Refuses processes that share draws, but not what these are drawn for.
+
+    Args:
+        *values (`object`): Weights, rows and settings by their hashes, or by what `repr` shows. Every process must
+            call it.
+
+    Raises:
+        ValueError: On every process, if they differ.
+    """
+    identities = gather_object([hashlib.blake2b(repr(values).encode(), digest_size=16).hexdigest()])
+    if len(set(identities)) > 1:
+        raise ValueError(
+            f"The {len(identities)} processes share the draws, so they must have the same weights, rows and settings; "
+            "found others. Give every process the whole data set, not its shard, and the model that all trained."
         )
 
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..batch import IGNORE_INDEX
+from ..weights_hash import weights_hash
+from .checks import check_processes_agree
 from .drawn_logits import DrawnLogits
 from .loaded_weights import LoadedWeights
 from .loading import FingerprintingCollator, MapStyleDataset, count_labels, make_loader, split_labels
@@ -68,13 +70,16 @@ def gibbs_error(
         [`GibbsError`]
 
     Raises:
-        ValueError: If `scope` selects no parameter, a label is out of range, or a module goes on with values of old
-            weights.
+        ValueError: If `scope` selects no parameter, a label is out of range, a module goes on with values of old
+            weights, or processes have different weights or rows.
     """
-    loader = make_loader(dataset, FingerprintingCollator(model, data_collator), batch_size)
+    collator = FingerprintingCollator(model, data_collator)
+    loader = make_loader(dataset, collator, batch_size)
     noise = WeightNoise(model, parameters_in_scope(model, scope), seed)
+    model_hash = weights_hash(model)
     with evaluation_mode(model), LoadedWeights(model, noise.weights) as loaded:
         class_counts, inputs = count_labels(model, loader)
+        check_processes_agree(model_hash, collator.take_reading(), sigma, scope, num_draws, batch_size, seed)
         check_noise_reaches_logits(noise, loaded, inputs)
         drawn = DrawnLogits(noise, loaded)
         errors = count_errors(drawn, loader, len(class_counts), [sigma], num_draws, EVALUATION, disable_tqdm)[0]
