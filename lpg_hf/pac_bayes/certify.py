@@ -31,6 +31,7 @@ from .independence import check_independent_rows, check_same_reading
 from .loaded_weights import LoadedWeights
 from .loading import FingerprintingCollator, MapStyleDataset, count_labels, make_loader
 from .prior_function import check_prior_computes_the_same
+from .row_mixing import check_rows_do_not_mix
 from .scope import find_pretrained_model, parameters_in_scope
 from .stale_weights import check_noise_reaches_logits
 from .weight_noise import CERTIFICATION, SELECTION, WeightNoise
@@ -178,6 +179,7 @@ def certify(
         num_labels, num_samples = len(class_counts), int(class_counts.sum())
         check_draws_suffice(num_draws, num_labels, draw_level)
         check_label_noise(label_noise, num_labels)
+        check_rows_do_not_mix(model, inputs)
         check_noise_reaches_logits(noise, loaded, inputs)
         check_prior_computes_the_same(noise, loaded, prior, inputs)
         drawn = DrawnLogits(noise, loaded)

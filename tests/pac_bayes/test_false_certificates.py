@@ -116,6 +116,27 @@ def test_shards_are_refused(where):
             run()
 
 
+class OwnNormalization(Network):
+    def hidden(self, x):
+        hidden = super().hidden(x)
+        return (hidden - hidden.mean(0)) / (hidden.std(0, correction=0) + 1e-5)
+
+
+class Dropping(Network):
+    def hidden(self, x):
+        return nn.functional.dropout(super().hidden(x), 0.5)
+
+
+def test_rows_that_depend_on_their_batch_are_refused():
+    rows = make_rows()
+    model = OwnNormalization()
+    with pytest.raises(ValueError, match=r"depend on the other rows of its batch .* `batch_size=1`"):
+        certify(model, rows, prior=copy.deepcopy(model), **FEW)
+    certify(model, rows, prior=copy.deepcopy(model), batch_size=1, **FEW)
+    # What is drawn at random differs from pass to pass, and says nothing about the batch.
+    certify(Dropping(), rows, prior=Dropping(), **FEW)
+
+
 # The prior
 
 
