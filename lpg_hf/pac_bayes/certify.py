@@ -79,24 +79,33 @@ def certify(
 
     The bounds rest on these conditions, which are checked:
 
-    - The prior has the same architecture. With the weights of `model` it predicts the same.
+    - The prior has the same architecture, and weights of its own. With the weights of `model`, and with noise on them,
+      it predicts the same.
     - Everything without noise, including buffers such as BatchNorm statistics, equals the prior's.
     - The predictions are those of the drawn weights. For every batch, one draw is compared with weights that are
       loaded as from a checkpoint. A module that goes on with values of old weights is refused.
+    - Parameters are whole, not shards. All processes that share the draws have the same weights, rows and settings.
+    - The logits of a row do not depend on the other rows of its batch (seen on the first batch).
     - A row and a batch read the same each time (no augmentation), and so does a row of `prior_dataset`.
     - No row occurs twice in `dataset`, and none of them is in `prior_dataset`, in whatever container, dtype or
-      padding, or under whatever transform of the same stored rows. Rows of `dataset` that differ from one of the
-      prior's in case and spacing alone are counted, and a warning names them.
+      padding under an attention mask, or under whatever transform of the same stored rows. The collator makes one
+      entry of a row. A warning names rows that differ from another one of `dataset`, or from one of the prior's, in
+      case and spacing alone, or in rounding, a little noise or zeros at the end of 16 numbers or more.
 
     The scale is chosen on other draws than the ones that certify. These conditions cannot be checked:
 
     - The rows are independent draws from the distribution that the model will meet.
-    - A prior that was trained without `prior_dataset` has never seen the rows.
-    - A copy of a row that was changed for good (another resolution, a paraphrase) is not known as one.
-    - The logits of a row do not depend on the other rows of its batch.
-    - No module keeps values of old weights outside of itself, such as in a global cache, or as plain or whole numbers.
+    - The prior has seen no other rows than those of `prior_dataset`. As an `eval_dataset`, too, rows are seen:
+      [`LPGTrainer`] counts their classes, and early stopping picks by them.
+    - A copy of a row that was changed for good (another resolution, a crop, a paraphrase) is not known as one. Nor are
+      samples of one source, such as windows of one document, or frames of one video.
+    - The logits of a row do not depend on how far its batch is padded.
+    - No module keeps values of old weights that model and prior share, such as in a global cache of one entry, or
+      under `torch.nn.utils.parametrize.cached()`.
     - Nothing else (a normalizer, a vocabulary, `sigma_grid`) was fitted to the rows.
-    - No other model, prior, scope or seed was tried and dropped. If k were tried, pass `delta / k`.
+    - No label of the rows was changed, and no row left out, because of what a model says that has seen them.
+    - No other certificate (of another model, prior, scope or seed) was computed and dropped. If k were computed, pass
+      `delta / k`. The model itself may be stopped, tuned and picked by the rows, before its only certificate.
 
     A certificate belongs to the weights of `model` as they are, bit for bit, and keeps their hash. Dropout that stays
     active in evaluation mode is part of the certified classifier.
@@ -123,7 +132,8 @@ def certify(
         num_selection_draws (`int`, *optional*, defaults to 20): Draws to evaluate each scale of the grid by.
         label_noise (`float`, *optional*):
             For noisy labels in `dataset`, the probability in [0, (C-1)/C) that a label is one of the wrong classes,
-            each equally likely; or a lower limit of this probability.
+            each equally likely; or a lower limit of this probability. A rate above the true one gives a bound that is
+            too low.
         data_collator (`Callable`, *optional*): As for the Trainer.
             Defaults to [`~transformers.default_data_collator`].
         batch_size (`int`, *optional*, defaults to 64): Rows per forward pass.
@@ -135,10 +145,11 @@ def certify(
         [`Certificate`]: It prints as a table and is saved as JSON.
 
     Raises:
-        ValueError: If an argument is out of range, the prior does not fit or predicts differently, a tensor without
-            noise differs from the prior's, BatchNorm is in training mode or has no running statistics, a module keeps
-            values of old weights, rows change from one reading to the next, occur twice or in `prior_dataset`, or
-            there are fewer draws than the bound can use.
+        ValueError: If an argument is out of range, the prior does not fit, lies in the memory of the model or predicts
+            differently, a tensor without noise differs from the prior's, parameters are sharded, BatchNorm is in
+            training mode or has no running statistics, the rows of a batch depend on each other, a module keeps values
+            of old weights, rows change from one reading to the next, occur twice or in `prior_dataset`, the collator
+            repeats them, processes differ, or there are fewer draws than the bound can use.
 
     Example:
 
