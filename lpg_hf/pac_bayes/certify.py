@@ -98,7 +98,8 @@ def certify(
     - The prior has seen no other rows than those of `prior_dataset`. As an `eval_dataset`, too, rows are seen:
       [`LPGTrainer`] counts their classes, and early stopping picks by them.
     - A copy of a row that was changed for good (another resolution, a crop, a paraphrase) is not known as one. Nor are
-      samples of one source, such as windows of one document, or frames of one video.
+      samples of one source, such as windows of one document, or frames of one video. Rows are compared by all columns
+      that the model's `forward` takes, so an identifier among them hides copies.
     - The logits of a row do not depend on how far its batch is padded.
     - No module keeps values of old weights that model and prior share, such as in a global cache of one entry, or
       under `torch.nn.utils.parametrize.cached()`.

@@ -10,6 +10,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from .scope import share_memory
+
 
 def check_settings(
     sigma_grid: Sequence[float], delta: float, num_draws: int, num_selection_draws: int
@@ -136,7 +138,7 @@ def _check_architecture(model: nn.Module, prior: nn.Module) -> None:
 
 def _check_own_memory(model: nn.Module, prior: nn.Module, names: Sequence[str]) -> None:
     parameters, prior_parameters = dict(model.named_parameters()), dict(prior.named_parameters())
-    shared = [name for name in names if _address(parameters[name]) == _address(prior_parameters[name])]
+    shared = [name for name in names if share_memory(parameters[name], prior_parameters[name])]
     if shared:
         shown = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
         raise ValueError(
@@ -144,10 +146,6 @@ def _check_own_memory(model: nn.Module, prior: nn.Module, names: Sequence[str]) 
             "moved the prior, too, and the distance between them says nothing. Take `copy.deepcopy(model)` before "
             "`model` is trained. For a model that has never seen the rows of `dataset`, a deep copy made now will do."
         )
-
-
-def _address(parameter: Tensor) -> tuple[torch.device, int]:
-    return parameter.device, parameter.untyped_storage().data_ptr()
 
 
 def _check_batch_norm(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..batch import logits_of
 from .gibbs import evaluation_mode
 from .loaded_weights import LoadedWeights
-from .scope import device_of, fork_random_state
+from .scope import device_of, fork_random_state, share_memory
 from .weight_noise import EVALUATION, WeightNoise
 
 
@@ -61,11 +61,11 @@ def check_prior_computes_the_same(
 def _parameters_that_move(noise: WeightNoise) -> dict[str, nn.Parameter]:
     """Parameters of the model that get noise, and those that lie in the memory of one of these."""
     parameters = dict(noise.model.named_parameters())
-    addresses = {parameters[name].untyped_storage().data_ptr() for name in noise.weights}
+    noisy = [parameters[name] for name in noise.weights]
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if name in noise.weights or parameter.untyped_storage().data_ptr() in addresses
+        if name in noise.weights or any(share_memory(parameter, other) for other in noisy)
     }
 
 

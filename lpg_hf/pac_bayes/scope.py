@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -82,6 +82,15 @@ def find_backbone(model: nn.Module) -> nn.Module | None:
     if not isinstance(inner, PreTrainedModel) or inner.base_model is inner:
         return None
     return inner.base_model
+
+
+def share_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors overlap in memory. Quantized tensors that have no memory of their own do not."""
+    begins = first.data_ptr(), second.data_ptr()
+    if first.device != second.device or 0 in begins:
+        return False
+    ends = (begin + tensor.nbytes for begin, tensor in zip(begins, (first, second), strict=True))
+    return max(begins) < min(ends)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from transformers import default_data_collator
 
 from lpg_hf.pac_bayes import certify, gibbs_error
 from lpg_hf.pac_bayes.near_copies import find_near_copies_within
+from lpg_hf.pac_bayes.scope import share_memory
 from lpg_hf.pac_bayes.weight_noise import EVALUATION, WeightNoise
 
 
@@ -157,6 +158,13 @@ def test_a_prior_that_training_has_moved_is_refused(memorized, make, count):
     model, prior, rows = memorized
     with pytest.raises(ValueError, match=rf"^{count} parameters of `prior` lie in the memory .* `copy\.deepcopy"):
         certify(model, rows, prior=make(model, prior), **FEW)
+
+
+def test_memory_is_compared_as_far_as_it_goes():
+    whole = torch.zeros(10)
+    assert share_memory(whole, whole) and share_memory(whole, whole[9:]) and share_memory(whole[3:6], whole[:4])
+    assert not share_memory(whole[:5], whole[5:]) and not share_memory(whole, whole.clone())
+    assert not share_memory(whole[:0], whole) and not share_memory(whole, whole.to("meta"))
 
 
 def test_weights_without_noise_may_lie_in_one_memory(memorized):

@@ -223,7 +223,7 @@ def test_a_fixed_backbone_runs_as_often_for_many_draws_as_for_few():
     rows = distinct_rows("bert", 20, dtype=torch.float64)
     certify(model, rows, prior=prior, scope="head", sigma_grid=[0.1], batch_size=5, **FEW)
     # For each of four batches, one that is remembered and one that checks it. Before that, one forward pass that
-    # counts the classes, three that are compared with half of a batch, and two that are compared with the prior.
+    # counts the classes, three that are compared with a part of a batch, and two that are compared with the prior.
     assert len(calls) == 4 * 2 + 6
     assert "forward" not in vars(model.bert)
 
