@@ -16,7 +16,8 @@ WINDOW = 512
 # Shares differ if their total variation is larger, and chance would do as much once in a million runs at most.
 MIN_DISTANCE = 0.1
 SIGNIFICANCE = 1e-6
-# A loss corrects the imbalance if the pull of a class grows with this power of its rarity. Balanced weights have 1.
+# A loss corrects the imbalance if the pull of a class grows with this power of its rarity (balanced weights have 1),
+# or if it adds this multiple of the logarithms of the class shares to the logits (balanced softmax has 1).
 MIN_POWER = 0.15
 
 UNDECIDED, NO, YES = range(3)
@@ -51,6 +52,8 @@ class ImbalanceWatch:
         self._start = -1
         # Products of the variables of the fit, summed over samples: 1, rarity, log(1 - p_y), log of the relative pull.
         self._moments = torch.zeros(4, 4, dtype=torch.float64)
+        # The same for the classes besides the label, within each sample: log share, log p, log of the relative pull.
+        self._offset_moments = torch.zeros(3, 3, dtype=torch.float64)
 
     @property
     def met_other_labels(self) -> bool:
@@ -89,7 +92,7 @@ class ImbalanceWatch:
 
     def add_pulls(self, batch: LogitBatch, gradient: Tensor, log_rarity: Tensor) -> None:
         """
-        Adds a micro-batch to the fit of [`ImbalanceWatch.judge_loss`].
+        Adds a micro-batch to the two fits of [`ImbalanceWatch.judge_loss`].
 
         Args:
             batch ([`LogitBatch`]): The micro-batch.
@@ -104,6 +107,19 @@ class ImbalanceWatch:
         rarity = log_rarity.to(plain)[batch.classes]
         rows = torch.stack([torch.ones_like(plain), rarity, plain.log(), (custom / plain).log()]) * counts
         self._moments = self._moments.to(rows.device) + rows @ rows.T
+        self._add_offsets(batch, gradient.double(), log_rarity)
+
+    def _add_offsets(self, batch: LogitBatch, gradient: Tensor, log_rarity: Tensor) -> None:
+        log_prob = batch.logits.double().log_softmax(-1)
+        counts = batch.valid_mask[:, None] & (gradient > 0) & gradient.isfinite() & log_prob.isfinite()
+        counts = counts.scatter(-1, batch.classes[:, None], False)
+        log_prob = torch.where(counts, log_prob, 0.0)
+        pull = torch.where(counts, gradient, 1.0).log() - log_prob
+        columns = torch.stack([-log_rarity.to(pull).expand_as(pull), log_prob, pull])
+        # The weight and the unit of a sample are its mean, and fall out.
+        means = (columns * counts).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp(min=1)
+        centered = ((columns - means) * counts).flatten(1)
+        self._offset_moments = self._offset_moments.to(centered.device) + centered @ centered.T
 
     def judge_loss(self, accelerator: Accelerator) -> bool:
         """
@@ -111,14 +127,18 @@ class ImbalanceWatch:
 
         The pull of a sample on the logit of its label, relative to cross-entropy, is fitted by a power of the rarity
         of its class and a power of `1 - p_y`. Cross-entropy, label smoothing and focal loss have a power of rarity
-        near 0, balanced class weights have 1, and offsets of the logits lie in between.
+        near 0, and balanced class weights have 1.
+
+        An offset of the logits shows in the other classes: cross-entropy at `z + a` pulls class j by `p_j exp(a_j)`,
+        up to a factor of the sample. This pull, relative to `p_j`, is fitted by powers of the class share and of
+        `p_j`. Balanced softmax has 1 and 0, and losses without an offset have 0 and some power of `p_j`.
 
         Args:
             accelerator (`accelerate.Accelerator`): The accelerator of the training.
         """
-        moments = accelerator.reduce(self._moments.to(accelerator.device), "sum").cpu().numpy()
-        coefficients = np.linalg.lstsq(moments[:3, :3] + 1e-6 * np.eye(3), moments[:3, 3], rcond=None)[0]
-        self._verdicts[1] = YES if coefficients[1] > MIN_POWER else NO
+        _, power, _ = _fit(self._moments, accelerator)
+        offset, _ = _fit(self._offset_moments, accelerator)
+        self._verdicts[1] = YES if max(power, offset) > MIN_POWER else NO
         return self.loss_corrects
 
     def judge_labels(self, seen: Sequence[int], is_epoch: bool) -> bool:
@@ -160,6 +180,13 @@ class ImbalanceWatch:
             self._start = int(tensors["start"])
         else:
             self._verdicts, self.begins_anew = [UNDECIDED, verdicts[1], YES], True
+
+
+def _fit(moments: Tensor, accelerator: Accelerator) -> list[float]:
+    """Coefficients of a linear fit of the last variable by the others, from the products of all processes."""
+    products = accelerator.reduce(moments.to(accelerator.device), "sum").cpu().numpy()
+    ridge = 1e-6 * np.eye(len(products) - 1)
+    return np.linalg.lstsq(products[:-1, :-1] + ridge, products[:-1, -1], rcond=None)[0].tolist()
 
 
 def _check_state(tensors: Mapping[str, Tensor]) -> None:

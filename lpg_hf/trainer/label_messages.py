@@ -32,8 +32,8 @@ def warn_of_counts(
 def warn_of_correcting_loss() -> None:
     """Warns that `auto` does not correct what the user's loss corrects."""
     logger.warning(
-        "`compute_loss_func` corrects the class imbalance already, as class weights do, so `auto` leaves its own "
-        "correction out. To let `auto` correct it, pass a loss without weights."
+        "`compute_loss_func` corrects the class imbalance already, as class weights and shifted logits do, so `auto` "
+        "leaves its own correction out. To let `auto` correct it, pass a loss without these."
     )
 
 

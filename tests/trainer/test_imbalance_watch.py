@@ -92,6 +92,10 @@ LOSSES = {
     "weighted focal": (lambda z, y: focal(z, y, WEIGHTS), True),
     "weights against the rare": (lambda z, y: F.cross_entropy(z, y, weight=1 / WEIGHTS), False),
     "balanced softmax": (lambda z, y: F.cross_entropy(z + LOG_PRIOR, y), True),
+    "half of its offset": (lambda z, y: F.cross_entropy(z + 0.5 * LOG_PRIOR, y), True),
+    "an offset against the rare": (lambda z, y: F.cross_entropy(z - 0.5 * LOG_PRIOR, y), False),
+    "temperature": (lambda z, y: F.cross_entropy(z / 2, y), False),
+    "squared error of probabilities": (lambda z, y: (z.softmax(-1) - F.one_hot(y, C)).square().sum(-1).mean(), False),
 }
 
 
@@ -105,6 +109,24 @@ def test_a_loss_that_corrects_the_imbalance_is_told_from_one_that_does_not(name,
     logits = 0.3 * torch.randn(512, C, dtype=torch.float64, generator=generator)
     logits[labels == 0, 0] += learned  # the head is learned first
     assert power_of(loss, logits, labels) == corrects
+
+
+@pytest.mark.parametrize("learned", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("multiple", "corrects"), [(-0.5, False), (0.0, False), (0.05, False), (0.3, True), (1.0, True)]
+)
+def test_offsets_show_among_many_classes_that_noise_has_made_alike(multiple, corrects, dtype, learned):
+    """The label's own pull hardly differs between classes there."""
+    shares = torch.tensor([93, 75, 64, 45, 33, 27, 20, 21, 13, 14], dtype=torch.float64) / 405
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.multinomial(shares, 512, True, generator=generator)
+    logits = (torch.randn(512, 10, generator=generator) + learned * F.one_hot(labels, 10)).to(dtype).requires_grad_()
+    loss = F.cross_entropy(logits + multiple * shares.log().to(dtype), labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    watch = ImbalanceWatch(None, True)
+    watch.add_pulls(LogitBatch(logits.float(), labels), gradient, -shares.log())
+    assert watch.judge_loss(Accelerator(cpu=True)) == corrects
 
 
 # In training
