@@ -17,8 +17,10 @@ WINDOW = 512
 MIN_DISTANCE = 0.1
 SIGNIFICANCE = 1e-6
 # A loss corrects the imbalance if the pull of a class grows with this power of its rarity (balanced weights have 1),
-# or if it adds this multiple of the logarithms of the class shares to the logits (balanced softmax has 1).
+# or if it adds this multiple of the logarithms of the class shares to the logits (balanced softmax has 1). Below it
+# `auto` keeps its own correction, because belief is judged as if a loss that corrects did all of it.
 MIN_POWER = 0.15
+MIN_OFFSET = 0.7
 
 UNDECIDED, NO, YES = range(3)
 
@@ -138,7 +140,7 @@ class ImbalanceWatch:
         """
         _, power, _ = _fit(self._moments, accelerator)
         offset, _ = _fit(self._offset_moments, accelerator)
-        self._verdicts[1] = YES if max(power, offset) > MIN_POWER else NO
+        self._verdicts[1] = YES if power > MIN_POWER or offset > MIN_OFFSET else NO
         return self.loss_corrects
 
     def judge_labels(self, seen: Sequence[int], is_epoch: bool) -> bool:
