@@ -30,7 +30,6 @@ from transformers import (
 from transformers.utils import logging
 
 from lpg_hf import ClassRelativeDampening, LPGConfig, LPGTrainer
-from lpg_hf.batch import LogitBatch
 from lpg_hf.data import add_label_noise, class_counts, make_long_tailed
 from lpg_hf.metrics import make_compute_metrics
 
@@ -79,7 +78,7 @@ class WeightCallback(TrainerCallback):
         (dampening,) = (method for method in loss.perturbations if isinstance(method, ClassRelativeDampening))
         model.eval()
         logits = model(pixel_values=self.pixels).logits
-        batch = LogitBatch(logits, self.labels, loss.statistics.judged_offset)
+        batch = loss.batch_of(logits, self.labels)
         weights = dampening.weight(batch.gradient, batch, loss.statistics)
         model.train()
         self.weights.append([weights[~self.is_wrong].mean().item(), weights[self.is_wrong].mean().item()])

@@ -1,6 +1,7 @@
 """What the logits of a micro-batch say: computed once, and handed to the loss, the methods and the statistics."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,41 +11,69 @@ from torch.nn import functional as F
 IGNORE_INDEX = -100
 # A label whose probability is below this share of the largest is contradicted by the model.
 CONFIDENT_ERROR = 0.1
+# Up to this many logits a batch is looked at in all ways at once. Beyond, memory costs more than starting operations.
+MAX_STACKED = 2**17
+# The reduction of `nll_loss_forward` that sums.
+_SUM = 2
+
+
+class Offsets(NamedTuple):
+    """
+    What is added to the logits of a batch, so that it is looked at in several ways at once.
+
+    Args:
+        rows (`torch.Tensor` of shape `[k, C]`):
+            In this order: the offset at which labels are judged ([`ClassStatistics.judged_offset`]), that of the fit
+            excess ([`ClassStatistics.fitted_offset`]), zeros, and the offsets of targets. The second is left out where
+            it is the first, and both where they are 0.
+        plain (`int`): Position of the zeros.
+    """
+
+    rows: Tensor
+    plain: int
+
+
+class Look(NamedTuple):
+    """What softmax says of a micro-batch in k ways, `[k, N]` each but for the last."""
+
+    label_prob: Tensor
+    largest_prob: Tensor
+    confidence_ratio: Tensor
+    expected: Tensor  # less the square of the norm, it is the fit excess
+    norm: Tensor
+    label_gradient: Tensor  # [k, N, 1]
 
 
 class LogitBatch:
     """
-    Softmax and cross-entropy of a micro-batch in one pass over its logits, with a single matrix of their size.
+    Softmax and cross-entropy of a micro-batch.
 
     Args:
         logits (`torch.Tensor` of shape `[N, C]`): Float32 or float64. The graph of the logits is not used.
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
-        judged_offset (`torch.Tensor` of shape `[C]`, *optional*):
-            Added to the logits where the labels are judged, see [`ClassStatistics.judged_offset`]. Left out, it is 0.
-        fitted_offset (`torch.Tensor` of shape `[C]`, *optional*):
-            Added to the logits for the fit excess, see [`ClassStatistics.fitted_offset`]. Left out, it is 0. If it is
-            the same tensor as `judged_offset`, it is added once.
+        offsets ([`Offsets`], *optional*): What is added to the logits to look at them otherwise. Left out, nothing is.
 
     Attributes:
-        ignore_mask (`torch.Tensor` of shape `[N]`): Whether a sample has no label.
-        valid_mask (`torch.Tensor` of shape `[N]`): Its opposite.
+        valid_mask (`torch.Tensor` of shape `[N]`): Whether a sample has a label.
+        ignore_mask (`torch.Tensor` of shape `[N]`): Its opposite.
+        is_valid (`torch.Tensor` of shape `[N]`): The `valid_mask` as 1 and 0, in the dtype of the logits.
         classes (`torch.Tensor` of shape `[N]`): The labels, 0 for ignored samples.
         label_log_prob (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy; 0 for ignored samples.
-        label_prob (`torch.Tensor` of shape `[N]`): `p_y`; 1 for ignored samples.
-        is_correct (`torch.Tensor` of shape `[N]`):
-            Whether no logit is larger than that of the label. Arbitrary for ignored samples.
+        label_prob (`torch.Tensor` of shape `[N]`): `p_y`. Arbitrary for ignored samples, as the next four.
+        is_correct (`torch.Tensor` of shape `[N]`): Whether no probability is larger than that of the label.
         confidence_ratio (`torch.Tensor` of shape `[N]`):
-            `q_y / max_j q_j` with `q = softmax(z + judged_offset)`, in [0, 1]; 1 for ignored samples.
+            `q_y / max_j q_j` with `q = softmax(z + judged_offset)`, in [0, 1].
+        confidence_ratios (`torch.Tensor` of shape `[2, N]`): The same, and below it that of the logits as they are.
         is_confident_error (`torch.Tensor` of shape `[N]`):
             Whether the model contradicts the label: a confidence ratio below 1/10.
-        label_gradient (`torch.Tensor` of shape `[N, 1]`): The entries of the labels in `gradient`.
+        fit_excess (`torch.Tensor` of shape `[N]`):
+            `q_y - sum_j q_j^2` with `q = softmax(z + fitted_offset)`, in [-1, 1]. It is the probability of
+            the label, less the one that the model itself expects. Its mean is 0 for a model that is
+            calibrated on these labels, and above 0 for one that fits labels which it has seen before.
         gradient (`torch.Tensor` of shape `[N, C]`):
             Gradient of the summed cross-entropy at the logits, see [`logit_gradient`]. Read-only.
+        label_gradient (`torch.Tensor` of shape `[N, 1]`): The entries of the labels in `gradient`.
         gradient_norm (`torch.Tensor` of shape `[N]`): Norm of the gradient of each sample.
-        fit_excess (`torch.Tensor` of shape `[N]`):
-            `q_y - sum_j q_j^2` with `q = softmax(z + fitted_offset)`, in [-1, 1]; arbitrary for ignored samples. It is
-            the probability of the label, less the one that the model itself expects. Its mean is 0 for a model that is
-            calibrated on these labels, and above 0 for one that fits labels which it has seen before.
         scale (`torch.Tensor` of shape `[N]` or `None`):
             The factor on the gradient of each sample that another loss than cross-entropy and the methods in front
             have; `None` for 1. A method that moves the target takes it, too. The loss sets it.
@@ -65,59 +94,106 @@ class LogitBatch:
     ```
     """
 
-    def __init__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        judged_offset: Tensor | None = None,
-        fitted_offset: Tensor | None = None,
-    ):
+    def __init__(self, logits: Tensor, labels: Tensor, offsets: Offsets | None = None):
         self.logits = logits = logits.detach()
         self.labels = labels
         self.scale: Tensor | None = None
-        self.ignore_mask = labels == IGNORE_INDEX
-        self.valid_mask = ~self.ignore_mask
-        self.classes = labels.masked_fill(self.ignore_mask, 0)
-        index = self.classes[:, None]
-        # How far the label is from the largest entry: of the logits, and of those at which labels are judged.
-        margin = judged = _label_entries(logits, index) - logits.amax(-1, keepdim=True)
-        # One matrix serves for all: new memory costs more than arithmetic.
+        self.valid_mask = labels != IGNORE_INDEX
+        self.is_valid = self.valid_mask.to(logits)
+        self.classes = labels * self.valid_mask
+        rows, plain = (None, 0) if offsets is None else (offsets.rows.to(logits), offsets.plain)
+        self.is_small = (1 if rows is None else len(rows)) * logits.numel() <= MAX_STACKED
+        # Gradients, or offsets for which they are still to be computed.
+        self._targets: list[Tensor | None]
+        if rows is None:
+            look, (self.gradient,) = self._look(logits[None])
+            self._targets = []
+        elif self.is_small:
+            matrices = logits + rows[:, None]
+            look, matrices = self._look(matrices, out=matrices)
+            self.gradient, self._targets = matrices[plain], [*matrices[plain + 1 :]]
+        else:
+            look, self.gradient = self._look_in_turn(rows[:plain])
+            self._targets = [*rows[plain + 1 :]]
+        fitted = max(plain - 1, 0)
+        self.fit_excess = torch.addcmul(look.expected[fitted], look.norm[fitted], look.norm[fitted], value=-1)
+        self.label_prob, self._largest_prob = look.label_prob[plain], look.largest_prob[plain]
+        self.gradient_norm, self.label_gradient = look.norm[plain], look.label_gradient[plain]
+        self.confidence_ratios = look.confidence_ratio[: plain + 1 : max(plain, 1)].expand(2, -1)
+
+    def _look(self, logits: Tensor, out: Tensor | None = None, has_gradient: bool = True) -> tuple[Look, Tensor]:
+        """Looks at logits `[k, N, C]`. The second result are the gradients, or else the probabilities."""
+        matrices = torch.softmax(logits, -1, out=out)
+        index = self.classes[:, None].expand(len(matrices), -1, 1)
+        label_prob, largest_prob = _label_entries(matrices, index), matrices.amax(-1, keepdim=True)
+        # With r the sum of the others, `p_y - |p|^2` is `r - |g|^2`.
+        entry = expected = label_prob
+        if has_gradient:
+            zero_ignored_(matrices, self.labels, self.valid_mask)
+            expected = matrices.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
+            # The entry of the label is minus the sum of the others, see `logit_gradient`.
+            entry = -expected
+            matrices.scatter_(-1, index, entry)
+        look = Look(
+            label_prob[..., 0],
+            largest_prob[..., 0],
+            confidence_ratio=(label_prob / largest_prob)[..., 0],
+            expected=expected[..., 0],
+            norm=torch.linalg.vector_norm(matrices, dim=-1),
+            label_gradient=entry,
+        )
+        return look, matrices
+
+    def _look_in_turn(self, offsets: Tensor) -> tuple[Look, Tensor]:
+        """Looks at the logits with each offset and without, in the memory of one matrix. The last has the gradient."""
         matrix: Tensor | None = None
-        if judged_offset is not None:
-            matrix = logits + judged_offset.to(logits)
-            judged = matrix.gather(-1, index) - matrix.amax(-1, keepdim=True)
-        self._fit_excess: Tensor | None = None
-        self._gradient_norm: Tensor | None = None
-        if fitted_offset is not None:
-            if matrix is None or fitted_offset is not judged_offset:
-                matrix = torch.add(logits, fitted_offset.to(logits), out=matrix)
-            torch.softmax(matrix, -1, out=matrix)
-            norm = torch.linalg.vector_norm(matrix, dim=-1)
-            self._fit_excess = torch.addcmul(matrix.gather(-1, index)[:, 0], norm, norm, value=-1)
-        probabilities = torch.softmax(logits, -1, out=matrix)
-        self.is_correct = margin[:, 0] == 0
+        looks = []
+        for offset in offsets:
+            matrix = torch.add(self.logits[None], offset, out=matrix)
+            looks.append(self._look(matrix, out=matrix, has_gradient=False)[0])
+        look, gradient = self._look(self.logits[None], out=matrix)
+        return Look(*map(torch.cat, zip(*looks, look, strict=True))), gradient[0]
+
+    def take_target(self, position: int) -> Tensor | None:
+        """
+        The gradient of cross-entropy at the logits plus the offset of a target, `[N, C]`, for the caller to overwrite.
+
+        Args:
+            position (`int`): Which of the offsets behind the zeros; -1 for none.
+
+        Returns:
+            `torch.Tensor`, or `None` if there is no such offset or the gradient was taken before.
+        """
+        if not 0 <= position < len(self._targets):
+            return None
+        target, self._targets[position] = self._targets[position], None
+        if target is not None and not self.is_small:
+            target = self.logits + target
+            logit_gradient(target, self.labels, out=target)
+        return target
+
+    @property
+    def ignore_mask(self) -> Tensor:
+        return ~self.valid_mask
+
+    @property
+    def label_log_prob(self) -> Tensor:
         # The sum of exp(z_j - max z) is 1 / max_j p_j.
-        label_log_prob = margin + probabilities.amax(-1, keepdim=True).log()
-        logarithms = torch.stack([label_log_prob, judged])[..., 0].masked_fill_(self.ignore_mask, 0.0)
-        self.label_log_prob = logarithms[0]
-        self.label_prob, self.confidence_ratio = logarithms.exp()
-        self.is_confident_error = self.confidence_ratio < CONFIDENT_ERROR
-        self.gradient = zero_ignored_(probabilities, labels, self.valid_mask)
-        self.label_gradient = balance_label_entry_(self.gradient, index)
+        label_logit = self.logits.gather(-1, self.classes[:, None])[:, 0]
+        log_prob = label_logit - self.logits.amax(-1) + self._largest_prob.log()
+        return log_prob.masked_fill(self.ignore_mask, 0.0)
 
     @property
-    def fit_excess(self) -> Tensor:
-        if self._fit_excess is None:
-            # The squared norm of p - onehot is the sum of the squares less 2 p_y, plus 1.
-            norm = self.gradient_norm
-            self._fit_excess = -torch.addcmul(self.label_gradient[:, 0], norm, norm)
-        return self._fit_excess
+    def confidence_ratio(self) -> Tensor:
+        return self.confidence_ratios[0]
 
     @property
-    def gradient_norm(self) -> Tensor:
-        if self._gradient_norm is None:
-            self._gradient_norm = torch.linalg.vector_norm(self.gradient, dim=-1)
-        return self._gradient_norm
+    def is_correct(self) -> Tensor:
+        return self.confidence_ratios[1] == 1
+
+    @property
+    def is_confident_error(self) -> Tensor:
+        return self.confidence_ratio < CONFIDENT_ERROR
 
 
 def relative_pull(gradient: Tensor, batch: LogitBatch) -> Tensor:
@@ -149,7 +225,7 @@ def relative_pull(gradient: Tensor, batch: LogitBatch) -> Tensor:
     return pull[:, 0].clamp(0, limits.max**0.5)
 
 
-def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+def logit_gradient(logits: Tensor, labels: Tensor, out: Tensor | None = None) -> Tensor:
     r"""
     Gradient of the summed cross-entropy at the logits, `softmax(z) - onehot(y)`.
 
@@ -159,6 +235,7 @@ def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits (`torch.Tensor` of shape `[N, C]`): The logits of the model.
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
+        out (`torch.Tensor` of shape `[N, C]`, *optional*): Where to write it; the logits themselves may be meant.
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: One gradient per sample. Rows sum to zero, those of ignored samples are zero.
@@ -172,7 +249,7 @@ def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
 
     ```
     """
-    gradient = zero_ignored_(logits.softmax(-1), labels)
+    gradient = zero_ignored_(torch.softmax(logits, -1, out=out), labels)
     balance_label_entry_(gradient, labels.clamp(min=0)[:, None])
     return gradient
 
@@ -183,6 +260,17 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
     except IndexError as error:
         raise _label_error(logits, error) from error
+
+
+def summed_cross_entropy(batch: LogitBatch) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropy of all samples, and its divisor: the number of those that have a label, or 1."""
+    if batch.is_small:
+        # The function behind `cross_entropy`, which keeps the number to itself.
+        log_prob = batch.logits.log_softmax(-1)
+        total, count = torch.ops.aten.nll_loss_forward(log_prob, batch.labels, None, _SUM, IGNORE_INDEX)
+    else:  # with a pass over the matrix less
+        total, count = -batch.label_log_prob.sum(), batch.is_valid.sum()
+    return total, count.clamp(min=1)
 
 
 def logits_of(outputs: Tensor | Mapping | tuple) -> Tensor:
@@ -218,8 +306,9 @@ def zero_ignored_(matrix: Tensor, labels: Tensor, valid_mask: Tensor | None = No
 
 def stack_rows(rows: Sequence[Tensor], batch: LogitBatch) -> Tensor:
     """Rows of one number per sample as one tensor, `[k, N]`, zero for ignored samples."""
-    # Filled and not multiplied: an ignored sample may have logits that are not finite.
-    return torch.stack(list(rows)).masked_fill_(batch.ignore_mask, 0.0)
+    table = torch.stack(list(rows))
+    zero_ignored_(table.T, batch.labels, batch.valid_mask)
+    return table
 
 
 def _label_entries(logits: Tensor, index: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def run_chain(
             weight = method.weight(gradient, batch, statistics)
             check_shape(method, "weight", weight, gradient, base_norm.shape)
             # The gradient of ignored samples stays zero, whatever their weight.
-            weight = method.last_weight = weight.to(base_norm.dtype).masked_fill(batch.ignore_mask, 1.0)
+            weight = method.last_weight = torch.where(batch.valid_mask, weight.to(base_norm), batch.is_valid)
             norm = gradient.norm(dim=-1) if norm is None else norm
             rows += [torch.addcmul(norm, norm, weight, value=-1).abs_(), weight]
             total_weight = weight if total_weight is None else total_weight * weight

@@ -34,9 +34,10 @@ class ClassMeans(nn.Module):
     def __init__(self, num_labels: int):
         super().__init__()
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
-        # Accuracy, probability of the label, and weight that dampening takes away.
-        self.register_buffer("_running", torch.zeros(3, num_labels))
-        # Samples, confidence ratios, their squares, confident errors, and fit excesses of the present epoch.
+        # Weight under dampening, accuracy, probability of the label, and 1.
+        self.register_buffer("_running", torch.tensor([[1.0], [0.0], [0.0], [1.0]]).repeat(1, num_labels))
+        # Samples, confidence ratios, their squares, samples that are no confident errors, and fit excesses of the
+        # present epoch.
         self.register_buffer("_epoch_sums", torch.zeros(5, num_labels))
         # Confidence ratios and their squares as means over the epochs before, the last of which makes a half. And the
         # running probability of the label at the end of the last epoch.
@@ -53,12 +54,12 @@ class ClassMeans(nn.Module):
 
         A prediction counts as correct if no logit is larger than that of the label, so ties favor no class.
         """
-        return self._running[0]
+        return self._running[1]
 
     @property
     def label_prob(self) -> Tensor:
         """Running mean of `p_{i,c}` over the samples of class c, `[C]`."""
-        return self._running[1]
+        return self._running[2]
 
     @property
     def confidence_ratio(self) -> Tensor:
@@ -100,7 +101,7 @@ class ClassMeans(nn.Module):
     @property
     def mean_weight(self) -> Tensor:
         """Running mean of the weights of the samples of class c under dampening, `[C]`; 1 before."""
-        return 1 - self._running[2]
+        return self._running[0]
 
     def _move_means(self, sums: Tensor) -> None:
         """
@@ -108,15 +109,15 @@ class ClassMeans(nn.Module):
 
         Args:
             sums (`torch.Tensor` of shape `[8, C]`):
-                Samples, confidence ratios, their squares, confident errors, fit excesses, correct predictions,
-                probabilities of the label, and weights that dampening takes away. They are overwritten.
+                Weights under dampening, correct predictions, probabilities of the label, samples, confidence ratios,
+                their squares, samples that are no confident errors, and fit excesses. They are overwritten.
         """
         # Logits that are not finite move no mean: the optimizer or a gradient scaler may have skipped their step.
-        sums.masked_fill_(sums[6].isnan(), 0.0)
-        self._epoch_sums += sums[:5]
-        # A running mean m moves to the mean of the step's n samples by (sum - n m) / n, with weight n / (n + INERTIA).
-        move = sums[5:].addcmul_(sums[0], self._running, value=-1)
-        self._running.addcdiv_(move, sums[0] + INERTIA)
+        sums.masked_fill_(sums[2].isnan(), 0.0)
+        self._epoch_sums += sums[3:]
+        # A running mean m moves to (m + sum / INERTIA) / (1 + n / INERTIA). That of the samples themselves stays 1.
+        moved = torch.add(self._running, sums[:4], alpha=1 / INERTIA)
+        torch.div(moved, moved[3], out=self._running)
 
     def _end_epoch_where(self, is_over: Tensor) -> None:
         """Turns the sums of the epoch into means if it is over, which is decided on the device."""
@@ -133,6 +134,7 @@ class ClassMeans(nn.Module):
     def _look_for_noise(self, is_over: Tensor) -> None:
         sums = self._epoch_sums.sum(1)
         count = sums[0].clamp(min=1)
+        sums[3] = sums[0] - sums[3]  # confident errors
         ratio, _, error, excess = sums[1:] / count
         evidence = torch.maximum(noise_evidence(error, ratio, excess), error_rise(error, self._least_error, count))
         # Once dampening acts, the excess says no more what the model would do without it.

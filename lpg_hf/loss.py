@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .added_gradient import add_gradient
-from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, stack_rows, zero_ignored_
+from .batch import IGNORE_INDEX, LogitBatch, cross_entropy, logits_of, stack_rows, summed_cross_entropy, zero_ignored_
 from .chain import last_weights, reweighting_methods, run_chain
 from .input_checks import check_inputs, divisor_of
 from .loss_graphs import LossGraphs
@@ -151,18 +151,18 @@ class LPGLoss(nn.Module):
         """
         logits, labels = check_inputs(logits_of(outputs), labels, self.num_labels)
         z = logits if logits.dtype == torch.float64 else logits.float()
-        divisor = divisor_of(labels, num_items_in_batch)
-
         perturbs = self.training and torch.is_grad_enabled() and logits.requires_grad and len(self.perturbations) > 0
         if model_loss is not None:
             # The mean over no sample is NaN.
             model_loss = torch.where((labels != IGNORE_INDEX).any(), model_loss.to(z.dtype), 0.0)
         if not perturbs:
-            return self._values(z, labels).sum() / divisor if model_loss is None else model_loss
+            if model_loss is not None:
+                return model_loss
+            return self._values(z, labels).sum() / divisor_of(labels, num_items_in_batch)
 
         if self.base_loss is not None:
             # The base loss keeps its own graph (it may have parameters), and the delta joins it at the logits.
-            batch = self.batch_of(z.detach(), labels)
+            batch, divisor = self.batch_of(z.detach(), labels), divisor_of(labels, num_items_in_batch)
             value = self._values(z, labels).sum() / divisor
             return self.perturb_loss(value, z, batch, divisor, observer, logits.dtype)
         step = self._whole_gradient if model_loss is None else self._sum_of_deltas
@@ -170,9 +170,11 @@ class LPGLoss(nn.Module):
             results: Sequence[Tensor] = step(z.detach(), labels, observer)
         else:
             results = self._run(step, z.detach(), labels, device=z.device)
-        gradient, *weights = results if model_loss is not None else results[1:]
+        gradient, *weights = results if model_loss is not None else results[2:]
         for method, weight in zip(reweighting_methods(self._methods), weights, strict=True):
             method.last_weight = weight
+        is_counted = model_loss is None and num_items_in_batch is None
+        divisor = results[1] if is_counted else divisor_of(labels, num_items_in_batch)
         gradient = self._watched(gradient, divisor, logits.dtype)
         if model_loss is None:
             return add_gradient(results[0], logits, gradient, divisor, divides_value=True)
@@ -180,26 +182,24 @@ class LPGLoss(nn.Module):
 
     def batch_of(self, logits: Tensor, labels: Tensor) -> LogitBatch:
         """A micro-batch of logits in float32 or float64, with the offsets of the statistics."""
-        judged, fitted = self.statistics.offsets
-        return LogitBatch(logits, labels, judged, None if self.is_frozen else fitted)
+        self._match(logits)
+        return LogitBatch(logits, labels, self.statistics.offsets)
 
     def _whole_gradient(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
-        """The summed cross-entropy, its perturbed gradient, and the weights of the methods that weight samples."""
+        """What [`summed_cross_entropy`] returns, the perturbed gradient, and the weights of samples."""
         batch = self.batch_of(z, labels)
-        perturbed = self.perturb(batch.gradient, batch, observer)
-        return [-batch.label_log_prob.sum(), perturbed, *last_weights(self._methods)]
+        sums = summed_cross_entropy(batch)
+        return [*sums, self.perturb(batch.gradient, batch, observer), *last_weights(self._methods)]
 
     def _sum_of_deltas(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
         """The sum of all deltas, and the weights."""
         batch = self.batch_of(z, labels)
-        perturbed = self.perturb(batch.gradient, batch, observer)
-        return [perturbed.sub_(batch.gradient), *last_weights(self._methods)]
+        return [self.perturb(batch.gradient, batch, observer).sub_(batch.gradient), *last_weights(self._methods)]
 
     def _run(self, step: Callable[..., Sequence[Tensor]], *inputs: Tensor, device: torch.device) -> Sequence[Tensor]:
         parts = [self, self.statistics, self._telemetry, *self._methods]
-        judged, fitted = self.statistics.offsets
-        rule = [judged is None, fitted is None, judged is fitted]
-        return self.graphs.run(self, step, inputs, parts, device, rule)
+        offsets = self.statistics.offsets
+        return self.graphs.run(self, step, inputs, parts, device, rule=offsets and (len(offsets.rows), offsets.plain))
 
     def perturb_loss(
         self,
@@ -268,7 +268,7 @@ class LPGLoss(nn.Module):
         if not self.is_frozen:
             # One table for both: each of its operations takes longer than all of its numbers.
             of_classes = self.statistics.rows_of(batch, uncompensated_weight(self._methods))
-            table = stack_rows([*of_classes, of_classes[0], *rows], batch)
+            table = stack_rows([*of_classes, batch.is_valid, *rows], batch)
             self.statistics.add(batch, table[: len(of_classes)])
             self._telemetry.record(table[len(of_classes) :], self.statistics.steps)
             if not self.managed:

@@ -6,12 +6,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .batch import LogitBatch, stack_rows
+from .batch import CONFIDENT_ERROR, LogitBatch, Offsets, stack_rows
 from .class_means import ClassMeans
 from .class_shares import PriorTerms, check_class_counts, check_shares, min_counted_samples, prior_terms
 from .epoch_watch import EpochWatch
 
 
+# Where the offsets of judged, fitted and unchanged logits are among all.
+JUDGED, FITTED, PLAIN = range(3)
 # Samples added to every class while the prior is being counted, so that a few batches do not look imbalanced.
 PRIOR_PSEUDO_COUNT = 10
 
@@ -71,6 +73,8 @@ class ClassStatistics(ClassMeans):
     class_counts: Tensor
     seen_counts: Tensor
     steps: Tensor
+    _bounds: Tensor
+    _offsets: Tensor
     _pending: Tensor
     _prior_rows: Tensor
     _eval_shares: Tensor | None
@@ -103,9 +107,12 @@ class ClassStatistics(ClassMeans):
         self.register_buffer("_eval_shares", shares, persistent=False)
         # Zero between optimizer steps, which is when state is saved.
         self.register_buffer("_pending", torch.zeros(8, num_labels), persistent=False)
-        # The terms of the prior in their order, and the offsets of fitted and judged logits. They stay in one place,
-        # where a CUDA graph finds them.
-        self.register_buffer("_prior_rows", torch.zeros(7, num_labels), persistent=False)
+        # The terms of the prior in their order. They stay in one place, where a CUDA graph finds them.
+        self.register_buffer("_prior_rows", torch.zeros(5, num_labels), persistent=False)
+        # Offsets at which labels are judged, of the fit excess, and zeros. Then two rows for each target.
+        self.register_buffer("_offsets", torch.zeros(3, num_labels), persistent=False)
+        # The confidence ratios from which on a label is not contradicted, and the prediction is correct.
+        self.register_buffer("_bounds", torch.tensor([[CONFIDENT_ERROR], [1.0]]), persistent=False)
         self._update_prior()
 
     @property
@@ -136,7 +143,7 @@ class ClassStatistics(ClassMeans):
             is_enough = self.class_counts.sum() >= min_counted_samples(self.num_labels)
             counts = torch.where(is_enough | (self.epochs > 0), self.class_counts + PRIOR_PSEUDO_COUNT, 1)
         terms = prior_terms(counts.to(self._running.dtype) / counts.sum(), self._eval_shares)
-        torch.stack(terms, out=self._prior_rows[:-2])
+        torch.stack(terms, out=self._prior_rows)
         self._update_offsets()
         self._update_followers(self._prior_followers)
 
@@ -147,24 +154,40 @@ class ClassStatistics(ClassMeans):
 
     @property
     def prior_terms(self) -> PriorTerms:
-        return PriorTerms(*self._prior_rows[:-2].unbind())
+        return PriorTerms(*self._prior_rows.unbind())
 
     @property
     def judged_offset(self) -> Tensor:
-        return self._prior_rows[-1]
+        return self._offsets[JUDGED]
 
     @property
     def fitted_offset(self) -> Tensor:
-        return self._prior_rows[-2]
+        return self._offsets[FITTED]
 
     @property
-    def offsets(self) -> tuple[Tensor | None, Tensor | None]:
+    def offsets(self) -> Offsets | None:
+        """The offsets at which a [`LogitBatch`] is looked at; `None` where all are 0 by design."""
+        first = JUDGED if self._eval_shares is not None else FITTED if self._corrections else PLAIN
+        has_targets = len(self._offsets) > PLAIN + 1
+        if first == PLAIN and not has_targets:
+            return None
+        # The last row is the second one of a target.
+        return Offsets(self._offsets[first : -1 if has_targets else None], PLAIN - first)
+
+    def add_target(self) -> int:
         """
-        The `judged_offset` and the `fitted_offset`; `None` where one is 0 by design. Where training and evaluation
-        have the same class shares, they are the same tensor, which a batch adds only once.
+        Keeps an offset for a method whose delta leads to the gradient of cross-entropy at other logits.
+
+        Returns:
+            `int`: Its position for [`~ClassStatistics.target_rows`] and [`LogitBatch.take_target`].
         """
-        fitted = self.fitted_offset if self._corrections else None
-        return (fitted if self._eval_shares is None else self.judged_offset), fitted
+        position = len(self._offsets) - (PLAIN + 1)
+        self._offsets = torch.cat([self._offsets, torch.zeros_like(self._offsets[:2])])
+        return position
+
+    def target_rows(self, position: int) -> Tensor:
+        """The offset of a target, and a row for the method to write what it computes along with it, `[2, C]`."""
+        return self._offsets[PLAIN + 1 + position :][:2]
 
     @property
     def log_output_shares(self) -> Tensor:
@@ -237,12 +260,17 @@ class ClassStatistics(ClassMeans):
         self.add(batch, stack_rows(self.rows_of(batch, weight), batch))
 
     def rows_of(self, batch: LogitBatch, weight: Tensor | None = None) -> list[Tensor]:
-        """What is summed up per class, `[N]` each, with anything for ignored samples. Arguments as for `update`."""
-        ratio = batch.confidence_ratio
-        # Of one dtype: otherwise a GPU copies row by row when they are stacked.
-        one, error, correct = torch.stack([batch.valid_mask, batch.is_confident_error, batch.is_correct]).to(ratio)
-        rows = [one, ratio, ratio.square(), error, batch.fit_excess, correct, batch.label_prob]
-        return rows if weight is None else [*rows, 1 - weight]
+        """
+        What is summed up per class, `[N]` each, with anything for ignored samples: weight, correct prediction,
+        probability of the label, 1, confidence ratio, its square, no confident error, and fit excess. Arguments as
+        for `update`.
+        """
+        one, ratios = batch.is_valid, batch.confidence_ratios
+        # As numbers: a GPU would copy rows of several dtypes one by one when they are stacked.
+        believed, correct = torch.ge(ratios, self._bounds.to(ratios), out=ratios.new_empty(ratios.shape))
+        ratio = ratios[0]
+        weight = one if weight is None else weight
+        return [weight, correct, batch.label_prob, one, ratio, ratio.square(), believed, batch.fit_excess]
 
     @torch.no_grad()
     def add(self, batch: LogitBatch, rows: Tensor) -> None:
@@ -251,13 +279,13 @@ class ClassStatistics(ClassMeans):
 
         Args:
             batch ([`LogitBatch`]): The micro-batch.
-            rows (`torch.Tensor` of shape `[k, N]`):
-                The rows of [`~ClassStatistics.rows_of`], k = 7 or 8; zero for ignored samples.
+            rows (`torch.Tensor` of shape `[8, N]`):
+                The rows of [`~ClassStatistics.rows_of`]; zero for ignored samples.
         """
         # Before the sums: an interruption between the two may only count too many.
         if self._finds_epochs:
             self._epoch_watch.count_rows(self._epoch_sums, len(batch.classes))
-        self._pending[: len(rows)].index_add_(1, batch.classes, rows.to(self._pending.dtype))
+        self._pending.index_add_(1, batch.classes, rows.to(self._pending.dtype))
 
     @torch.no_grad()
     def step(self, reduce: Callable[[Tensor], Tensor] | None = None, is_seen: bool = False) -> None:
@@ -272,7 +300,7 @@ class ClassStatistics(ClassMeans):
                 come, see [`EpochWatch`].
         """
         pending = self._pending if reduce is None else reduce(self._pending)
-        self.seen_counts += pending[0].long()
+        self.seen_counts += pending[3].long()
         self._move_means(pending)
         self._pending.zero_()
         self.steps += 1

@@ -2,17 +2,19 @@
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import reference
 import torch
 from hypothesis import given
-from logit_batches import LargestTensor, assert_equal, drawn_batches, every_dtype, few_examples
+from hypothesis import strategies as st
+from logit_batches import LargestTensor, assert_equal, drawn_batches, every_dtype, few_examples, offsets_of
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from lpg_hf.batch import IGNORE_INDEX, LogitBatch, logit_gradient
+from lpg_hf.batch import IGNORE_INDEX, MAX_STACKED, LogitBatch, Offsets, logit_gradient, summed_cross_entropy
 
 
 def gradient_of_batch(logits, labels):
@@ -105,7 +107,8 @@ def test_what_a_batch_says_of_its_samples_equals_the_reference(drawn):
     batch = drawn.batch
     assert torch.equal(batch.valid_mask, drawn.labels != IGNORE_INDEX)
     assert torch.equal(batch.ignore_mask, ~batch.valid_mask)
-    assert_equal(batch.label_prob, drawn.label_prob, 1e-12)
+    valid = batch.valid_mask
+    assert_equal(batch.label_prob[valid], drawn.label_prob[valid], 1e-12)
     assert_equal(batch.label_log_prob, drawn.label_prob.log(), 1e-10)
     for i, label in enumerate(drawn.labels.tolist()):
         if label != IGNORE_INDEX:
@@ -120,7 +123,7 @@ def test_what_a_batch_says_of_its_samples_equals_the_reference(drawn):
 @given(drawn_batches())
 def test_an_offset_moves_the_judgment_and_nothing_else(drawn):
     offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
-    plain, moved = drawn.batch, LogitBatch(drawn.logits, drawn.labels, offset)
+    plain, moved = drawn.batch, LogitBatch(drawn.logits, drawn.labels, offsets_of(offset))
     judged = LogitBatch(drawn.logits + offset, drawn.labels)
     for name in ("confidence_ratio", "is_confident_error"):
         assert torch.equal(getattr(moved, name)[drawn.batch.valid_mask], getattr(judged, name)[drawn.batch.valid_mask])
@@ -130,13 +133,41 @@ def test_an_offset_moves_the_judgment_and_nothing_else(drawn):
 
 @few_examples
 @given(drawn_batches())
-def test_one_tensor_as_both_offsets_gives_what_two_equal_ones_give(drawn):
+def test_one_offset_for_both_gives_what_two_equal_ones_give(drawn):
     offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
-    once = LogitBatch(drawn.logits, drawn.labels, offset, offset)
-    twice = LogitBatch(drawn.logits, drawn.labels, offset, offset.clone())
+    once = LogitBatch(drawn.logits, drawn.labels, Offsets(torch.stack([offset, 0 * offset]), plain=1))
+    twice = LogitBatch(drawn.logits, drawn.labels, offsets_of(offset, offset))
     for name in ("confidence_ratio", "fit_excess", "label_log_prob", "gradient"):
         valid = drawn.batch.valid_mask
         assert torch.equal(getattr(once, name)[valid], getattr(twice, name)[valid])
+
+
+@pytest.mark.parametrize("plain", [0, 1, 2])
+@few_examples
+@given(drawn=drawn_batches(), seed=st.integers(0, 99))
+def test_a_large_batch_is_looked_at_in_turn_with_the_same_results(drawn, seed, plain):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(plain + 3, drawn.num_classes, dtype=torch.float64, generator=generator)
+    rows[plain] = 0
+    at_once, in_turn = (look_at(drawn, Offsets(rows, plain), limit) for limit in (MAX_STACKED, 0))
+    for name in ("label_prob", "label_log_prob", "confidence_ratios", "gradient", "label_gradient", "gradient_norm"):
+        assert_equal(getattr(in_turn, name), getattr(at_once, name), 1e-15)
+    valid = drawn.labels != IGNORE_INDEX
+    assert_equal(in_turn.fit_excess[valid], at_once.fit_excess[valid], 1e-15)
+    for found, expected in zip(summed_cross_entropy(in_turn), summed_cross_entropy(at_once), strict=True):
+        assert_equal(found, expected, 1e-12)
+    for position in (0, 1):
+        target = in_turn.take_target(position)
+        assert_equal(target, at_once.take_target(position), 1e-15)
+        logits = drawn.logits + rows[plain + 1 + position]
+        assert_equal(target, reference.logit_gradient(logits.numpy(), drawn.labels.tolist()), 1e-14)
+        assert in_turn.take_target(position) is None  # whoever takes it may overwrite it
+    assert in_turn.take_target(2) is None
+
+
+def look_at(drawn, offsets, limit):
+    with mock.patch("lpg_hf.batch.MAX_STACKED", limit):
+        return LogitBatch(drawn.logits, drawn.labels, offsets)
 
 
 @few_examples
@@ -176,7 +207,7 @@ def test_fit_excess_equals_the_reference_with_and_without_an_offset(drawn):
     logits, labels = drawn.logits[valid], drawn.labels[valid].tolist()
     offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
     for shift in (None, torch.zeros_like(offset), offset):
-        found = LogitBatch(drawn.logits, drawn.labels, fitted_offset=shift).fit_excess
+        found = LogitBatch(drawn.logits, drawn.labels, offsets_of(fitted=shift)).fit_excess
         assert found.shape == drawn.labels.shape
         assert_equal(found[valid], expected_excess(logits, labels, 0.0 if shift is None else shift), 1e-12)
 
@@ -186,7 +217,9 @@ def test_fit_excess_equals_the_reference_with_and_without_an_offset(drawn):
 def test_fit_excess_lies_within_1_and_leaves_all_else_as_it_is(drawn):
     offset = torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64)
     for judged, fitted in itertools.product((None, offset.flip(0)), (None, offset)):
-        batch, plain = (LogitBatch(drawn.logits.clone(), drawn.labels, judged, shift) for shift in (fitted, None))
+        batch, plain = (
+            LogitBatch(drawn.logits.clone(), drawn.labels, offsets_of(judged, shift)) for shift in (fitted, None)
+        )
         assert (batch.fit_excess[batch.valid_mask].abs() <= 1 + 1e-12).all()
         for name in ("logits", "gradient", "label_prob", "confidence_ratio", "is_confident_error", "is_correct"):
             assert torch.equal(getattr(batch, name), getattr(plain, name))
@@ -210,7 +243,7 @@ def test_float32_fit_excess_of_saturated_logits(margin, with_offset):
     logits = torch.tensor([[0.0, margin, 0.5, -1.0], [0.0, margin, 0.5, -1.0], [margin, margin, 0.0, 0.0]])
     labels = torch.tensor([1, 0, 1])
     offset = torch.tensor([0.4, -0.2, 0.1, 0.0]) if with_offset else None
-    found = LogitBatch(logits, labels, fitted_offset=offset).fit_excess
+    found = LogitBatch(logits, labels, offsets_of(fitted=offset)).fit_excess
     assert found.dtype == torch.float32
     expected = expected_excess(logits, labels.tolist(), offset if with_offset else 0.0)
     # A logit that an offset was added to is rounded once more.
@@ -222,7 +255,7 @@ def test_fit_excess_of_a_class_that_the_model_rules_out(with_offset):
     """A logit of minus infinity, as masks of classes make it."""
     offset = torch.tensor([0.0, 0.0, 0.0]) if with_offset else None
     logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, 0.0, -math.inf]])
-    found = LogitBatch(logits, torch.tensor([0, 2]), fitted_offset=offset).fit_excess
+    found = LogitBatch(logits, torch.tensor([0, 2]), offsets_of(fitted=offset)).fit_excess
     assert_equal(found, [0.0, -0.5], 1e-6)
 
 
@@ -232,7 +265,7 @@ def test_fit_excess_of_valid_samples_does_not_see_the_ignored_ones(dtype, with_o
     logits = torch.tensor([[math.nan, 0.0], [1.0, 0.0], [math.inf, -math.inf], [1e30, 5.0]], dtype=dtype)
     labels = torch.tensor([IGNORE_INDEX, 0, IGNORE_INDEX, IGNORE_INDEX])
     offset = torch.tensor([0.5, -0.5], dtype=dtype) if with_offset else None
-    found = LogitBatch(logits, labels, fitted_offset=offset).fit_excess
+    found = LogitBatch(logits, labels, offsets_of(fitted=offset)).fit_excess
     assert found.shape == (4,)
     expected = expected_excess(logits[1:2], [0], offset if with_offset else 0.0)
     assert_equal(found[1:2], expected, 1e-6 if dtype == torch.float32 else 1e-12)
@@ -242,19 +275,20 @@ def test_fit_excess_of_valid_samples_does_not_see_the_ignored_ones(dtype, with_o
 @every_dtype
 def test_fit_excess_of_an_empty_batch_is_empty(dtype, with_offset):
     logits, labels = torch.zeros(0, 3, dtype=dtype), torch.zeros(0, dtype=torch.int64)
-    found = LogitBatch(logits, labels, None, torch.zeros(3, dtype=dtype) if with_offset else None).fit_excess
+    found = LogitBatch(logits, labels, offsets_of(torch.zeros(3, dtype=dtype) if with_offset else None)).fit_excess
     assert found.shape == (0,) and found.dtype == dtype
 
 
 def test_fit_excess_needs_no_second_matrix_and_no_value_from_the_device():
-    logits, offset = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)), torch.zeros(1000)
+    """The ways to look at a large batch share their memory."""
+    num_classes = 1 + MAX_STACKED // 8
+    logits, offset = torch.randn(8, num_classes, generator=torch.Generator().manual_seed(0)), torch.zeros(num_classes)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as measured:
-        batch = LogitBatch(logits, torch.arange(8), offset, offset)
-        assert batch.fit_excess.isfinite().all()
+        assert LogitBatch(logits, torch.arange(8), offsets_of(offset, offset)).fit_excess.isfinite().all()
     held = np.cumsum(
         [event.nbytes() for event in measured.profiler.kineto_results.events() if event.name() == "[memory]"]
     )
     assert logits.nbytes <= held.max() < 1.5 * logits.nbytes
     labels = torch.zeros(6, dtype=torch.int64, device="meta")
     for shift in (None, torch.zeros(4, device="meta")):
-        assert LogitBatch(torch.randn(6, 4, device="meta"), labels, shift, shift).fit_excess.shape == (6,)
+        assert LogitBatch(torch.randn(6, 4, device="meta"), labels, offsets_of(shift, shift)).fit_excess.shape == (6,)

@@ -336,7 +336,7 @@ def test_evidence_and_memorizing_of_any_epochs_equal_the_reference(epochs, count
     before = 0.0, 0.0
     for epoch in epochs:
         for logits, labels in epoch:
-            statistics.update(LogitBatch(logits, labels, *statistics.offsets))
+            statistics.update(LogitBatch(logits, labels, statistics.offsets))
             statistics.step()
             expected.update(logits.numpy(), labels.tolist(), None, log_eval - log_output, log_train - log_output)
         statistics.end_epoch()

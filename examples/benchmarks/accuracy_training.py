@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 import lpg_hf
 from lpg_hf import LPGTrainer
-from lpg_hf.batch import IGNORE_INDEX, LogitBatch
+from lpg_hf.batch import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ def training_labels(run: Run, source: Source, split: Split, output_dir: str) -> 
             trainer.train()
         rows = {name: value[torch.from_numpy(split.train)] for name, value in source.inputs.items()}
         logits = predict_logits(trainer.model, rows, trainer.args.device)
-        offset = trainer.lpg_loss.statistics.judged_offset.cpu()
-        batch = LogitBatch(logits, torch.from_numpy(noisy), offset)
+        batch = trainer.lpg_loss.cpu().batch_of(logits, torch.from_numpy(noisy))
         return np.where(batch.is_confident_error, IGNORE_INDEX, noisy)
     return noisy
 

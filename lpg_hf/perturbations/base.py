@@ -206,12 +206,12 @@ class SampleReweighting(LogitPerturbation):
             gradient, batch, statistics: As for [`LogitPerturbation.delta`].
 
         Returns:
-            `torch.Tensor` of shape `[N]`: The weights; anything for ignored samples, which get weight 1.
+            `torch.Tensor` of shape `[N]`: The weights; anything for ignored samples, which get weight 0.
         """
 
     def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        weight = self.weight(gradient, batch, statistics).masked_fill(batch.ignore_mask, 1.0)
-        return (weight - 1)[:, None] * gradient
+        weight = self.weight(gradient, batch, statistics)
+        return torch.where(batch.valid_mask, weight - 1, batch.is_valid)[:, None] * gradient
 
 
 def uncompensated_weight(methods: Iterable[Perturbation]) -> Tensor | None:

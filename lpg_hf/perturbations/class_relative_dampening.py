@@ -102,7 +102,11 @@ def dampening_least(sharpness: Tensor) -> Tensor:
 
 
 def dampening_weight(
-    confidence_ratio: Tensor, reference: Tensor, exponent: Tensor, least: Tensor | float = 0.0
+    confidence_ratio: Tensor,
+    reference: Tensor,
+    exponent: Tensor,
+    least: Tensor | float = 0.0,
+    largest: Tensor | float = 1.0,
 ) -> Tensor:
     r"""
     Weight of each sample under class-relative dampening: `max(l_c, min(1, rho_i / r_c) ^ a_c)`.
@@ -120,6 +124,8 @@ def dampening_weight(
             How far dampening acts on its class, `a_c` at least 0; 0 where the gate of its class is closed.
         least (`float` or `torch.Tensor` of shape `[N]`, *optional*, defaults to 0.0):
             The least weight of its class, `l_c` in [0, 1].
+        largest (`float` or `torch.Tensor` of shape `[N]`, *optional*, defaults to 1.0):
+            The largest weight, as `least` a number or a tensor. 0 silences a sample.
 
     Returns:
         `torch.Tensor` of shape `[N]`: In [0, 1].
@@ -133,7 +139,9 @@ def dampening_weight(
 
     ```
     """
-    return ((confidence_ratio / reference).clamp(max=1) ** exponent).clamp(min=least)
+    power = (confidence_ratio / reference) ** exponent
+    bounds = (torch.as_tensor(bound).to(power) for bound in (least, largest))
+    return torch.clamp(power, *bounds)
 
 
 def dampening_gate(
@@ -171,7 +179,11 @@ def dampening_gate(
     return ramp(label_prob, *learned) * ramp(noise_evidence, *evidence)
 
 
-def dampening_compensation(mean_weight: Tensor, out: Tensor | None = None) -> Tensor:
+#: The least mean weight of a class that is compensated in full.
+LEAST_MEAN = 0.5
+
+
+def dampening_compensation(mean_weight: Tensor) -> Tensor:
     """
     Factor on the weights of a class that restores its share of the gradient, `1 / max(mean weight, 1/2)`.
 
@@ -179,7 +191,6 @@ def dampening_compensation(mean_weight: Tensor, out: Tensor | None = None) -> Te
 
     Args:
         mean_weight (`torch.Tensor` of shape `[C]`): Running mean of the weights of each class, in [0, 1].
-        out (`torch.Tensor` of shape `[C]`, *optional*): Where to write the factors.
 
     Returns:
         `torch.Tensor` of shape `[C]`: Factors in [1, 2]. A class that is contradicted as a whole is left dampened.
@@ -193,7 +204,7 @@ def dampening_compensation(mean_weight: Tensor, out: Tensor | None = None) -> Te
 
     ```
     """
-    return torch.reciprocal(mean_weight.clamp(min=0.5), out=out)
+    return mean_weight.clamp(min=LEAST_MEAN).reciprocal()
 
 
 class ClassRelativeDampening(SampleReweighting):
@@ -279,7 +290,8 @@ class ClassRelativeDampening(SampleReweighting):
         torch.stack(self._class_terms(statistics), out=self._terms[:3])
 
     def _follow_steps(self, statistics: ClassStatistics) -> None:
-        dampening_compensation(statistics.mean_weight, out=self._terms[3])
+        # The statistics alone may have been moved to another dtype.
+        torch.clamp(statistics.mean_weight.to(self._terms), min=LEAST_MEAN, out=self._terms[3])
 
     def _class_terms(self, statistics: ClassStatistics) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of [`dampening_weight`] for each class. The means of an epoch give the same at each step."""
@@ -293,8 +305,8 @@ class ClassRelativeDampening(SampleReweighting):
     def weight(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
         terms = self._terms
         if terms is None:
-            terms = torch.stack([*self._class_terms(statistics), dampening_compensation(statistics.mean_weight)])
-        reference, exponent, least, compensation = terms[:, batch.classes].unbind()
-        weight = dampening_weight(batch.confidence_ratio, reference, exponent, least)
+            terms = torch.stack([*self._class_terms(statistics), statistics.mean_weight.clamp(min=LEAST_MEAN)])
+        reference, exponent, least, mean = terms[:, batch.classes].unbind()
+        weight = dampening_weight(batch.confidence_ratio, reference, exponent, least, batch.is_valid)
         self.uncompensated_weight = weight
-        return weight * compensation
+        return weight / mean

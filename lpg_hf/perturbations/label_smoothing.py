@@ -98,9 +98,9 @@ class LabelSmoothing(LogitPerturbation):
         if self.target == "prior":
             norm = abs(self.alpha) * statistics.prior_terms.onehot_distance.to(gradient)[batch.classes]
         else:
-            norm = abs(self.alpha) * batch.valid_mask.to(gradient) * math.sqrt(1 - 1 / gradient.shape[-1])
+            norm = abs(self.alpha) * batch.is_valid.to(gradient) * math.sqrt(1 - 1 / gradient.shape[-1])
         return self._smooth(gradient, batch, statistics, in_place), norm
 
     def _smooth(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics, in_place: bool) -> Tensor:
         target = statistics.prior if self.target == "prior" else None
-        return smooth_labels(gradient, batch.classes, self.alpha * batch.valid_mask.to(gradient), target, in_place)
+        return smooth_labels(gradient, batch.classes, self.alpha * batch.is_valid.to(gradient), target, in_place)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..batch import LogitBatch, balance_label_entry_
+from ..batch import LogitBatch, logit_gradient
 from ..statistics import ClassStatistics
 from .base import LogitPerturbation, returns_new_memory
 from .checks import check, check_interval
@@ -39,49 +39,37 @@ def logit_adjustment_delta(
     Returns:
         `torch.Tensor` of shape `[N, C]`: The delta; rows sum to zero.
     """
-    offset, shares = offset.to(batch.gradient), shares.to(batch.gradient)
-    share = weight_share.to(offset) if isinstance(weight_share, Tensor) else weight_share
-    return _delta(batch, adjustment_terms(exponent_ends(offset), shares, share))
+    offset, shares = offset.to(batch.gradient), positive_shares(shares.to(batch.gradient))
+    target = logit_gradient(batch.logits + (1 - weight_share) * offset, batch.labels)
+    if not isinstance(weight_share, Tensor) and weight_share == 0:
+        return target.sub_(batch.gradient)
+    return _delta(batch, target, sample_weights(shares.log() - weight_share * offset, shares))
 
 
-def exponent_ends(offset: Tensor) -> Tensor:
-    """Exponents `(1 - a) b` of factors and `-a b` of weights at the ends a = 0 and a = 1, `[2, 2, C]`."""
-    none = torch.zeros_like(offset)
-    return torch.stack([torch.stack([offset, none]), torch.stack([none, -offset])])
+def positive_shares(shares: Tensor) -> Tensor:
+    """Class shares whose logarithm is finite."""
+    return shares.clamp(min=torch.finfo(shares.dtype).tiny)
 
 
-def adjustment_terms(ends: Tensor, shares: Tensor, weight_share: float | Tensor, out: Tensor | None = None) -> Tensor:
+def sample_weights(log_weighted_shares: Tensor, shares: Tensor, out: Tensor | None = None) -> Tensor:
     """
-    Factors on the probabilities, `exp((1 - a) b)`, and weights of the samples, `[2, C]`.
+    Weights of the samples of each class, 1 on average, `[C]`.
 
     Args:
-        ends (`torch.Tensor` of shape `[2, 2, C]`): See [`exponent_ends`].
-        shares (`torch.Tensor` of shape `[C]`): Share of each class in the training set.
-        weight_share (`float` or scalar `torch.Tensor`): Share of the offsets that weights take over, in [0, 1].
-        out (`torch.Tensor` of shape `[2, C]`, *optional*): Where to write them.
+        log_weighted_shares (`torch.Tensor` of shape `[C]`): Logarithm of shares times weights, up to a constant.
+        shares (`torch.Tensor` of shape `[C]`): Share of each class in the training set, above 0.
+        out (`torch.Tensor` of shape `[C]`, *optional*): Where to write them.
     """
-    start, end = ends
-    _, weights = terms = torch.lerp(start, end, weight_share, out=out).exp_()
-    # Not `@`, which autocast would compute in half precision.
-    weights.div_(torch.dot(weights, shares))
-    return terms
+    return torch.div(log_weighted_shares.softmax(-1), shares, out=out)
 
 
-def _delta(batch: LogitBatch, terms: Tensor) -> Tensor:
-    """The delta for the factors and weights of each class, `[2, C]`."""
-    base = batch.gradient
-    terms = terms.to(base)
-    factor, weight = terms[:, batch.classes, None]
-    # softmax(z + b) is proportional to p exp(b), and off the label the gradient is p.
-    p, own, adjusted = batch.label_prob[:, None], batch.label_gradient, base * terms[0]
-    adjusted_own = balance_label_entry_(adjusted, batch.classes[:, None])
-    # The sum of p is 1 up to rounding, which cancels like this where the offsets are 0.
-    scale = weight * (own - p) / torch.addcmul(adjusted_own, p, factor, value=-1)
-    return adjusted.mul_(scale).sub_(base)
+def _delta(batch: LogitBatch, target: Tensor, weights: Tensor) -> Tensor:
+    """The delta that leads to the weighted gradient at the offset logits, in the memory of that gradient."""
+    return target.mul_(weights.to(target)[batch.classes, None]).sub_(batch.gradient)
 
 
 def relative_offset(offset: Tensor) -> Tensor:
-    """Offsets relative to the largest. The bound of -69 keeps sums of `p exp(b)` from underflow."""
+    """Offsets relative to the largest. The bound of -69 keeps weights finite."""
     return (offset - offset.max()).clamp(min=-69.0)
 
 
@@ -130,9 +118,11 @@ class LogitAdjustment(LogitPerturbation):
     """
 
     name = "logit_adjustment"
-    # Both `None` without `attach`.
-    _ends: Tensor
-    _terms: Tensor
+    # All `None` without `attach`. Of the target's two rows in the statistics: where the model has learned nothing, and
+    # how they change with what it has learned.
+    _line: Tensor
+    _shares: Tensor
+    _weights: Tensor
 
     def __init__(self, tau: float = 1.0, learned: Sequence[float] | None = None, target: str = "uniform"):
         super().__init__()
@@ -146,34 +136,54 @@ class LogitAdjustment(LogitPerturbation):
         self.detach()
 
     def attach(self, statistics: ClassStatistics) -> None:
-        self._ends = torch.zeros(2, 2, statistics.num_labels)
-        self._terms = torch.zeros(2, statistics.num_labels)
+        self._position = statistics.add_target()
+        self._line = torch.zeros(2, 2, statistics.num_labels)
+        self._shares, self._weights = torch.zeros(statistics.num_labels), torch.zeros(statistics.num_labels)
         statistics.follow_prior(self._follow_prior)
         # Also without `learned`, which may be set later.
         statistics.follow_steps(self._follow_steps)
 
     def detach(self) -> None:
-        self.register_buffer("_ends", None, persistent=False)
-        self.register_buffer("_terms", None, persistent=False)
+        self._position = -1
+        for name in ("_line", "_shares", "_weights"):
+            self.register_buffer(name, None, persistent=False)
 
     # In place: a CUDA graph reads them.
 
     def _follow_prior(self, statistics: ClassStatistics) -> None:
-        self._ends.copy_(exponent_ends(self._relative_offset(statistics)))
+        offset = self._relative_offset(statistics).to(self._line)
+        self._shares.copy_(positive_shares(statistics.prior.to(self._line)))
+        # The offset, and the logarithm of weighted shares. Weights take the first over into the second.
+        if self.learned is None:
+            rows, slope = [offset, self._shares.log()], torch.zeros_like(offset)
+        else:
+            start, end = self.learned
+            slope = offset / (end - start)
+            rows = [-start * slope, self._shares.log() - end * slope]
+        torch.stack([*rows, slope, slope], out=self._line.view(4, -1))
+        self._line_learned = self.learned
 
     def _follow_steps(self, statistics: ClassStatistics) -> None:
+        if self._line_learned != self.learned:
+            self._follow_prior(statistics)
         # The statistics alone may have been moved to another dtype.
-        share, prior = self.weight_share(statistics), statistics.prior.to(self._ends)
-        share = share.to(prior) if isinstance(share, Tensor) else share
-        adjustment_terms(self._ends, prior, share, out=self._terms)
+        rows = statistics.target_rows(self._position)
+        start, slope = self._line.to(rows)
+        if self.learned is None:
+            rows.copy_(start)
+            self._weights.fill_(1.0)
+        else:
+            torch.addcmul(start, _mean_label_prob(statistics).clamp(*self.learned), slope, out=rows)
+            sample_weights(rows[1].to(self._shares), self._shares, out=self._weights)
 
     def _relative_offset(self, statistics: ClassStatistics) -> Tensor:
         return relative_offset(-self.log_correction(statistics))
 
     @returns_new_memory
     def delta(self, gradient: Tensor, batch: LogitBatch, statistics: ClassStatistics) -> Tensor:
-        if self._terms is not None:
-            delta = _delta(batch, self._terms)
+        target = batch.take_target(self._position)
+        if target is not None:
+            delta = _delta(batch, target, self._weights)
         else:
             offset, share = self._relative_offset(statistics), self.weight_share(statistics)
             delta = logit_adjustment_delta(batch, offset, statistics.prior, share)
@@ -189,4 +199,9 @@ class LogitAdjustment(LogitPerturbation):
         if self.learned is None:
             return 0.0
         start, end = self.learned
-        return ramp(torch.dot(statistics.label_prob, statistics.present_mean), end, start)
+        return ramp(_mean_label_prob(statistics), end, start)
+
+
+def _mean_label_prob(statistics: ClassStatistics) -> Tensor:
+    # Not `@`, which autocast would compute in half precision.
+    return torch.dot(statistics.label_prob, statistics.present_mean)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpg_hf.batch import IGNORE_INDEX, LogitBatch
+from lpg_hf.batch import IGNORE_INDEX, LogitBatch, Offsets
 from lpg_hf.perturbations import LogitPerturbation, lpg
 from lpg_hf.statistics import ClassStatistics
 
@@ -41,6 +41,15 @@ def make_batch(
     logits = scale * torch.randn(num_samples, num_classes, dtype=torch.float64, generator=generator)
     labels[::9] = IGNORE_INDEX
     return LogitBatch(logits.to(dtype), labels)
+
+
+def offsets_of(judged: Tensor | None = None, fitted: Tensor | None = None) -> Offsets | None:
+    """Offsets for judged logits and for the fit excess, 0 where left out."""
+    given = [offset for offset in (judged, fitted) if offset is not None]
+    if not given:
+        return None
+    none = torch.zeros_like(given[0])
+    return Offsets(torch.stack([none if offset is None else offset for offset in (judged, fitted, None)]), plain=2)
 
 
 def make_statistics(class_counts: Sequence[int] | None = None, num_steps: int = 6, **options: bool) -> ClassStatistics:

@@ -18,6 +18,7 @@ from logit_batches import (
     few_examples,
     make_batch,
     make_statistics,
+    offsets_of,
     positive,
     prepared,
     random_batch,
@@ -106,7 +107,13 @@ def make_method(batch, **options):
 
 def weights(batch, means, **options):
     statistics = means.resized(batch.logits.shape[1]).as_statistics(batch.logits.dtype)
-    return make_method(batch, **options).weight(batch.gradient, batch, statistics)
+    return valid_weights(make_method(batch, **options), batch, statistics)
+
+
+def valid_weights(method, batch, statistics):
+    """The weights that a chain takes: a method may say anything about ignored samples, and they get 0."""
+    weight = method.weight(batch.gradient, batch, statistics)
+    return weight.where(batch.valid_mask, 0.0)
 
 
 def deltas(batch, means, **options):
@@ -116,7 +123,8 @@ def deltas(batch, means, **options):
 
 def expected_weights(batch, means, **options):
     arguments = means.resized(batch.logits.shape[1]).as_arguments()
-    return reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), *arguments, **options)
+    weight = reference.dampening_weight(batch.logits.numpy(), batch.labels.tolist(), *arguments, **options)
+    return np.where(batch.labels == IGNORE_INDEX, 0.0, weight)
 
 
 @few_examples
@@ -159,9 +167,10 @@ def test_dampening_weights_lie_in_0_1_and_are_1_at_or_above_the_mean_of_the_clas
     """Or above its square, if the model has not decided which labels of the class it believes."""
     weight = weights(batch.batch, means)
     assert ((weight >= 0) & (weight <= 1)).all()
+    assert (weight[batch.labels == IGNORE_INDEX] == 0).all()
     probabilities = reference.softmax(batch.logits.numpy())
     for i, label in enumerate(batch.labels.tolist()):
-        if label == IGNORE_INDEX or probabilities[i, label] / probabilities[i].max() >= (
+        if label != IGNORE_INDEX and probabilities[i, label] / probabilities[i].max() >= (
             means.confidence_ratio[label] ** (2 - means.decidedness[label]) + 1e-12
         ):
             assert weight[i] == 1
@@ -255,7 +264,7 @@ def test_compensation_gives_the_rest_of_a_class_what_its_samples_lose(mean_weigh
 def test_the_weights_of_a_training_are_compensated_by_their_running_mean():
     """And the mean is that of the weights before the compensation."""
     statistics = OPEN.resized(3).as_statistics()
-    statistics._running[2] = torch.tensor([0.2, 0.0, 0.7], dtype=torch.float64)
+    statistics._running[0] = 1 - torch.tensor([0.2, 0.0, 0.7], dtype=torch.float64)
     batch = random_batch(num_classes=3).batch
     method = make_method(batch)
     weight = method.weight(batch.gradient, batch, statistics)
@@ -273,7 +282,7 @@ def test_a_gate_that_was_open_does_not_close():
     opened = method.weight(batch.gradient, batch, OPEN.resized(3).as_statistics())
     forgotten = dataclasses.replace(OPEN.resized(3), last_label_prob=torch.zeros(3, dtype=torch.float64))
     for closed in (forgotten, dataclasses.replace(OPEN.resized(3), noise_evidence=0.0)):
-        assert (weights(batch, closed) == 1).all()
+        assert (weights(batch, closed) == batch.is_valid).all()
         assert torch.equal(method.weight(batch.gradient, batch, closed.as_statistics()), opened)
         # It is part of a checkpoint.
         other = make_method(batch)
@@ -287,7 +296,7 @@ def test_a_gate_that_was_open_does_not_close():
 def test_labels_are_judged_at_the_shares_of_the_evaluation(batch, means, seed):
     """With an offset of each logit, which the weight of a sample sees and its gradient does not."""
     offset = positive(batch.num_classes, seed).log()
-    judged = LogitBatch(batch.logits, batch.labels, offset)
+    judged = LogitBatch(batch.logits, batch.labels, offsets_of(offset))
     assert_equal(weights(judged, means), expected_weights(batch, means, offset=offset.tolist()), 1e-12)
     assert_equal(judged.gradient, batch.gradient, 1e-12)
 
@@ -304,7 +313,7 @@ def test_the_weight_is_the_formula_with_the_gate_of_the_arguments(batch, means):
     expected = dampening_weight(batch.batch.confidence_ratio, needed[classes], exponent[classes], least[classes])
     actual = weights(batch.batch, means, **options)
     # The formula says nothing about ignored samples.
-    assert_equal(actual, torch.where(batch.batch.valid_mask, expected, 1.0), 1e-12)
+    assert_equal(actual, torch.where(batch.batch.valid_mask, expected, 0.0), 1e-12)
 
 
 @every_dtype
@@ -322,7 +331,7 @@ def test_relative_dampening_ignores_samples_whatever_their_logits():
     logits = torch.tensor([[math.nan, 0.0], [math.inf, -math.inf], [0.0, 5.0]])
     batch = LogitBatch(logits, torch.tensor([IGNORE_INDEX, IGNORE_INDEX, 0]))
     weight = weights(batch, OPEN)
-    assert weight[:2].tolist() == [1, 1]
+    assert weight[:2].tolist() == [0, 0]
     assert weight[2] == pytest.approx(LEAST_WEIGHT)
     assert (deltas(batch, OPEN)[:2] == 0).all()
 
@@ -353,8 +362,8 @@ def test_class_relative_dampening_equals_the_reference(options):
         statistics.memorizing.item(),
         **options,
     )
-    weight = method.weight(batch.gradient, batch, statistics)
-    assert_equal(weight, expected, 1e-12)
+    weight = valid_weights(method, batch, statistics)
+    assert_equal(weight, expected * batch.valid_mask.numpy(), 1e-12)
     delta = method.delta(batch.gradient, batch, statistics)
     assert_equal(delta, reference.dampening_delta(batch.gradient.numpy(), expected), 1e-12)
     assert expected.min() < 0.5 or options == {"power": 0.0}
@@ -363,9 +372,9 @@ def test_class_relative_dampening_equals_the_reference(options):
 def test_the_first_epoch_is_free():
     statistics, batch = make_statistics(), make_batch()
     method = prepared(ClassRelativeDampening(learned=(0.0, 0.01), evidence=(0.0, 0.001)))
-    assert (method.weight(batch.gradient, batch, statistics) == 1).all()
+    assert (valid_weights(method, batch, statistics) == batch.is_valid).all()
     statistics.end_epoch()
-    assert method.weight(batch.gradient, batch, statistics).min() < 0.5
+    assert method.weight(batch.gradient, batch, statistics)[batch.valid_mask].min() < 0.5
 
 
 def test_class_relative_dampening_does_exactly_nothing_before_the_first_step():
@@ -373,14 +382,14 @@ def test_class_relative_dampening_does_exactly_nothing_before_the_first_step():
     batch = make_batch()
     delta = method.delta(batch.gradient, batch, statistics)
     assert (delta == 0).all()
-    assert (method.weight(batch.gradient, batch, statistics) == 1).all()
+    assert (valid_weights(method, batch, statistics) == batch.is_valid).all()
 
 
 def test_class_relative_dampening_reads_the_model_and_scales_the_gradient_left_before():
     method, statistics = prepared(ClassRelativeDampening()), make_statistics()
     statistics.end_epoch()
     batch = make_batch()
-    gradient = torch.randn(len(batch.labels), NUM_CLASSES, dtype=torch.float64)
+    gradient = torch.randn(len(batch.labels), NUM_CLASSES, dtype=torch.float64) * batch.is_valid[:, None]
     delta = method.delta(gradient, batch, statistics)
     assert_equal(delta, (method.weight(batch.gradient, batch, statistics) - 1)[:, None] * gradient, 1e-15)
 

@@ -114,14 +114,14 @@ def test_a_method_gives_zero_to_ignored_samples_and_leaves_its_inputs_alone(meth
     batch, statistics = make_batch(), make_statistics(COUNTS)
     statistics.end_epoch()  # for dampening
     gradient, method = batch.gradient.clone(), prepared(method)
-    of_batch = [value for value in vars(batch).values() if value is not None]
+    of_batch = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     inputs = [gradient, *of_batch, *statistics.buffers(), *statistics.prior_terms]
     before = [tensor.clone() for tensor in inputs]
     delta = method.delta(gradient, batch, statistics)
     assert (delta[batch.ignore_mask] == 0).all()
     # A quantile is learned.
     assert delta.abs().max() > 0 or repr(method) == "logit_clipping(quantile=0.9)"
-    assert list(map(id, of_batch)) == [id(value) for value in vars(batch).values() if value is not None]
+    assert list(map(id, of_batch)) == [id(value) for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     after = [gradient, *of_batch, *statistics.buffers(), *statistics.prior_terms]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
@@ -244,7 +244,7 @@ def test_a_weight_is_one_number_per_sample(method):
     assert (weight >= 0).all()
 
 
-def test_ignored_samples_have_weight_1_whatever_a_method_says():
+def test_ignored_samples_have_weight_0_whatever_a_method_says():
     class Unsure(SampleReweighting):
         name = "unsure"
 
@@ -256,7 +256,7 @@ def test_ignored_samples_have_weight_1_whatever_a_method_says():
     method = Unsure()
     perturbed, rows = run_chain([method], batch.gradient, batch, statistics, learns=False)
     assert_equal(perturbed, 0.5 * batch.gradient, 1e-15)
-    assert torch.equal(method.last_weight, torch.where(batch.ignore_mask, 1.0, 0.5).double())
+    assert torch.equal(method.last_weight, torch.where(batch.ignore_mask, 0.0, 0.5).double())
     assert torch.stack(rows).isfinite().all()
 
 
