@@ -11,8 +11,9 @@ from torch.nn import functional as F
 IGNORE_INDEX = -100
 # A label whose probability is below this share of the largest is contradicted by the model.
 CONFIDENT_ERROR = 0.1
-# Up to this many logits a batch is looked at in all ways at once. Beyond, memory costs more than starting operations.
-MAX_STACKED = 2**17
+# Up to this many numbers a batch is looked at in all ways at once. Beyond, memory costs more than starting operations,
+# which takes longer on a GPU.
+MAX_STACKED, MAX_STACKED_ON_GPU = 2**17, 2**22
 # The reduction of `nll_loss_forward` that sums.
 _SUM = 2
 
@@ -102,7 +103,8 @@ class LogitBatch:
         self.is_valid = self.valid_mask.to(logits)
         self.classes = labels * self.valid_mask
         rows, plain = (None, 0) if offsets is None else (offsets.rows.to(logits), offsets.plain)
-        self.is_small = (1 if rows is None else len(rows)) * logits.numel() <= MAX_STACKED
+        limit = MAX_STACKED if logits.device.type == "cpu" else MAX_STACKED_ON_GPU
+        self.is_small = (1 if rows is None else len(rows)) * logits.numel() <= limit
         # Gradients, or offsets for which they are still to be computed.
         self._targets: list[Tensor | None]
         if rows is None:
