@@ -584,7 +584,7 @@ def sums_of_epoch(logits, batches):
         for p, label in zip(z.softmax(-1), batch["labels"].tolist(), strict=True):
             ratio = (p[label] / p.max()).item()
             excess = (p[label] - p.square().sum()).item()
-            sums[:, label] += torch.tensor([1.0, ratio, ratio**2, ratio < 0.1, excess], dtype=torch.float64)
+            sums[:, label] += torch.tensor([1.0, ratio, ratio**2, ratio >= 0.1, excess], dtype=torch.float64)
     return sums
 
 
