@@ -77,9 +77,9 @@ class WeightCallback(TrainerCallback):
         loss = self.trainer.lpg_loss
         (dampening,) = (method for method in loss.perturbations if isinstance(method, ClassRelativeDampening))
         model.eval()
-        logits = model(pixel_values=self.pixels).logits
-        batch = loss.batch_of(logits, self.labels)
-        weights = dampening.weight(batch.gradient, batch, loss.statistics)
+        logits = model(pixel_values=self.pixels.to(args.device)).logits
+        batch = loss.batch_of(logits, self.labels.to(args.device))
+        weights = dampening.weight(batch.gradient, batch, loss.statistics).cpu()
         model.train()
         self.weights.append([weights[~self.is_wrong].mean().item(), weights[self.is_wrong].mean().item()])
 

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 IGNORE_INDEX = -100
 # A label whose probability is below this share of the largest is contradicted by the model.
 CONFIDENT_ERROR = 0.1
+# From this share on it is the largest, but for the rounding of a division.
+CORRECT = 1 - 1e-6
 # Up to this many numbers a batch is looked at in all ways at once. Beyond, memory costs more than starting operations,
 # which takes longer on a GPU.
 MAX_STACKED, MAX_STACKED_ON_GPU = 2**17, 2**22
@@ -61,7 +63,6 @@ class LogitBatch:
         classes (`torch.Tensor` of shape `[N]`): The labels, 0 for ignored samples.
         label_log_prob (`torch.Tensor` of shape `[N]`): `log p_y`, minus the cross-entropy; 0 for ignored samples.
         label_prob (`torch.Tensor` of shape `[N]`): `p_y`. Arbitrary for ignored samples, as the next four.
-        is_correct (`torch.Tensor` of shape `[N]`): Whether no probability is larger than that of the label.
         confidence_ratio (`torch.Tensor` of shape `[N]`):
             `q_y / max_j q_j` with `q = softmax(z + judged_offset)`, in [0, 1].
         confidence_ratios (`torch.Tensor` of shape `[2, N]`): The same, and below it that of the logits as they are.
@@ -99,6 +100,7 @@ class LogitBatch:
         self.logits = logits = logits.detach()
         self.labels = labels
         self.scale: Tensor | None = None
+        self._label_log_prob: Tensor | None = None
         self.valid_mask = labels != IGNORE_INDEX
         self.is_valid = self.valid_mask.to(logits)
         self.classes = labels * self.valid_mask
@@ -121,10 +123,11 @@ class LogitBatch:
         self.fit_excess = torch.addcmul(look.expected[fitted], look.norm[fitted], look.norm[fitted], value=-1)
         self.label_prob, self._largest_prob = look.label_prob[plain], look.largest_prob[plain]
         self.gradient_norm, self.label_gradient = look.norm[plain], look.label_gradient[plain]
+        # Judged logits come first, and the plain ones behind both offsets, behind a shared one, or alone.
         self.confidence_ratios = look.confidence_ratio[: plain + 1 : max(plain, 1)].expand(2, -1)
 
     def _look(self, logits: Tensor, out: Tensor | None = None, has_gradient: bool = True) -> tuple[Look, Tensor]:
-        """Looks at logits `[k, N, C]`. The second result are the gradients, or else the probabilities."""
+        """Looks at logits `[k, N, C]`. The second result holds the gradients, or else the probabilities."""
         matrices = torch.softmax(logits, -1, out=out)
         index = self.classes[:, None].expand(len(matrices), -1, 1)
         label_prob, largest_prob = _label_entries(matrices, index), matrices.amax(-1, keepdim=True)
@@ -180,18 +183,16 @@ class LogitBatch:
 
     @property
     def label_log_prob(self) -> Tensor:
-        # The sum of exp(z_j - max z) is 1 / max_j p_j.
-        label_logit = self.logits.gather(-1, self.classes[:, None])[:, 0]
-        log_prob = label_logit - self.logits.amax(-1) + self._largest_prob.log()
-        return log_prob.masked_fill(self.ignore_mask, 0.0)
+        if self._label_log_prob is None:
+            # The sum of exp(z_j - max z) is 1 / max_j p_j.
+            label_logit = self.logits.gather(-1, self.classes[:, None])[:, 0]
+            log_prob = label_logit - self.logits.amax(-1) + self._largest_prob.log()
+            self._label_log_prob = log_prob.masked_fill(self.ignore_mask, 0.0)
+        return self._label_log_prob
 
     @property
     def confidence_ratio(self) -> Tensor:
         return self.confidence_ratios[0]
-
-    @property
-    def is_correct(self) -> Tensor:
-        return self.confidence_ratios[1] == 1
 
     @property
     def is_confident_error(self) -> Tensor:
@@ -266,11 +267,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def summed_cross_entropy(batch: LogitBatch) -> tuple[Tensor, Tensor]:
     """The sum of the cross-entropy of all samples, and its divisor: the number of those that have a label, or 1."""
-    if batch.is_small:
+    if batch.is_small and batch._label_log_prob is None:
         # The function behind `cross_entropy`, which keeps the number to itself.
         log_prob = batch.logits.log_softmax(-1)
         total, count = torch.ops.aten.nll_loss_forward(log_prob, batch.labels, None, _SUM, IGNORE_INDEX)
-    else:  # with a pass over the matrix less
+    else:  # in less passes over the matrix
         total, count = -batch.label_log_prob.sum(), batch.is_valid.sum()
     return total, count.clamp(min=1)
 
@@ -323,7 +324,8 @@ def _label_entries(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def _label_error(logits: Tensor, error: Exception) -> ValueError:
+    found = str(error).partition(" for dimension")[0].rstrip(".")
     return ValueError(
-        f"`labels` must lie in [0, {logits.shape[-1]}) or be {IGNORE_INDEX}: {str(error).rstrip('.')}. Check "
+        f"`labels` must lie in [0, {logits.shape[-1]}) or be {IGNORE_INDEX}: {found}. Check "
         "`num_labels` of the model and the label column."
     )

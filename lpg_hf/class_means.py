@@ -52,7 +52,7 @@ class ClassMeans(nn.Module):
         """
         Running training accuracy of each class, `[C]`, measured before the step that learns from the sample.
 
-        A prediction counts as correct if no logit is larger than that of the label, so ties favor no class.
+        A prediction counts as correct if no probability is larger than that of the label, so ties favor no class.
         """
         return self._running[1]
 

@@ -188,8 +188,8 @@ class LPGLoss(nn.Module):
     def _whole_gradient(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
         """What [`summed_cross_entropy`] returns, the perturbed gradient, and the weights of samples."""
         batch = self.batch_of(z, labels)
-        sums = summed_cross_entropy(batch)
-        return [*sums, self.perturb(batch.gradient, batch, observer), *last_weights(self._methods)]
+        perturbed = self.perturb(batch.gradient, batch, observer)
+        return [*summed_cross_entropy(batch), perturbed, *last_weights(self._methods)]
 
     def _sum_of_deltas(self, z: Tensor, labels: Tensor, observer: DeltaObserver | None = None) -> list[Tensor]:
         """The sum of all deltas, and the weights."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .batch import CONFIDENT_ERROR, LogitBatch, Offsets, stack_rows
+from .batch import CONFIDENT_ERROR, CORRECT, LogitBatch, Offsets, stack_rows
 from .class_means import ClassMeans
 from .class_shares import PriorTerms, check_class_counts, check_shares, min_counted_samples, prior_terms
 from .epoch_watch import EpochWatch
@@ -112,7 +112,8 @@ class ClassStatistics(ClassMeans):
         # Offsets at which labels are judged, of the fit excess, and zeros. Then two rows for each target.
         self.register_buffer("_offsets", torch.zeros(3, num_labels), persistent=False)
         # The confidence ratios from which on a label is not contradicted, and the prediction is correct.
-        self.register_buffer("_bounds", torch.tensor([[CONFIDENT_ERROR], [1.0]]), persistent=False)
+        self.register_buffer("_bounds", torch.zeros(2, 1), persistent=False)
+        self._fill_constants()
         self._update_prior()
 
     @property
@@ -222,11 +223,18 @@ class ClassStatistics(ClassMeans):
         self._step_followers.append(follower)
         follower(self)
 
+    def _fill_constants(self) -> None:
+        """Half precision would round them for good."""
+        for row, bound in zip(self._bounds, (CONFIDENT_ERROR, CORRECT), strict=True):
+            row.fill_(bound)
+        self._offsets[PLAIN].zero_()
+
     def _update_followers(self, followers: Sequence[Callable[["ClassStatistics"], None]]) -> None:
         for follow in followers:
             follow(self)
 
     def _update_all(self) -> None:
+        self._fill_constants()
         self._update_prior()
         self._update_followers([*self._epoch_followers, *self._step_followers])
 

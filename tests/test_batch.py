@@ -114,7 +114,7 @@ def test_what_a_batch_says_of_its_samples_equals_the_reference(drawn):
         if label != IGNORE_INDEX:
             p = reference.softmax(drawn.logits[i : i + 1].numpy())[0]
             assert batch.classes[i] == label
-            assert batch.is_correct[i] == (drawn.logits[i, label] == drawn.logits[i].max())
+            assert math.isclose(batch.confidence_ratios[1, i], p[label] / p.max(), rel_tol=1e-9)
             assert math.isclose(batch.confidence_ratio[i], p[label] / p.max(), rel_tol=1e-9)
             assert batch.is_confident_error[i] == (p[label] < p.max() / 10)
 
@@ -127,7 +127,7 @@ def test_an_offset_moves_the_judgment_and_nothing_else(drawn):
     judged = LogitBatch(drawn.logits + offset, drawn.labels)
     for name in ("confidence_ratio", "is_confident_error"):
         assert torch.equal(getattr(moved, name)[drawn.batch.valid_mask], getattr(judged, name)[drawn.batch.valid_mask])
-    for name in ("is_correct", "label_prob", "label_log_prob", "gradient"):
+    for name in ("label_prob", "label_log_prob", "gradient"):
         assert torch.equal(getattr(moved, name), getattr(plain, name))
 
 
@@ -186,7 +186,7 @@ def test_batches_can_be_mapped():
 
     def of_batch(logits, labels):
         batch = LogitBatch(logits, labels)
-        return batch.label_log_prob, batch.confidence_ratio, batch.is_correct, batch.gradient, batch.fit_excess
+        return batch.label_log_prob, batch.confidence_ratios, batch.gradient, batch.fit_excess
 
     for mapped, *parts in zip(torch.func.vmap(of_batch)(logits, labels), *map(of_batch, logits, labels), strict=True):
         assert torch.equal(mapped, torch.stack(parts))
@@ -221,7 +221,7 @@ def test_fit_excess_lies_within_1_and_leaves_all_else_as_it_is(drawn):
             LogitBatch(drawn.logits.clone(), drawn.labels, offsets_of(judged, shift)) for shift in (fitted, None)
         )
         assert (batch.fit_excess[batch.valid_mask].abs() <= 1 + 1e-12).all()
-        for name in ("logits", "gradient", "label_prob", "confidence_ratio", "is_confident_error", "is_correct"):
+        for name in ("logits", "gradient", "label_prob", "confidence_ratio", "is_confident_error"):
             assert torch.equal(getattr(batch, name), getattr(plain, name))
     assert torch.equal(batch.logits, drawn.logits)
     assert torch.equal(offset, torch.linspace(-2, 1, drawn.num_classes, dtype=torch.float64))

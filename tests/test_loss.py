@@ -651,6 +651,35 @@ def test_the_norm_of_a_delta_that_makes_gradients_larger_is_no_negative_number()
     assert report["lpg/delta_ratio"] == pytest.approx(2)
 
 
+def test_telemetry_counts_dampened_samples_as_whole_ones():
+    logits, labels = make_logits(40, scale=4.0)
+    labels[::7] = -100
+    loss_fn = LPGLoss(C, "class_relative_dampening(learned=[0.0, 0.01], evidence=[0.0, 0.01])", COUNTS, managed=True)
+    for _ in range(4):
+        loss_fn(logits, labels)
+        loss_fn.step()
+        loss_fn.end_epoch()
+    loss_fn.telemetry()
+    loss_fn(logits, labels)
+    weight = loss_fn.perturbations[0].last_weight[labels >= 0]
+    norms = np.linalg.norm(reference.logit_gradient(logits.detach().numpy(), labels.tolist()), axis=-1)
+    report = loss_fn.telemetry()
+    assert weight.min() < 0.3
+    assert report["lpg/gradient_norm"] == pytest.approx(norms[labels >= 0].mean())
+    assert report["lpg/weight"] == pytest.approx(weight.mean().item())
+
+
+@pytest.mark.parametrize("chain", ["auto", "focal_loss"])
+@pytest.mark.parametrize("limit", [0, 2**17])
+def test_a_micro_batch_without_a_label_has_loss_and_gradient_0(chain, limit, monkeypatch):
+    monkeypatch.setattr("lpg_hf.batch.MAX_STACKED", limit)
+    logits, labels = make_logits()
+    logits.data[0] = math.nan
+    loss = LPGLoss(C, chain, COUNTS)(logits, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
 def test_telemetry_has_the_mean_norms_of_gradient_and_deltas():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(2, 6, C)), rng.integers(C, size=(2, 6))

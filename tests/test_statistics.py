@@ -448,6 +448,26 @@ def test_classes_absent_from_a_step_keep_their_means():
     assert (statistics.label_prob[[1, 3]] != before.label_prob[[1, 3]]).all()
 
 
+@pytest.mark.parametrize(("margin", "accuracy"), [(0.0, 1.0), (5e-4, 0.0)])
+def test_a_tie_counts_as_correct_and_a_close_defeat_does_not(margin, accuracy):
+    statistics = ClassStatistics(2)
+    statistics.update(LogitBatch(torch.tensor([[1.0, 1.0 + margin]]), torch.tensor([0])))
+    statistics.step()
+    assert statistics.accuracy[0] == pytest.approx(accuracy / 21)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_passage_through_half_precision_rounds_no_constant(half):
+    statistics = ClassStatistics(2, [3, 1], eval_shares=[1.0, 3.0])
+    statistics.add_correction(lambda s: s.prior_terms.log_rarity)
+    before = [tensor.clone() for tensor in (statistics._bounds, *statistics.offsets.rows)]
+    statistics.to(half).float()
+    after = [statistics._bounds, *statistics.offsets.rows]
+    assert torch.equal(after[0], before[0]) and torch.equal(after[3], before[3])
+    assert before[0].flatten().tolist() == pytest.approx([0.1, 1.0], abs=2e-6)
+    assert not before[3].any()
+
+
 def test_a_step_without_samples_counts_as_a_step_and_changes_nothing_else():
     statistics = train(ClassStatistics(NUM_CLASSES), random_steps())
     before = copy.deepcopy(statistics)

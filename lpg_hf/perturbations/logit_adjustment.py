@@ -47,8 +47,8 @@ def logit_adjustment_delta(
 
 
 def positive_shares(shares: Tensor) -> Tensor:
-    """Class shares whose logarithm is finite."""
-    return shares.clamp(min=torch.finfo(shares.dtype).tiny)
+    """Class shares whose logarithm is finite, and that are no denormal numbers once the largest weight has them."""
+    return shares.clamp(min=torch.finfo(shares.dtype).tiny ** 0.75)
 
 
 def sample_weights(log_weighted_shares: Tensor, shares: Tensor, out: Tensor | None = None) -> Tensor:
@@ -118,8 +118,8 @@ class LogitAdjustment(LogitPerturbation):
     """
 
     name = "logit_adjustment"
-    # All `None` without `attach`. Of the target's two rows in the statistics: where the model has learned nothing, and
-    # how they change with what it has learned.
+    # All `None` without `attach`. The target has two rows in the statistics: its offset, and the logarithm of weighted
+    # shares. Kept are their values at 0, how they change with what the model has learned, and their bounds.
     _line: Tensor
     _shares: Tensor
     _weights: Tensor
@@ -137,7 +137,7 @@ class LogitAdjustment(LogitPerturbation):
 
     def attach(self, statistics: ClassStatistics) -> None:
         self._position = statistics.add_target()
-        self._line = torch.zeros(2, 2, statistics.num_labels)
+        self._line = torch.zeros(4, 2, statistics.num_labels)
         self._shares, self._weights = torch.zeros(statistics.num_labels), torch.zeros(statistics.num_labels)
         statistics.follow_prior(self._follow_prior)
         # Also without `learned`, which may be set later.
@@ -151,30 +151,32 @@ class LogitAdjustment(LogitPerturbation):
     # In place: a CUDA graph reads them.
 
     def _follow_prior(self, statistics: ClassStatistics) -> None:
-        offset = self._relative_offset(statistics).to(self._line)
-        self._shares.copy_(positive_shares(statistics.prior.to(self._line)))
-        # The offset, and the logarithm of weighted shares. Weights take the first over into the second.
+        offset = self._relative_offset(statistics)
+        self._shares.copy_(positive_shares(statistics.prior))
+        # Lines in what the model has learned, between two ends. The ends are bounds: rounding grows with the slope.
+        none, log_shares = torch.zeros_like(offset), self._shares.log()
+        lowest, highest = [offset, log_shares], [none, log_shares - offset]
         if self.learned is None:
-            rows, slope = [offset, self._shares.log()], torch.zeros_like(offset)
+            lines, slope, highest = lowest, none, lowest
         else:
             start, end = self.learned
             slope = offset / (end - start)
-            rows = [-start * slope, self._shares.log() - end * slope]
-        torch.stack([*rows, slope, slope], out=self._line.view(4, -1))
+            shift = -start * slope
+            lines = [shift, highest[1] + shift]
+        torch.stack([*lines, slope, slope, *lowest, *highest], out=self._line.view(8, -1))
         self._line_learned = self.learned
 
     def _follow_steps(self, statistics: ClassStatistics) -> None:
         if self._line_learned != self.learned:
             self._follow_prior(statistics)
-        # The statistics alone may have been moved to another dtype.
         rows = statistics.target_rows(self._position)
-        start, slope = self._line.to(rows)
+        start, slope, lowest, highest = self._line
         if self.learned is None:
             rows.copy_(start)
             self._weights.fill_(1.0)
         else:
-            torch.addcmul(start, _mean_label_prob(statistics).clamp(*self.learned), slope, out=rows)
-            sample_weights(rows[1].to(self._shares), self._shares, out=self._weights)
+            torch.clamp(torch.addcmul(start, _mean_label_prob(statistics), slope), lowest, highest, out=rows)
+            sample_weights(rows[1], self._shares, out=self._weights)
 
     def _relative_offset(self, statistics: ClassStatistics) -> Tensor:
         return relative_offset(-self.log_correction(statistics))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logit_batches import (
     COUNTS,
+    NUM_CLASSES,
     WITH_ABSENT,
     assert_equal,
     assert_rows_close,
@@ -221,6 +222,45 @@ def test_weights_give_way_as_the_classes_present_are_learned(counts, level, lear
     prior = [count / sum(counts) for count in counts]
     expected = reference.logit_adjustment_delta(batch.logits.numpy(), batch.labels.tolist(), prior, 0.8, share)
     assert_equal(delta, expected, 1e-11)
+
+
+@pytest.mark.parametrize("tau", [1.0, 4.0])
+@pytest.mark.parametrize("learned", [(0.05, 0.2), (0.9, 0.901), (0.5, 0.50001)])
+def test_float32_terms_are_exact_at_both_ends_of_a_narrow_interval(learned, tau):
+    """There, the terms depend on no difference of the large numbers that a steep slope brings."""
+    loss_fn = LPGLoss(NUM_CLASSES, LogitAdjustment(tau, learned=learned), COUNTS, managed=True)
+    prior = np.array(COUNTS) / sum(COUNTS)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, NUM_CLASSES, generator=generator).requires_grad_()
+    labels = torch.arange(20) % NUM_CLASSES
+    for level, share in ((0.0, 1.0), (1.0, 0.0)):
+        loss_fn.statistics.label_prob.fill_(level)
+        loss_fn.statistics._update_all()
+        logits.grad = None
+        loss_fn(logits, labels, num_items_in_batch=1).backward()
+        z, y = logits.detach().double().numpy(), labels.tolist()
+        expected = reference.logit_gradient(z, y) + reference.logit_adjustment_delta(z, y, prior, tau, share)
+        # The delta joins the gradient, whose rounding stays.
+        assert_rows_close(logits.grad, expected, 3e-6, smallest=2e-7)
+
+
+def test_samples_of_a_class_without_counts_keep_their_gradient_where_denormal_numbers_are_zero():
+    logits, labels = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 2])
+    chain, counts = LogitAdjustment(learned=(0.1, 0.5)), [30, 10, 0]
+    norms = []
+    for flush in (False, True):
+        assert torch.set_flush_denormal(flush) or not flush
+        try:
+            loss_fn = LPGLoss(3, chain, counts, managed=True)
+            loss_fn.statistics.label_prob.fill_(1.0)
+            loss_fn.statistics._update_all()
+            logits.grad = None
+            loss_fn(logits, labels, num_items_in_batch=1).backward()
+            norms.append(logits.grad.norm(dim=-1))
+        finally:
+            torch.set_flush_denormal(False)
+    assert norms[0].min() > 0.3
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
 
 
 # Behind another method, or on another loss

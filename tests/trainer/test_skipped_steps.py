@@ -96,17 +96,16 @@ def test_under_a_scaler_the_warning_waits_for_the_end(tmp_path, caplog):
 
 
 def test_statistics_leave_a_skipped_step_out(tmp_path):
-    """The means of probabilities are those of a training without its batch. Its predictions count as wrong."""
+    """All means are those of a training without its batch."""
     rows = token_rows()
     with_bad = train(tmp_path, SkipsBadSteps, rows=rows)
     good = rows.select([row for row in range(len(rows)) if not 12 <= row < 16])
     without = train(tmp_path, SkipsBadSteps, rows=good, max_steps=7, bad_call=0)
     assert torch.equal(weights_of(with_bad), weights_of(without))
     ours, theirs = with_bad.lpg_loss.statistics, without.lpg_loss.statistics
-    assert torch.equal(ours._running[1:], theirs._running[1:])
+    assert torch.equal(ours._running, theirs._running)
     # Classes of the bad batch leave it out as a whole.
     assert torch.equal(ours._epoch_sums, theirs._epoch_sums)
-    assert (ours.accuracy <= theirs.accuracy).all() and ours.accuracy.isfinite().all()
 
 
 def test_weights_that_are_not_finite_end_the_training(tmp_path):
