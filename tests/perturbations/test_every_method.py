@@ -114,6 +114,7 @@ def test_a_method_gives_zero_to_ignored_samples_and_leaves_its_inputs_alone(meth
     batch, statistics = make_batch(), make_statistics(COUNTS)
     statistics.end_epoch()  # for dampening
     gradient, method = batch.gradient.clone(), prepared(method)
+    batch.label_log_prob.sum()  # which is kept from its first use on
     of_batch = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     inputs = [gradient, *of_batch, *statistics.buffers(), *statistics.prior_terms]
     before = [tensor.clone() for tensor in inputs]
