@@ -172,10 +172,18 @@ class LogitBatch:
         if not 0 <= position < len(self._targets):
             return None
         target, self._targets[position] = self._targets[position], None
-        if target is not None and not self.is_small:
-            target = self.logits + target
-            logit_gradient(target, self.labels, out=target)
-        return target
+        return target if self.is_small or target is None else self._moved_gradient(target)
+
+    def _moved_gradient(self, offset: Tensor) -> Tensor:
+        """The gradient at the logits plus an offset of -69 to 0, `[C]`, from the gradient without it."""
+        # softmax(z + b) is proportional to p exp(b), and off the label the gradient is p. One exponential per class is
+        # a third of the time of another softmax.
+        factor, index = offset.exp(), self.classes[:, None]
+        matrix = self.gradient * factor
+        own = torch.where(self.valid_mask, self.label_prob, 1.0)[:, None]
+        entry = balance_label_entry_(matrix, index)
+        # The sum of p is 1 up to rounding, which cancels like this where the offset is 0.
+        return matrix.mul_((self.label_gradient - own) / torch.addcmul(entry, own, factor[index], value=-1))
 
     @property
     def ignore_mask(self) -> Tensor:
@@ -228,7 +236,7 @@ def relative_pull(gradient: Tensor, batch: LogitBatch) -> Tensor:
     return pull[:, 0].clamp(0, limits.max**0.5)
 
 
-def logit_gradient(logits: Tensor, labels: Tensor, out: Tensor | None = None) -> Tensor:
+def logit_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     r"""
     Gradient of the summed cross-entropy at the logits, `softmax(z) - onehot(y)`.
 
@@ -238,7 +246,6 @@ def logit_gradient(logits: Tensor, labels: Tensor, out: Tensor | None = None) ->
     Args:
         logits (`torch.Tensor` of shape `[N, C]`): The logits of the model.
         labels (`torch.Tensor` of shape `[N]`): Class indices, -100 for ignored samples.
-        out (`torch.Tensor` of shape `[N, C]`, *optional*): Where to write it; the logits themselves may be meant.
 
     Returns:
         `torch.Tensor` of shape `[N, C]`: One gradient per sample. Rows sum to zero, those of ignored samples are zero.
@@ -252,7 +259,7 @@ def logit_gradient(logits: Tensor, labels: Tensor, out: Tensor | None = None) ->
 
     ```
     """
-    gradient = zero_ignored_(torch.softmax(logits, -1, out=out), labels)
+    gradient = zero_ignored_(logits.softmax(-1), labels)
     balance_label_entry_(gradient, labels.clamp(min=0)[:, None])
     return gradient
 

@@ -165,6 +165,25 @@ def test_a_large_batch_is_looked_at_in_turn_with_the_same_results(drawn, seed, p
     assert in_turn.take_target(2) is None
 
 
+@pytest.mark.parametrize("limit", [MAX_STACKED, 0])
+@every_dtype
+def test_a_target_without_offset_is_the_gradient_and_ignored_samples_have_none(dtype, limit):
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(40, 7, dtype=torch.float64, generator=generator).to(dtype)
+    labels = torch.randint(7, (40,), generator=generator)
+    labels[:3] = IGNORE_INDEX
+    logits[0], logits[1, 2] = math.nan, math.inf
+    offset = torch.tensor([0.0, -69.0, -3.0, 0.0, -1.0, 0.0, -69.0], dtype=dtype)
+    rows = torch.stack([torch.zeros_like(offset), torch.zeros_like(offset), offset])
+    with mock.patch("lpg_hf.batch.MAX_STACKED", limit):
+        batch = LogitBatch(logits, labels, Offsets(rows, plain=0))
+    assert torch.equal(batch.take_target(0), batch.gradient)
+    target = batch.take_target(1)
+    assert (target[:3] == 0).all() and target.isfinite().all()
+    expected = reference.logit_gradient((logits + offset)[3:].double().numpy(), labels[3:].tolist())
+    assert_equal(target[3:], expected, 1e-5 if dtype == torch.float32 else 1e-13)
+
+
 def look_at(drawn, offsets, limit):
     with mock.patch("lpg_hf.batch.MAX_STACKED", limit):
         return LogitBatch(drawn.logits, drawn.labels, offsets)

@@ -214,7 +214,7 @@ def test_a_step_on_many_logits_takes_few_passes_and_matrices(monkeypatch):
     """There, operations cost less than passes, and memory most."""
     monkeypatch.setattr("lpg_hf.batch.MAX_STACKED", 0)
     found = count_step(LPGLoss(C, "auto", COUNTS, managed=True))
-    assert all(map(operator.le, found, (88, 31, 3))), found
+    assert all(map(operator.le, found, (92, 30, 3))), found
 
 
 def test_terms_per_class_follow_the_step_and_not_each_of_its_micro_batches():

@@ -69,7 +69,7 @@ def _delta(batch: LogitBatch, target: Tensor, weights: Tensor) -> Tensor:
 
 
 def relative_offset(offset: Tensor) -> Tensor:
-    """Offsets relative to the largest. The bound of -69 keeps weights finite."""
+    """Offsets relative to the largest. The bound of -69 keeps weights finite, and sums of `p exp(b)` above 0."""
     return (offset - offset.max()).clamp(min=-69.0)
 
 
